@@ -1,0 +1,8 @@
+//! The wall: what runs inside or beside a container, and what both sides agree on.
+//!
+//! Five programs (`wshd`, `wsh`, `iomux-spawn`, `iomux-link`, `oom`), each a `main` in this library.
+//! No runtime, no threads, no JSON, no NATS; `nix` is the only dependency, and `sys` the only room with
+//! `unsafe`.
+
+pub mod fault;
+pub mod status;
