@@ -1,0 +1,265 @@
+//! Everything a host can be asked, parsed once.
+
+use crate::field::{BadMessage, Fields, Read};
+use crate::filter::{Empty, Filter};
+use crate::reply::ErrorCode;
+use crate::start::{self, StartRequest, Wait, megabytes, open_files};
+use crate::subjects::{DropletId, Incoming};
+use serde_json::{Value, json};
+
+/// A message to this host, understood.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Command {
+    /// Start an instance here.
+    Start(Box<StartRequest>),
+    /// Stop what matches.
+    Stop(StopRequest),
+    /// Give an app other URIs, and perhaps another version.
+    Update(UpdateRequest),
+    /// Have so many instances of an app here.
+    Scale(ScaleRequest),
+    /// Tell what matches, an answer each.
+    FindDroplet(FindRequest),
+    /// Tell what matches, in one answer (Ostler).
+    FindHere(FindRequest),
+    /// Tell of this host.
+    Status,
+    /// Tell of every instance.
+    DropletStatus,
+    /// Tell whether this would fit, the sooner the better it fits.
+    Discover(DiscoverRequest),
+    /// Advertise now.
+    Locate,
+    /// Send a heartbeat now.
+    HealthmanagerStart,
+    /// Register all routes now.
+    RouterStart,
+}
+
+/// `dea.stop`, `dea.<id>.stop`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StopRequest {
+    /// Which instances.
+    pub filter: Filter,
+    /// Makes the command repeatable.
+    pub request_id: Option<String>,
+    /// When to answer.
+    pub wait: Option<Wait>,
+}
+
+/// `dea.update`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UpdateRequest {
+    /// The app.
+    pub droplet: String,
+    /// Its complete new list.
+    pub uris: Vec<String>,
+    /// Its new version; unchanged if absent.
+    pub version: Option<String>,
+    /// Makes the command repeatable.
+    pub request_id: Option<String>,
+}
+
+/// `dea.<id>.scale`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ScaleRequest {
+    /// The app.
+    pub droplet: DropletId,
+    /// How many instances this host shall have.
+    pub instances: u64,
+    /// New limits, for the new ones and for those that run.
+    pub limits: Option<ScaleLimits>,
+    /// Makes the command repeatable.
+    pub request_id: Option<String>,
+    /// When to answer: at the state of those that are started, or of those that are stopped.
+    pub wait: Option<Wait>,
+}
+
+/// Limits that shall change.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScaleLimits {
+    /// Memory in MB.
+    pub mem: Option<u64>,
+    /// Disk in MB.
+    pub disk: Option<u64>,
+    /// Open files.
+    pub fds: Option<u64>,
+}
+
+/// `dea.find.droplet`, `dea.<id>.find`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FindRequest {
+    /// Which instances.
+    pub filter: Filter,
+    /// Measure those that run.
+    pub include_stats: bool,
+}
+
+/// `dea.discover`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiscoverRequest {
+    /// The app.
+    pub droplet: String,
+    /// MB of memory.
+    pub memory: u64,
+    /// MB of disk.
+    pub disk: u64,
+}
+
+impl Command {
+    /// The id under which the same command may come again.
+    #[must_use]
+    pub fn request_id(&self) -> Option<&str> {
+        match self {
+            Self::Start(request) => request.request_id.as_deref(),
+            Self::Stop(request) => request.request_id.as_deref(),
+            Self::Update(request) => request.request_id.as_deref(),
+            Self::Scale(request) => request.request_id.as_deref(),
+            Self::FindDroplet(_)
+            | Self::FindHere(_)
+            | Self::Status
+            | Self::DropletStatus
+            | Self::Discover(_)
+            | Self::Locate
+            | Self::HealthmanagerStart
+            | Self::RouterStart => None,
+        }
+    }
+}
+
+/// Reads the body of a message on a subject of ours. Returns it as JSON too.
+///
+/// # Errors
+/// What is wrong with it, in words.
+pub fn parse(incoming: Incoming, body: &[u8]) -> Read<(Command, Value)> {
+    let value = json(incoming, body)?;
+    let command = understand(incoming, &value)?;
+    Ok((command, value))
+}
+
+/// The body as JSON. An empty one is `{}` where the message is only a trigger.
+///
+/// # Errors
+/// If it is none.
+pub fn json(incoming: Incoming, body: &[u8]) -> Read<Value> {
+    if body.is_empty() && is_trigger(incoming) {
+        return Ok(json!({}));
+    }
+    serde_json::from_slice(body).map_err(|error| BadMessage {
+        code: ErrorCode::BadJson,
+        message: format!("the message is no JSON: {error}"),
+    })
+}
+
+fn is_trigger(incoming: Incoming) -> bool {
+    match incoming {
+        Incoming::Locate
+        | Incoming::Status
+        | Incoming::DropletStatus
+        | Incoming::HealthmanagerStart
+        | Incoming::RouterStart => true,
+        Incoming::Start
+        | Incoming::StopHere
+        | Incoming::FindHere
+        | Incoming::Scale
+        | Incoming::Stop
+        | Incoming::Update
+        | Incoming::FindDroplet
+        | Incoming::Discover => false,
+    }
+}
+
+fn understand(incoming: Incoming, value: &Value) -> Read<Command> {
+    let fields = || Fields::of(value, "");
+    Ok(match incoming {
+        Incoming::Start => Command::Start(Box::new(StartRequest::from_value(value)?)),
+        Incoming::Stop | Incoming::StopHere => Command::Stop(stop(&fields()?)?),
+        Incoming::Update => Command::Update(update(&fields()?)?),
+        Incoming::Scale => Command::Scale(scale(&fields()?)?),
+        Incoming::FindDroplet => Command::FindDroplet(find(&fields()?)?),
+        Incoming::FindHere => Command::FindHere(find(&fields()?)?),
+        Incoming::Discover => Command::Discover(discover(&fields()?)?),
+        // The bodies of these say nothing that is used.
+        Incoming::Status => Command::Status,
+        Incoming::DropletStatus => Command::DropletStatus,
+        Incoming::Locate => Command::Locate,
+        Incoming::HealthmanagerStart => Command::HealthmanagerStart,
+        Incoming::RouterStart => Command::RouterStart,
+    })
+}
+
+fn stop(fields: &Fields<'_>) -> Read<StopRequest> {
+    Ok(StopRequest {
+        filter: Filter::read(fields, Empty::MatchesNothing)?,
+        request_id: start::request_id(fields)?,
+        wait: start::wait(fields, Wait::Stopped)?,
+    })
+}
+
+fn find(fields: &Fields<'_>) -> Read<FindRequest> {
+    Ok(FindRequest {
+        filter: Filter::read(fields, Empty::MatchesAll)?,
+        include_stats: fields.optional_bool("include_stats")?.unwrap_or(false),
+    })
+}
+
+fn update(fields: &Fields<'_>) -> Read<UpdateRequest> {
+    if fields.get("uris").is_none() {
+        return Err(fields.refuse("uris", "an array of strings, the complete new list"));
+    }
+    Ok(UpdateRequest {
+        droplet: fields.id("droplet")?,
+        uris: fields.strings("uris")?,
+        version: fields.optional_string("version")?,
+        request_id: start::request_id(fields)?,
+    })
+}
+
+fn scale(fields: &Fields<'_>) -> Read<ScaleRequest> {
+    let optional = |limits: &Fields<'_>, key, read: fn(&Fields<'_>, &str) -> Read<u64>| {
+        limits.get(key).map(|_| read(limits, key)).transpose()
+    };
+    let limits = match fields.get("limits") {
+        None => None,
+        Some(_) => {
+            let limits = fields.object("limits", "limits.")?;
+            Some(ScaleLimits {
+                mem: optional(&limits, "mem", megabytes)?,
+                disk: optional(&limits, "disk", megabytes)?,
+                fds: optional(&limits, "fds", open_files)?,
+            })
+        }
+    };
+    Ok(ScaleRequest {
+        droplet: start::droplet(fields)?,
+        instances: fields.number("instances")?,
+        limits,
+        request_id: start::request_id(fields)?,
+        wait: match start::wait(fields, Wait::Running) {
+            Ok(wait) => wait,
+            Err(_) => start::wait(fields, Wait::Stopped)
+                .map_err(|_| fields.refuse("wait", "\"running\", \"stopped\" or absent"))?,
+        },
+    })
+}
+
+fn discover(fields: &Fields<'_>) -> Read<DiscoverRequest> {
+    let limits = fields.object("limits", "limits.")?;
+    Ok(DiscoverRequest {
+        droplet: fields.id("droplet")?,
+        memory: limits.number("mem")?,
+        disk: limits.optional_number("disk")?.unwrap_or(0),
+    })
+}
+
+/// How long an answer to `dea.discover` is held back, in ms: 10 for each instance of the app and 100
+/// times the share of memory that is reserved, 250 at most (protocol 2.6).
+#[must_use]
+pub fn discover_delay_ms(instances: u64, reserved_mb: u64, capacity_mb: u64) -> u64 {
+    let taint = instances.saturating_mul(10);
+    let memory = reserved_mb
+        .saturating_mul(100)
+        .checked_div(capacity_mb)
+        .unwrap_or(250);
+    taint.saturating_add(memory).min(250)
+}

@@ -1,0 +1,350 @@
+//! What a host publishes (protocol 2.5 to 2.11, and `droplet.oom`).
+//!
+//! Decoders of DEA's time are strict: a number in the place of a string, or a fraction in the place of
+//! a whole number, makes them drop the whole message.
+
+use crate::state::State;
+use serde::Serialize;
+use std::collections::BTreeMap;
+
+/// The bytes of a message.
+pub trait ToBytes: Serialize {
+    /// Its JSON.
+    fn to_bytes(&self) -> Vec<u8> {
+        // Plain structures of strings, numbers, lists and maps with text keys always become JSON.
+        serde_json::to_vec(self).unwrap_or_default()
+    }
+}
+
+impl<T: Serialize> ToBytes for T {}
+
+/// `dea.start`, and the answer to `dea.discover`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Hello {
+    /// The host.
+    pub id: String,
+    /// Its address.
+    pub ip: String,
+    /// Its agent's version.
+    pub version: String,
+    /// Of a file server; none here.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port: Option<u16>,
+}
+
+/// The answer to `dea.status`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct StatusReply {
+    /// As in the hello.
+    #[serde(flatten)]
+    pub hello: Hello,
+    /// Capacity in MB.
+    pub max_memory: u64,
+    /// Reserved MB.
+    pub reserved_memory: u64,
+    /// Measured MB.
+    pub used_memory: u64,
+    /// Always null in dea_ng.
+    pub num_clients: Option<u64>,
+}
+
+/// One answer to `droplet.status`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DropletStatus {
+    /// The app's name.
+    pub name: String,
+    /// Its URIs.
+    pub uris: Vec<String>,
+}
+
+/// `dea.advertise`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Advertise {
+    /// The host.
+    pub id: String,
+    /// Stacks it has.
+    pub stacks: Vec<String>,
+    /// Always null: a URL would make controllers send starts by HTTP.
+    pub url: Option<String>,
+    /// Free MB; negative when overcommitted.
+    pub available_memory: i64,
+    /// Free MB; negative when overcommitted.
+    pub available_disk: i64,
+    /// Instances of each app, in any state.
+    pub app_id_to_count: BTreeMap<String, u64>,
+    /// Where it stands.
+    pub placement_properties: PlacementProperties,
+}
+
+/// Where a host stands.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct PlacementProperties {
+    /// Its zone.
+    pub zone: String,
+}
+
+/// `dea.shutdown`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Goodbye {
+    /// The host.
+    pub id: String,
+    /// Its address.
+    pub ip: String,
+    /// Its agent's version.
+    pub version: String,
+    /// Instances of each app, in any state.
+    pub app_id_to_count: BTreeMap<String, u64>,
+}
+
+/// `dea.heartbeat`: the complete state of a host.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Heartbeat {
+    /// The host.
+    pub dea: String,
+    /// Every instance that counts.
+    pub droplets: Vec<HeartbeatEntry>,
+}
+
+/// One instance in a heartbeat.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct HeartbeatEntry {
+    /// As it came.
+    pub cc_partition: String,
+    /// The app.
+    pub droplet: String,
+    /// Its version.
+    pub version: String,
+    /// The instance.
+    pub instance: String,
+    /// Its index.
+    pub index: u64,
+    /// Its state.
+    pub state: State,
+    /// Since when, in seconds since the epoch.
+    pub state_timestamp: f64,
+}
+
+/// Why an instance is no more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum Reason {
+    /// By itself, or never was.
+    Crashed,
+    /// On request.
+    Stopped,
+    /// The agent shut down.
+    DeaShutdown,
+    /// The host is being emptied.
+    DeaEvacuation,
+}
+
+/// `droplet.exited`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Exited {
+    /// As it came.
+    pub cc_partition: String,
+    /// The app.
+    pub droplet: String,
+    /// Its version.
+    pub version: String,
+    /// The instance.
+    pub instance: String,
+    /// Its index.
+    pub index: u64,
+    /// Why.
+    pub reason: Reason,
+    /// The job's exit status; 128+n after signal n; -1 if it never ran or nobody knows.
+    pub exit_status: i32,
+    /// In words.
+    pub exit_description: String,
+    /// Seconds since the epoch, if it crashed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub crash_timestamp: Option<u64>,
+    /// The signal that ended it (Ostler).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub signal: Option<i32>,
+    /// Whether the kernel killed it for memory (Ostler).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub oom: Option<bool>,
+    /// Bytes of each stream in all, so that a reader can prove that it has them (Ostler).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output: Option<OutputOffsets>,
+    /// The handle in its output subjects (Ostler).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub handle: Option<String>,
+}
+
+/// Bytes since the job began.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct OutputOffsets {
+    /// Of standard output.
+    pub stdout: u64,
+    /// Of standard error.
+    pub stderr: u64,
+}
+
+/// `droplet.oom`: one kernel OOM kill.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DropletOom {
+    /// The host.
+    pub dea: String,
+    /// The app.
+    pub droplet: String,
+    /// Its version.
+    pub version: String,
+    /// The instance.
+    pub instance: String,
+    /// Its index.
+    pub index: u64,
+    /// Its container.
+    pub handle: String,
+    /// The memory limit in bytes, if there is one.
+    pub limit_bytes: Option<u64>,
+    /// Bytes in use when it was reported.
+    pub usage_bytes: Option<u64>,
+    /// Most bytes ever in use.
+    pub peak_bytes: Option<u64>,
+    /// Whose limit was hit: `instance`, `ancestor`, `host`, `unknown`.
+    pub level: String,
+    /// Who was killed.
+    pub victim: Victim,
+    /// Whether the instance goes on.
+    pub survived: bool,
+    /// Seconds since the epoch.
+    pub time: f64,
+}
+
+/// A killed process; null where the kernel's log had overflowed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Victim {
+    /// Its pid, as the host counts.
+    pub pid: Option<i32>,
+    /// Its name.
+    pub comm: Option<String>,
+}
+
+/// `router.register` and `router.unregister`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Route {
+    /// The host.
+    pub dea: String,
+    /// The app.
+    pub app: String,
+    /// One entry each.
+    pub uris: Vec<String>,
+    /// The host's address.
+    pub host: String,
+    /// The mapped port.
+    pub port: u16,
+    /// `{"component":"dea-<index>"}`
+    pub tags: BTreeMap<String, String>,
+    /// For sticky sessions.
+    pub private_instance_id: String,
+    /// A string, as the router wants.
+    pub private_instance_index: String,
+}
+
+/// One answer to `dea.find.droplet`.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct FindReply {
+    /// The host.
+    pub dea: String,
+    /// The app.
+    pub droplet: String,
+    /// Its version.
+    pub version: String,
+    /// The instance.
+    pub instance: String,
+    /// Its index.
+    pub index: u64,
+    /// Its state.
+    pub state: State,
+    /// Since when, in seconds since the epoch.
+    pub state_timestamp: f64,
+    /// `/<instance>`
+    pub staged: String,
+    /// Measured, if asked for and it runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stats: Option<Stats>,
+}
+
+/// Limits and use of a running instance.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Stats {
+    /// The app's name.
+    pub name: String,
+    /// Its URIs.
+    pub uris: Vec<String>,
+    /// The host's address.
+    pub host: String,
+    /// The mapped port.
+    pub port: u16,
+    /// Seconds since STARTING.
+    pub uptime: u64,
+    /// Bytes.
+    pub mem_quota: u64,
+    /// Bytes.
+    pub disk_quota: u64,
+    /// Open files.
+    pub fds_quota: u64,
+    /// Measured.
+    pub usage: Usage,
+}
+
+/// Measured use.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Usage {
+    /// Of the answer, `YYYY-MM-DD HH:MM:SS +0000`.
+    pub time: String,
+    /// Fraction of one core.
+    pub cpu: f64,
+    /// Bytes.
+    pub mem: u64,
+    /// Bytes.
+    pub disk: u64,
+}
+
+/// `YYYY-MM-DD HH:MM:SS +0000` of seconds since the epoch.
+#[must_use]
+pub fn usage_time(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    let (year, month, day) = civil(days);
+    let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} +0000")
+}
+
+/// The date so many days after 1970-01-01: Howard Hinnant's `civil_from_days`, for days not before it.
+fn civil(days: u64) -> (u64, u64, u64) {
+    let z = days + 719_468;
+    let era = z / 146_097;
+    let day_of_era = z % 146_097;
+    let year_of_era =
+        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 {
+        shifted + 3
+    } else {
+        shifted - 9
+    };
+    (year_of_era + era * 400 + u64::from(month <= 2), month, day)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::usage_time;
+
+    #[test]
+    fn times_are_as_date_prints_them() {
+        for (seconds, text) in [
+            (0, "1970-01-01 00:00:00 +0000"),
+            (951_782_399, "2000-02-28 23:59:59 +0000"),
+            (951_782_400, "2000-02-29 00:00:00 +0000"),
+            (1_471_351_290, "2016-08-16 12:41:30 +0000"),
+            (4_102_444_799, "2099-12-31 23:59:59 +0000"),
+        ] {
+            assert_eq!(usage_time(seconds), text);
+        }
+    }
+}

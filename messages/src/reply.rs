@@ -1,0 +1,216 @@
+//! Answers to commands: `{"ok":true, …}` or `{"ok":false,"error":{…}}`, one per host and request.
+
+use serde_json::{Map, Value, json};
+
+/// Why a command was refused. The names are stable; the numbers are those of
+/// `Nats-Service-Error-Code`, after HTTP.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorCode {
+    /// The body is no JSON.
+    BadJson,
+    /// A field is absent, of a wrong type, or has an impossible value.
+    BadField,
+    /// No command has this subject.
+    BadSubject,
+    /// The stack is not configured on this host.
+    UnknownStack,
+    /// No start of this app was accepted on this host.
+    UnknownApp,
+    /// The memory is reserved by others.
+    NotEnoughMemory,
+    /// The disk is reserved by others.
+    NotEnoughDisk,
+    /// This host has as many instances as it may have.
+    HostFull,
+    /// Too much is asked at once.
+    Busy,
+    /// This host is shutting down.
+    ShuttingDown,
+    /// What was waited for cannot happen any more: the instance ended.
+    Ended,
+    /// A fault of the agent.
+    Internal,
+}
+
+impl ErrorCode {
+    /// Every code.
+    pub const ALL: [Self; 12] = [
+        Self::BadJson,
+        Self::BadField,
+        Self::BadSubject,
+        Self::UnknownStack,
+        Self::UnknownApp,
+        Self::NotEnoughMemory,
+        Self::NotEnoughDisk,
+        Self::HostFull,
+        Self::Busy,
+        Self::ShuttingDown,
+        Self::Ended,
+        Self::Internal,
+    ];
+
+    /// The stable name, the number, and whether the same command may succeed later.
+    #[must_use]
+    pub fn facts(self) -> (&'static str, u16, bool) {
+        match self {
+            Self::BadJson => ("bad_json", 400, false),
+            Self::BadField => ("bad_field", 400, false),
+            Self::BadSubject => ("bad_subject", 404, false),
+            Self::UnknownStack => ("unknown_stack", 404, false),
+            Self::UnknownApp => ("unknown_app", 404, false),
+            Self::NotEnoughMemory => ("not_enough_memory", 507, true),
+            Self::NotEnoughDisk => ("not_enough_disk", 507, true),
+            Self::HostFull => ("host_full", 507, true),
+            Self::Busy => ("busy", 429, true),
+            Self::ShuttingDown => ("shutting_down", 503, true),
+            Self::Ended => ("ended", 410, false),
+            Self::Internal => ("internal", 500, true),
+        }
+    }
+}
+
+/// One answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reply {
+    /// It was done or accepted; the fields beside `ok`.
+    Ok(Map<String, Value>),
+    /// It was refused.
+    Error {
+        /// Why, for programs.
+        code: ErrorCode,
+        /// Why, for people: what, where, and what to do.
+        message: String,
+    },
+}
+
+impl Reply {
+    /// Done or accepted, with these fields.
+    #[must_use]
+    pub fn ok(fields: Value) -> Self {
+        match fields {
+            Value::Object(fields) => Self::Ok(fields),
+            _ => Self::Ok(Map::new()),
+        }
+    }
+
+    /// Refused.
+    #[must_use]
+    pub fn error(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self::Error {
+            code,
+            message: message.into(),
+        }
+    }
+
+    /// The body.
+    #[must_use]
+    pub fn body(&self) -> Vec<u8> {
+        self.value().to_string().into_bytes()
+    }
+
+    fn value(&self) -> Value {
+        match self {
+            Self::Ok(fields) => {
+                let mut body = Map::new();
+                body.insert("ok".into(), Value::Bool(true));
+                body.extend(fields.clone());
+                Value::Object(body)
+            }
+            Self::Error { code, message } => {
+                let (name, _, retryable) = code.facts();
+                json!({"ok": false, "error": {"code": name, "message": message, "retryable": retryable}})
+            }
+        }
+    }
+
+    /// `Nats-Service-Error` and `Nats-Service-Error-Code`; nothing for a good answer. The text is one
+    /// line, as a header must be.
+    #[must_use]
+    pub fn headers(&self) -> Vec<(&'static str, String)> {
+        match self {
+            Self::Ok(_) => Vec::new(),
+            Self::Error { code, message } => {
+                let (name, number, _) = code.facts();
+                let text: String = message
+                    .chars()
+                    .map(|c| if c.is_ascii_graphic() { c } else { ' ' })
+                    .collect();
+                vec![
+                    ("Nats-Service-Error", format!("{name}: {text}")),
+                    ("Nats-Service-Error-Code", number.to_string()),
+                ]
+            }
+        }
+    }
+
+    /// Whether asking again may bring another answer.
+    #[must_use]
+    pub fn retryable(&self) -> bool {
+        match self {
+            Self::Ok(_) => false,
+            Self::Error { code, .. } => code.facts().2,
+        }
+    }
+
+    /// The words of `droplet.exited` for a refused start: the DEA's own where it had some.
+    #[must_use]
+    pub fn exit_description(&self) -> String {
+        match self {
+            Self::Ok(_) => String::new(),
+            Self::Error {
+                code: ErrorCode::NotEnoughMemory,
+                ..
+            } => "Not enough memory resource available.".into(),
+            Self::Error {
+                code: ErrorCode::NotEnoughDisk,
+                ..
+            } => "Not enough disk resource available.".into(),
+            Self::Error { message, .. } => format!("failed to start: {message}"),
+        }
+    }
+
+    /// Reads [`Reply::body`] back.
+    #[must_use]
+    pub fn from_body(body: &[u8]) -> Option<Self> {
+        let Value::Object(mut body) = serde_json::from_slice(body).ok()? else {
+            return None;
+        };
+        if body.remove("ok")?.as_bool()? {
+            return Some(Self::Ok(body));
+        }
+        let error = body.get("error")?;
+        let name = error.get("code")?.as_str()?;
+        let code = ErrorCode::ALL
+            .into_iter()
+            .find(|code| code.facts().0 == name)?;
+        Some(Self::Error {
+            code,
+            message: error.get("message")?.as_str()?.to_owned(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ErrorCode, Reply};
+    use serde_json::json;
+
+    #[test]
+    fn answers_survive_their_bodies() {
+        let mut all = vec![Reply::ok(json!({})), Reply::ok(json!({"matched": 2}))];
+        all.extend(ErrorCode::ALL.map(|code| Reply::error(code, "why")));
+        for reply in all {
+            assert_eq!(Reply::from_body(&reply.body()), Some(reply));
+        }
+        for foreign in ["", "{}", "[]", "{\"ok\":1}", "{\"ok\":false}"] {
+            assert_eq!(Reply::from_body(foreign.as_bytes()), None);
+        }
+    }
+
+    #[test]
+    fn an_error_header_is_one_line() {
+        let headers = Reply::error(ErrorCode::BadField, "a\r\nNats-Evil: 1 ü").headers();
+        assert_eq!(headers[0].1, "bad_field: a  Nats-Evil: 1  ");
+        assert_eq!(headers[1].1, "400");
+    }
+}

@@ -1,0 +1,324 @@
+//! `dea.<id>.start` (protocol 2.1).
+
+use crate::field::{Fields, Read};
+use crate::subjects::DropletId;
+use serde_json::{Map, Value};
+use std::net::Ipv4Addr;
+
+/// What an instance may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Memory in MB.
+    pub mem: u64,
+    /// Disk in MB.
+    pub disk: u64,
+    /// Open files.
+    pub fds: u64,
+}
+
+/// Most MB of memory or disk that make sense: 1 PiB. Beyond, arithmetic in bytes would overflow.
+pub const MEGABYTES_MAX: u64 = 1 << 30;
+
+/// At which state a command is answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wait {
+    /// `"running"`
+    Running,
+    /// `"stopped"`
+    Stopped,
+}
+
+/// A start, understood.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StartRequest {
+    /// The app.
+    pub droplet: DropletId,
+    /// Which of its instances.
+    pub index: u64,
+    /// The app's version.
+    pub version: String,
+    /// The app's name.
+    pub name: String,
+    /// Host names, perhaps with a path, without a scheme.
+    pub uris: Vec<String>,
+    /// Where the droplet is.
+    pub executable_uri: Option<String>,
+    /// SHA-1 of the droplet, hexadecimal.
+    pub sha1: Option<String>,
+    /// SHA-256 of the droplet, hexadecimal; wins (Ostler).
+    pub sha256: Option<String>,
+    /// What it may use.
+    pub limits: Limits,
+    /// Service bindings, as they came.
+    pub services: Vec<Value>,
+    /// The user's variables, in order.
+    pub env: Vec<(String, String)>,
+    /// Echoed in heartbeats and exits.
+    pub cc_partition: String,
+    /// Overrides the staged command.
+    pub start_command: Option<String>,
+    /// The root file system's name.
+    pub stack: Option<String>,
+    /// Base of VCAP_APPLICATION.
+    pub vcap_application: Map<String, Value>,
+    /// What it may reach outside.
+    pub egress_network_rules: Vec<EgressRule>,
+    /// Seconds for the port to open.
+    pub health_check_timeout: Option<u64>,
+    /// Makes the command repeatable (Ostler).
+    pub request_id: Option<String>,
+    /// When to answer (Ostler).
+    pub wait: Option<Wait>,
+    /// Seconds between TERM and KILL (Ostler).
+    pub stop_grace: Option<u64>,
+    /// Whether one OOM kill ends the instance; true if absent (Ostler).
+    pub oom_group: Option<bool>,
+}
+
+/// One egress rule, its port lists already taken apart.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EgressRule {
+    /// Which traffic.
+    pub traffic: Traffic,
+    /// First and last address.
+    pub destination: (Ipv4Addr, Ipv4Addr),
+    /// Whether its connections are logged.
+    pub log: bool,
+}
+
+/// The protocol of a rule, and what narrows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Traffic {
+    /// Everything.
+    All,
+    /// These TCP ports, first and last; all if empty.
+    Tcp(Vec<(u16, u16)>),
+    /// These UDP ports, first and last; all if empty.
+    Udp(Vec<(u16, u16)>),
+    /// This ICMP type and code; -1 is any.
+    Icmp(i16, i16),
+}
+
+impl StartRequest {
+    /// Reads a start message.
+    ///
+    /// # Errors
+    /// The first field that is wrong, in words.
+    pub fn from_value(value: &Value) -> Read<Self> {
+        let fields = Fields::of(value, "")?;
+        Ok(Self {
+            droplet: droplet(&fields)?,
+            index: fields.number("index")?,
+            version: fields.string("version")?,
+            name: fields.string("name")?,
+            uris: fields.strings("uris")?,
+            executable_uri: fields.optional_string("executableUri")?,
+            sha1: hex(&fields, "sha1", 40)?,
+            sha256: hex(&fields, "sha256", 64)?,
+            limits: limits(&fields.object("limits", "limits.")?)?,
+            services: services(&fields)?,
+            env: env(&fields)?,
+            cc_partition: fields.string("cc_partition")?,
+            start_command: fields.optional_string("start_command")?,
+            stack: fields.optional_string("stack")?,
+            vcap_application: match fields.get("vcap_application") {
+                None => Map::new(),
+                Some(Value::Object(object)) => object.clone(),
+                Some(_) => return Err(fields.refuse("vcap_application", "an object")),
+            },
+            egress_network_rules: egress(&fields)?,
+            health_check_timeout: fields.optional_number("health_check_timeout")?,
+            request_id: request_id(&fields)?,
+            wait: wait(&fields, Wait::Running)?,
+            stop_grace: stop_grace(&fields)?,
+            oom_group: fields.optional_bool("oom_group")?,
+        })
+    }
+}
+
+/// The app of a message.
+pub(crate) fn droplet(fields: &Fields<'_>) -> Read<DropletId> {
+    DropletId::parse(&fields.id("droplet")?)
+        .ok_or_else(|| fields.refuse("droplet", "1 to 128 of A-Z a-z 0-9 _ - (one subject token)"))
+}
+
+/// A `request_id`: not empty, and bounded, for it is kept.
+pub(crate) fn request_id(fields: &Fields<'_>) -> Read<Option<String>> {
+    let id = fields.optional_string("request_id")?;
+    match &id {
+        Some(text) if text.is_empty() || text.len() > 256 => {
+            Err(fields.refuse("request_id", "a string of 1 to 256 bytes"))
+        }
+        _ => Ok(id),
+    }
+}
+
+/// `wait`, where only one state makes sense.
+pub(crate) fn wait(fields: &Fields<'_>, only: Wait) -> Read<Option<Wait>> {
+    let (name, wanted) = match only {
+        Wait::Running => ("running", "\"running\" or absent"),
+        Wait::Stopped => ("stopped", "\"stopped\" or absent"),
+    };
+    match fields.optional_string("wait")?.as_deref() {
+        None => Ok(None),
+        Some(text) if text == name => Ok(Some(only)),
+        Some(_) => Err(fields.refuse("wait", wanted)),
+    }
+}
+
+fn stop_grace(fields: &Fields<'_>) -> Read<Option<u64>> {
+    match fields.optional_number("stop_grace")? {
+        Some(seconds) if seconds > 600 => Err(fields.refuse("stop_grace", "0 to 600 seconds")),
+        other => Ok(other),
+    }
+}
+
+fn hex(fields: &Fields<'_>, key: &str, length: usize) -> Read<Option<String>> {
+    let text = fields.optional_string(key)?;
+    match &text {
+        Some(hex) if hex.len() != length || !hex.bytes().all(|b| b.is_ascii_hexdigit()) => {
+            Err(fields.refuse(key, &format!("{length} hexadecimal digits")))
+        }
+        _ => Ok(text.map(|hex| hex.to_ascii_lowercase())),
+    }
+}
+
+fn limits(fields: &Fields<'_>) -> Read<Limits> {
+    Ok(Limits {
+        mem: megabytes(fields, "mem")?,
+        disk: megabytes(fields, "disk")?,
+        fds: open_files(fields, "fds")?,
+    })
+}
+
+/// MB of something.
+pub(crate) fn megabytes(fields: &Fields<'_>, key: &str) -> Read<u64> {
+    match fields.number(key)? {
+        amount @ 1..=MEGABYTES_MAX => Ok(amount),
+        _ => Err(fields.refuse(key, "from 1 to 1073741824 MB")),
+    }
+}
+
+/// A count of open files.
+pub(crate) fn open_files(fields: &Fields<'_>, key: &str) -> Read<u64> {
+    match fields.number(key)? {
+        count @ 8..=1_048_576 => Ok(count),
+        _ => Err(fields.refuse(key, "from 8 to 1048576")),
+    }
+}
+
+fn services(fields: &Fields<'_>) -> Read<Vec<Value>> {
+    let wanted = "an array of services, each with strings `name` and `label`";
+    let services = fields
+        .optional_array("services")?
+        .ok_or_else(|| fields.refuse("services", wanted))?;
+    for service in services {
+        let service = Fields::of(service, "services[].")?;
+        service.string("name")?;
+        service.string("label")?;
+        for key in ["plan", "vendor", "version", "type"] {
+            if service.has(key) {
+                service.string(key)?;
+            }
+        }
+        service.optional_string("plan_option")?;
+    }
+    Ok(services.to_vec())
+}
+
+fn env(fields: &Fields<'_>) -> Read<Vec<(String, String)>> {
+    let pairs = fields.strings("env")?;
+    pairs
+        .into_iter()
+        .map(|pair| {
+            let (name, value) = pair.split_once('=').unwrap_or((&pair, ""));
+            if name.is_empty() || pair.contains('\0') {
+                return Err(fields.refuse("env", "an array of \"NAME=value\" without NUL bytes"));
+            }
+            Ok((name.to_owned(), value.to_owned()))
+        })
+        .collect()
+}
+
+fn egress(fields: &Fields<'_>) -> Read<Vec<EgressRule>> {
+    let rules = fields
+        .optional_array("egress_network_rules")?
+        .unwrap_or_default();
+    rules
+        .iter()
+        .map(|rule| egress_rule(&Fields::of(rule, "egress_network_rules[].")?))
+        .collect()
+}
+
+fn egress_rule(rule: &Fields<'_>) -> Read<EgressRule> {
+    let number = |key| -> Read<i16> {
+        match rule.get(key) {
+            None => Ok(-1),
+            Some(value) => value
+                .as_i64()
+                .and_then(|number| i16::try_from(number).ok())
+                .filter(|number| (-1..=255).contains(number))
+                .ok_or_else(|| rule.refuse(key, "from -1 to 255")),
+        }
+    };
+    let traffic = match rule.string("protocol")?.as_str() {
+        "all" => Traffic::All,
+        "tcp" => Traffic::Tcp(ports(rule)?),
+        "udp" => Traffic::Udp(ports(rule)?),
+        "icmp" => Traffic::Icmp(number("type")?, number("code")?),
+        _ => return Err(rule.refuse("protocol", "tcp, udp, icmp or all")),
+    };
+    let destination = addresses(&rule.string("destination")?)
+        .ok_or_else(|| rule.refuse("destination", "an IPv4 address, a network, or first-last"))?;
+    Ok(EgressRule {
+        traffic,
+        destination,
+        log: rule.optional_bool("log")?.unwrap_or(false),
+    })
+}
+
+fn ports(rule: &Fields<'_>) -> Read<Vec<(u16, u16)>> {
+    let Some(text) = rule.optional_string("ports")? else {
+        return Ok(Vec::new());
+    };
+    let one = |part: &str| -> Option<(u16, u16)> {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        let range = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        (range.0 <= range.1).then_some(range)
+    };
+    text.split(',')
+        .map(one)
+        .collect::<Option<Vec<_>>>()
+        .ok_or_else(|| rule.refuse("ports", "like \"80\", \"80,443\" or \"8000-9000\""))
+}
+
+fn addresses(text: &str) -> Option<(Ipv4Addr, Ipv4Addr)> {
+    if let Some((first, last)) = text.split_once('-') {
+        let range: (Ipv4Addr, Ipv4Addr) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
+        return (range.0 <= range.1).then_some(range);
+    }
+    if let Some((address, prefix)) = text.split_once('/') {
+        let address: Ipv4Addr = address.parse().ok()?;
+        let prefix: u32 = prefix.parse().ok().filter(|prefix| *prefix <= 32)?;
+        let hosts = u32::MAX.checked_shr(prefix).unwrap_or(0);
+        let first = address.to_bits() & !hosts;
+        return Some((
+            Ipv4Addr::from_bits(first),
+            Ipv4Addr::from_bits(first | hosts),
+        ));
+    }
+    text.parse().ok().map(|address| (address, address))
+}
+
+/// What a refused start still says of itself, for `droplet.exited`: droplet, version, index, partition.
+#[must_use]
+pub fn identity(value: &Value) -> Option<(DropletId, String, u64, String)> {
+    let fields = Fields::of(value, "").ok()?;
+    let or_empty = |key| fields.optional_string(key).ok().flatten();
+    Some((
+        droplet(&fields).ok()?,
+        or_empty("version").unwrap_or_default(),
+        fields.number("index").ok()?,
+        or_empty("cc_partition").unwrap_or_else(|| "default".into()),
+    ))
+}

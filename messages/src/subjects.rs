@@ -1,0 +1,186 @@
+//! The subjects: every one that is listened to or spoken on is on this screen.
+
+use std::fmt;
+
+/// Everything of this host that counts.
+pub const HEARTBEAT: &str = "dea.heartbeat";
+/// What is free on this host.
+pub const ADVERTISE: &str = "dea.advertise";
+/// This host is ready.
+pub const HELLO: &str = "dea.start";
+/// This host takes no more commands.
+pub const SHUTDOWN: &str = "dea.shutdown";
+/// An instance ended.
+pub const EXITED: &str = "droplet.exited";
+/// The kernel killed a process of an instance for memory.
+pub const OOM: &str = "droplet.oom";
+/// A route is served.
+pub const ROUTER_REGISTER: &str = "router.register";
+/// A route is served no longer.
+pub const ROUTER_UNREGISTER: &str = "router.unregister";
+
+/// Longest id, in characters.
+pub const TOKEN_MAX: usize = 128;
+
+/// Whether `text` can be an id: `[A-Za-z0-9_-]{1,128}`, so one token of a subject.
+#[must_use]
+pub fn is_token(text: &str) -> bool {
+    (1..=TOKEN_MAX).contains(&text.len())
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'-')
+}
+
+/// An app's id, safe as one token of a subject and as a file name.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct DropletId(String);
+
+impl DropletId {
+    /// Takes `text` if it is a token.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        is_token(text).then(|| Self(text.to_owned()))
+    }
+
+    /// The id.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for DropletId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// What a subject that a host listens to asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Incoming {
+    /// `dea.<id>.start`
+    Start,
+    /// `dea.<id>.stop`
+    StopHere,
+    /// `dea.<id>.find`
+    FindHere,
+    /// `dea.<id>.scale`
+    Scale,
+    /// `dea.stop`
+    Stop,
+    /// `dea.update`
+    Update,
+    /// `dea.find.droplet`
+    FindDroplet,
+    /// `dea.locate`
+    Locate,
+    /// `dea.status`
+    Status,
+    /// `dea.discover`
+    Discover,
+    /// `droplet.status`
+    DropletStatus,
+    /// `healthmanager.start`
+    HealthmanagerStart,
+    /// `router.start`
+    RouterStart,
+}
+
+impl Incoming {
+    const HERE: [(&'static str, Self); 4] = [
+        ("start", Self::Start),
+        ("stop", Self::StopHere),
+        ("find", Self::FindHere),
+        ("scale", Self::Scale),
+    ];
+    const EVERYWHERE: [(&'static str, Self); 9] = [
+        ("dea.stop", Self::Stop),
+        ("dea.update", Self::Update),
+        ("dea.find.droplet", Self::FindDroplet),
+        ("dea.locate", Self::Locate),
+        ("dea.status", Self::Status),
+        ("dea.discover", Self::Discover),
+        ("droplet.status", Self::DropletStatus),
+        ("healthmanager.start", Self::HealthmanagerStart),
+        ("router.start", Self::RouterStart),
+    ];
+
+    /// What `subject` asks of the host `id`; `None` if it is none of ours.
+    #[must_use]
+    pub fn parse(subject: &str, id: &str) -> Option<Self> {
+        let own = subject
+            .strip_prefix("dea.")
+            .and_then(|rest| rest.strip_prefix(id));
+        if let Some(verb) = own.and_then(|rest| rest.strip_prefix('.')) {
+            return find(&Self::HERE, verb);
+        }
+        find(&Self::EVERYWHERE, subject)
+    }
+}
+
+fn find(table: &[(&str, Incoming)], name: &str) -> Option<Incoming> {
+    table
+        .iter()
+        .find(|(known, _)| *known == name)
+        .map(|(_, incoming)| *incoming)
+}
+
+/// All subjects that the host `id` subscribes to.
+#[must_use]
+pub fn subscriptions(id: &str) -> Vec<String> {
+    let here = Incoming::HERE
+        .iter()
+        .map(|(verb, _)| format!("dea.{id}.{verb}"));
+    here.chain(
+        Incoming::EVERYWHERE
+            .iter()
+            .map(|(subject, _)| (*subject).to_owned()),
+    )
+    .collect()
+}
+
+/// Where an instance's output goes; `.stdout` or `.stderr` is added.
+#[must_use]
+pub fn output(droplet: &DropletId, index: u64, handle: &str) -> String {
+    format!("droplet.output.{droplet}.{index}.{handle}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{DropletId, Incoming, subscriptions};
+
+    #[test]
+    fn every_subscription_is_understood_once() {
+        let mut seen = Vec::new();
+        for subject in subscriptions("host-1") {
+            let incoming = Incoming::parse(&subject, "host-1").unwrap();
+            assert!(!seen.contains(&incoming), "{subject}");
+            seen.push(incoming);
+        }
+        assert_eq!(seen.len(), 13);
+    }
+
+    #[test]
+    fn other_hosts_and_other_words_are_not_ours() {
+        for subject in [
+            "dea.host-2.start",
+            "dea.host-1",
+            "dea.host-1.",
+            "dea.host-1.start.x",
+            "dea.host-1x.start",
+            "",
+            "dea",
+        ] {
+            assert_eq!(Incoming::parse(subject, "host-1"), None, "{subject}");
+        }
+    }
+
+    #[test]
+    fn ids_are_tokens() {
+        assert!(DropletId::parse("5c1f7a0e-33d2-4b68_A").is_some());
+        let long = "x".repeat(129);
+        for id in ["", "a.b", "a*", ">", "a b", "ü", "a/b", long.as_str()] {
+            assert_eq!(DropletId::parse(id), None, "{id:?}");
+        }
+    }
+}
