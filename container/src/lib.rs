@@ -6,3 +6,18 @@
 
 pub mod fault;
 pub mod status;
+pub mod client;
+pub mod fields;
+pub mod job;
+pub mod request;
+pub mod sys;
+pub mod launch;
+pub mod exit;
+pub mod frames;
+pub mod spool;
+pub mod wshd;
+pub mod iomux_spawn;
+pub mod wsh;
+pub mod iomux_link;
+pub mod oom;
+mod hangup;

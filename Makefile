@@ -1,0 +1,60 @@
+# `make help` says what there is. Everything here wants root: it makes containers, namespaces and cgroups.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PREFIX  ?= /usr/local
+DESTDIR ?=
+TARGET  ?= $(or $(CARGO_TARGET_DIR),$(CURDIR)/target)
+HELPERS := wshd wsh iomux-spawn iomux-link oom
+
+export OSTLER_HELPERS := $(TARGET)/x86_64-unknown-linux-gnu/helpers
+
+help: ## what there is
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+deps: ## installs what is missing (Debian packages, cargo-nextest)
+	@scripts/deps.sh
+
+build: deps ## the agent (release) and the five static helpers
+	cargo build --release --bin ostler
+	cargo helpers
+
+stack: deps ## the Debian root with Ruby that sample apps run in (cached)
+	@fixtures/stack/build.sh >/dev/null
+
+test: deps ## all tests, here and in the cgroup v2 machine; says at its end that nothing is left over
+	@.ci/run test
+
+test-v2: deps ## the tests that cgroup v2 is for, in a virtual machine (ONLY=regex of `file test`)
+	@.ci/run test-v2
+
+lint: deps ## format, clippy, and the walls between the rooms
+	@.ci/run lint
+
+demo: build stack ## the six steps of README.md, live (KEEP=1 leaves it running)
+	@cargo build --quiet --release --package tests --bin say
+	@OSTLER_AGENT=$(TARGET)/release/ostler SAY=$(TARGET)/release/say scripts/demo.sh
+
+bench: build stack ## one JSON line per figure, beside runc, bwrap and fork+exec
+	@cargo build --quiet --release --package tests --bin bench
+	@OSTLER_AGENT=$(TARGET)/release/ostler $(TARGET)/release/bench
+
+soak: deps stack ## the tests of luck, with many rounds (OSTLER_ROUNDS=200)
+	@OSTLER_ROUNDS=$${OSTLER_ROUNDS:-200} .ci/run soak
+
+docker: build stack ## an image of the agent, and start, output, scale and stop through compose
+	@docker/try.sh
+
+install: ## installs what `make build` has built, with a unit file and a sample configuration
+	install -D -m 755 $(TARGET)/release/ostler $(DESTDIR)$(PREFIX)/bin/ostler
+	for helper in $(HELPERS); do install -D -m 755 $(OSTLER_HELPERS)/$$helper $(DESTDIR)$(PREFIX)/lib/ostler/$$helper; done
+	install -D -m 644 packaging/ostler.service $(DESTDIR)/etc/systemd/system/ostler.service
+	test -e $(DESTDIR)/etc/ostler/ostler.toml || install -D -m 644 packaging/ostler.toml $(DESTDIR)/etc/ostler/ostler.toml
+	@echo "now name a stack in $(DESTDIR)/etc/ostler/ostler.toml, then: systemctl enable --now ostler"
+
+clean: ## what was built here (not the cache in /var/cache/ostler-dev)
+	cargo clean
+
+.PHONY: help deps build stack test test-v2 lint demo bench soak docker install clean

@@ -1,0 +1,209 @@
+//! The agent's life from its configuration to its last word, as a list of steps.
+
+use crate::bus;
+use crate::config::{self, Config, Overrides};
+use crate::engine::{Engine, EngineConfig, NetworkConfig};
+use crate::host::depot;
+use crate::instances::droplets::{Droplets, FetchOptions};
+use crate::instances::outlet;
+use crate::instances::record::{Records, make_private, write_durably};
+use crate::instances::stable::{self, Farewell, Stable};
+use crate::instances::world::World;
+use nix::fcntl::{Flock, FlockArg};
+use std::collections::HashSet;
+use std::error::Error;
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+use tracing::{error, info};
+
+type Outcome<T> = Result<T, Box<dyn Error>>;
+
+/// Threads that run tasks. The agent waits far more than it computes.
+const WORKERS: usize = 2;
+
+/// `ostler agent`.
+///
+/// # Errors
+/// Whatever keeps the agent from starting; once it runs, nothing ends it but a signal.
+pub fn agent(path: &Path, overrides: Overrides) -> Outcome<()> {
+    let config = config::load(path, overrides, host_memory_mb())?;
+    let _lock = prepare(&config.base)?;
+    runtime()?.block_on(run(config))
+}
+
+/// `ostler clean`.
+///
+/// # Errors
+/// If an agent runs, or something could not be removed.
+pub fn clean(path: &Path, overrides: Overrides) -> Outcome<()> {
+    let config = config::load(path, overrides, host_memory_mb())?;
+    let lock = prepare(&config.base)?;
+    let swept = runtime()?.block_on(async {
+        let engine = Engine::open(engine_config(&config)).await?;
+        let swept = engine.sweep(&HashSet::new()).await;
+        engine.close().await;
+        Outcome::Ok(swept)
+    })?;
+    drop(lock);
+    for name in ["instances", "containers", "droplets", "crashes", "answers", "templates", "trash", "lock"] {
+        remove(&config.base.join(name))?;
+    }
+    println!("removed {swept} containers and everything below {} but the host's id", config.base.display());
+    Ok(())
+}
+
+fn remove(path: &Path) -> Outcome<()> {
+    let result = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+    match result {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(format!("cannot remove {}: {error}", path.display()).into())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build()
+}
+
+/// Makes the base directory and takes it for this process.
+fn prepare(base: &Path) -> Outcome<Flock<File>> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err("must be run as root: it makes namespaces, mounts and network links".into());
+    }
+    make_private(base)?;
+    let path = base.join("lock");
+    let file = File::options().create(true).truncate(false).write(true).open(&path)?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
+        format!("another agent holds {} ({errno}): give this one a base directory of its own", path.display())
+            .into()
+    })
+}
+
+/// The host's durable id: made once, kept in `<base>/id`.
+fn host_id(base: &Path) -> Outcome<String> {
+    match std::fs::read_to_string(base.join("id")) {
+        Ok(id) if messages::subjects::is_token(id.trim()) => Ok(id.trim().to_owned()),
+        Ok(id) => Err(format!(
+            "{} holds {id:?}, which is no host id: remove the file to have a new one made",
+            base.join("id").display()
+        )
+        .into()),
+        Err(_) => {
+            let id = crate::random::uuid();
+            write_durably(base, "id", id.as_bytes())?;
+            Ok(id)
+        }
+    }
+}
+
+async fn run(config: Config) -> Outcome<()> {
+    let mut signals = Signals::listen()?;
+    let id = host_id(&config.base)?;
+    let engine = Engine::open(engine_config(&config)).await?;
+    info!(id, local_ip = %engine.local_ip(), "the engine is ready");
+    let droplets = Droplets::open(&config.base, fetch_options(&config))?;
+    let records = Records::open(&config.base)?;
+    let (outlet, asked, link) = outlet::outlet();
+    let watched = link.subscribe();
+    let client = bus::connect(&config.nats, &id, link).await?;
+    let publisher = tokio::spawn(bus::publish(client.clone(), asked, watched.clone()));
+    let (changes, changed) = mpsc::unbounded_channel();
+    let world = Arc::new(World {
+        id,
+        boot_id: depot::boot_id()?,
+        engine,
+        droplets,
+        records,
+        outlet,
+        changes,
+        config,
+    });
+    let stable = Stable::open(Arc::clone(&world), changed).await?;
+    let (asks, inbox) = mpsc::channel(stable::MAILBOX);
+    let (farewell, farewell_asked) = tokio::sync::oneshot::channel();
+    let stable = tokio::spawn(stable.run(inbox, watched, farewell_asked));
+    let receiver = tokio::spawn(bus::receive(client, Arc::clone(&world), asks));
+    let parting = signals.parting().await;
+    info!(?parting, "leaving");
+    receiver.abort();
+    let _ended = farewell.send(parting);
+    if let Err(error) = stable.await {
+        error!(%error, "the stable ended badly");
+    }
+    let world = Arc::into_inner(world);
+    if let (Some(world), Farewell::Shutdown) = (world, parting) {
+        if let Err(error) = world.droplets.remove_all() {
+            error!(%error, "droplets stay");
+        }
+        world.engine.close().await;
+    }
+    publisher.abort();
+    Ok(())
+}
+
+/// The signals that end the agent.
+struct Signals([(Farewell, tokio::signal::unix::Signal); 4]);
+
+impl Signals {
+    /// From here on they are noticed, also during the start.
+    fn listen() -> std::io::Result<Self> {
+        Ok(Self([
+            (Farewell::Shutdown, signal(SignalKind::terminate())?),
+            (Farewell::Shutdown, signal(SignalKind::interrupt())?),
+            (Farewell::Shutdown, signal(SignalKind::quit())?),
+            (Farewell::Leave, signal(SignalKind::hangup())?),
+        ]))
+    }
+
+    async fn parting(&mut self) -> Farewell {
+        let [term, int, quit, hup] = &mut self.0;
+        tokio::select! {
+            _ = term.1.recv() => term.0,
+            _ = int.1.recv() => int.0,
+            _ = quit.1.recv() => quit.0,
+            _ = hup.1.recv() => hup.0,
+        }
+    }
+}
+
+fn engine_config(config: &Config) -> EngineConfig {
+    EngineConfig {
+        base: config.base.clone(),
+        helpers: config.helpers.clone(),
+        cgroup_parent: config.cgroup_parent.clone(),
+        network: NetworkConfig {
+            pool: config.network.pool,
+            mtu: config.network.mtu,
+            ports: config.network.ports.clone(),
+            port_quarantine: config.network.port_quarantine,
+            local_ip: config.network.local_ip,
+            allow_host_access: config.network.allow_host_access,
+        },
+        spool_bytes: config.spool_bytes,
+    }
+}
+
+fn fetch_options(config: &Config) -> FetchOptions {
+    FetchOptions {
+        inactivity: config.droplets.inactivity,
+        total: config.droplets.total,
+        max_bytes: config.droplets.max_bytes,
+        max_unpacked_bytes: config.droplets.max_unpacked_bytes,
+        ..FetchOptions::default()
+    }
+}
+
+/// `MemTotal` of /proc/meminfo, in MB.
+fn host_memory_mb() -> u64 {
+    std::fs::read_to_string("/proc/meminfo")
+        .ok()
+        .and_then(|text| {
+            let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+            line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
+        })
+        .map_or(8192, |kilobytes| kilobytes / 1024)
+}

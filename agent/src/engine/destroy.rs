@@ -1,0 +1,147 @@
+//! Taking a container off the machine: idempotent, goes on after a failure, reports the first one.
+//!
+//! ```text
+//! kill ─▶ set elements ─▶ supervisors end ─▶ control group ─▶ directory ─▶ addresses and ports
+//! ```
+//!
+//! The link goes with the network namespace, which the kernel takes apart in its own time.
+
+use super::container::{Destroyed, KILL_DEADLINE, wait_empty};
+use super::supervisor::listening;
+use super::{Container, EngineError, Saved, Shared, blocking, lock};
+use crate::host::cgroups::Group;
+use crate::host::depot::Directory;
+use crate::host::helpers::Child;
+use crate::host::watched;
+use container::client::Client;
+use container::fault::Context;
+use container::sys::pidfd;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+use tokio::io::Interest;
+use tokio::time::timeout;
+
+/// How long a job's supervisor may take to write the job's end once the container is dead.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// How long the kernel may call an empty control group busy.
+const BUSY: Duration = Duration::from_secs(2);
+
+/// Destroys a container that this agent holds.
+pub(super) async fn container(container: &Container) -> Result<(), EngineError> {
+    let inner = &container.inner;
+    let mut destroyed = inner.destroyed.lock().await;
+    if *destroyed == Destroyed::Yes {
+        return Ok(());
+    }
+    let killed = container.kill().await;
+    let ports = lock(&inner.ports).clone();
+    inner
+        .shared
+        .network
+        .detach(&inner.handle, &inner.lease, &ports)
+        .await;
+    // What may still run keeps everything that it could use.
+    killed?;
+    let children: Vec<Child> = lock(&inner.supervisors).values().cloned().collect();
+    for child in children {
+        if timeout(LAST_WORDS, child.wait()).await.is_err() {
+            child.kill();
+        }
+    }
+    remains(&inner.shared, &inner.handle).await?;
+    give_back(&inner.shared, &container.saved());
+    *destroyed = Destroyed::Yes;
+    tracing::info!(handle = inner.handle, "container destroyed");
+    Ok(())
+}
+
+/// Destroys what is left of a container of which there is only a record.
+pub(super) async fn from_record(shared: &Shared, saved: &Saved) -> Result<(), EngineError> {
+    end_processes(shared, &saved.handle).await?;
+    // Addresses and ports that somebody else has by now are not ours to cut off.
+    let held = retake(shared, saved);
+    if let Some(held) = &held {
+        shared
+            .network
+            .detach(&held.handle, &held.lease, &held.ports)
+            .await;
+    }
+    let removed = remains(shared, &saved.handle).await;
+    if let Some(held) = held {
+        give_back(shared, &held);
+    }
+    removed
+}
+
+/// Removes what a container leaves behind on the machine when its processes are dead: supervisors,
+/// control group, directory.
+pub(super) async fn remains(shared: &Shared, handle: &str) -> Result<(), EngineError> {
+    let supervisors = end_supervisors(&shared.depot.container(handle)).await;
+    let group = empty_and_remove(handle, shared.cgroups.group(handle)).await;
+    let directory = shared.discard(handle).await;
+    supervisors.and(group).and(directory)
+}
+
+/// Kills what is left of a container that this agent does not hold: what is in its control group, and
+/// the init that answers on its socket, wherever it is.
+pub(super) async fn end_processes(shared: &Shared, handle: &str) -> Result<(), EngineError> {
+    let socket = shared.depot.container(handle).socket();
+    let init = blocking(move || Client::connect(&socket)?.peer_pidfd()).await;
+    if let Ok(init) = init {
+        let init = watched(init, Interest::READABLE).context("epoll_ctl", "pidfd")?;
+        let _dead_already = pidfd::send_signal(init.get_ref(), 9);
+        let _its_group_tells = timeout(KILL_DEADLINE, init.readable()).await;
+    }
+    wait_empty(handle, shared.cgroups.group(handle)).await
+}
+
+/// Kills what is in a control group and removes it.
+pub(super) async fn empty_and_remove(handle: &str, group: Group) -> Result<(), EngineError> {
+    wait_empty(handle, group.clone()).await?;
+    Ok(blocking(move || group.remove(BUSY)).await?)
+}
+
+/// What of a record's addresses and ports nobody has, taken from the pools; `None` if the address is
+/// somebody else's.
+fn retake(shared: &Shared, saved: &Saved) -> Option<Saved> {
+    shared.network.adopt_lease(&saved.lease).ok()?;
+    let mut held = saved.clone();
+    held.ports
+        .retain(|(host, _)| shared.network.adopt_port(*host).is_ok());
+    Some(held)
+}
+
+fn give_back(shared: &Shared, saved: &Saved) {
+    for (host, _) in &saved.ports {
+        shared.network.release_port(*host);
+    }
+    shared.network.release(saved.lease.clone());
+}
+
+/// Waits until the supervisors of all jobs have ended by themselves, as they do when the container is
+/// dead; kills those that do not.
+async fn end_supervisors(directory: &Directory) -> Result<(), EngineError> {
+    let directory = directory.clone();
+    let supervisors = blocking(move || {
+        let jobs = directory.jobs()?;
+        let found = jobs.iter().filter_map(|job| listening(&directory, *job));
+        Ok::<_, EngineError>(found.collect::<Vec<_>>())
+    });
+    for pidfd in supervisors.await? {
+        if let Err(error) = end(pidfd).await {
+            tracing::warn!(%error, "a supervisor could not be watched");
+        }
+    }
+    Ok(())
+}
+
+async fn end(process: OwnedFd) -> io::Result<()> {
+    let process = watched(process, Interest::READABLE)?;
+    if timeout(LAST_WORDS, process.readable()).await.is_err() {
+        let _dead_already = pidfd::send_signal(process.get_ref(), 9);
+        let _stuck_in_the_kernel = timeout(LAST_WORDS, process.readable()).await;
+    }
+    Ok(())
+}

@@ -1,0 +1,246 @@
+//! What makes containers and runs jobs in them, as asynchronous calls.
+//!
+//! ```text
+//! Engine ── create, adopt ──▶ Container ── spawn, follow ──▶ a job's records
+//!    └── sweep, close             └── signal, kill, limit, oom, died, destroy
+//! ```
+//!
+//! The engine keeps no list: whoever holds a [`Container`] owns it, and what must survive the agent is
+//! in [`Saved`]. Everything a container leaves on the machine bears its handle (directory, control
+//! group, link, set elements), so that [`Engine::sweep`] finds what no record knows.
+
+mod adopt;
+mod container;
+mod create;
+mod destroy;
+mod error;
+mod follow;
+mod identity;
+mod launch;
+mod oom;
+mod supervisor;
+mod sweep;
+#[cfg(test)]
+mod tests;
+
+pub use adopt::Adopted;
+pub use container::Container;
+pub use error::EngineError;
+pub use follow::Followed;
+pub use oom::{Level, OomReport, Victim};
+
+pub use crate::host::cgroups::{Limits, Usage};
+pub use crate::host::depot::SeedFile;
+pub use crate::host::network::{Lease, NetworkConfig};
+pub use ::container::launch::{Access, Bind};
+
+use crate::host::cgroups::Cgroups;
+use crate::host::depot::{self, Depot};
+use crate::host::helpers::Helpers;
+use crate::host::network::{Attached, Network};
+use crate::host::{blocking, in_background};
+use oom::KillLog;
+use serde::{Deserialize, Serialize};
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// Where the engine works and with what.
+#[derive(Debug, Clone)]
+pub struct EngineConfig {
+    /// Holds the containers' directories.
+    pub base: PathBuf,
+    /// The directory of the helpers' programs.
+    pub helpers: PathBuf,
+    /// The control group above all containers, below the visible root of each hierarchy.
+    pub cgroup_parent: String,
+    /// Addresses, ports and how they are reached.
+    pub network: NetworkConfig,
+    /// Most bytes of output that are kept for one job.
+    pub spool_bytes: u64,
+}
+
+/// What a container is to be.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    /// Its name: eleven characters of `0-9a-v`, never used before.
+    pub handle: String,
+    /// The read-only directory at the bottom of its root.
+    pub stack: PathBuf,
+    /// Read-only directories between the stack and the writable layer, uppermost first.
+    pub layers: Vec<PathBuf>,
+    /// Its host name.
+    pub hostname: String,
+    /// What it may use.
+    pub limits: Limits,
+    /// Size of its `/dev/shm` in bytes.
+    pub tmpfs_bytes: u64,
+    /// Files that it finds in its writable layer. `etc/hostname`, `etc/hosts` and `etc/resolv.conf`
+    /// are made unless they are among them.
+    pub files: Vec<SeedFile>,
+    /// Its name servers; empty: the host's, as far as they can be reached from inside.
+    pub dns: Vec<IpAddr>,
+    /// Directories and files of the host that it sees.
+    pub binds: Vec<Bind>,
+}
+
+/// What must be kept of a container so that another agent can adopt it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Saved {
+    /// Its name.
+    pub handle: String,
+    /// Its addresses.
+    pub lease: Lease,
+    /// Its mapped ports: (on the host, inside).
+    pub ports: Vec<(u16, u16)>,
+    /// The boot in which it was made.
+    pub boot_id: String,
+}
+
+/// The engine. Cheap to clone. Dropping the last clone (and every [`Container`]) leaves the containers
+/// running; what only serves this agent ends.
+#[derive(Debug, Clone)]
+pub struct Engine {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    helpers: Helpers,
+    cgroups: Cgroups,
+    network: Network,
+    depot: Depot,
+    kills: KillLog,
+    boot_id: String,
+    spool_bytes: u64,
+}
+
+impl Engine {
+    /// Readies the machine: directories, control groups, the network's table.
+    ///
+    /// # Errors
+    /// What is missing or refused, and what to do about it.
+    pub async fn open(config: EngineConfig) -> Result<Self, EngineError> {
+        let (base, parent) = (config.base.clone(), config.cgroup_parent.clone());
+        let (depot, cgroups, boot_id) = blocking(move || {
+            let depot = Depot::open(&base)?;
+            Ok::<_, EngineError>((depot, Cgroups::open(&parent)?, depot::boot_id()?))
+        })
+        .await?;
+        let helpers = Helpers::start(config.helpers).map_err(EngineError::Thread)?;
+        let network = Network::open(&config.network).await?;
+        tracing::info!(cgroups = cgroups.describe(), base = %config.base.display(), "engine opened");
+        let kills = KillLog::start();
+        let spool_bytes = config.spool_bytes;
+        let shared = Shared {
+            helpers,
+            cgroups,
+            network,
+            depot,
+            kills,
+            boot_id,
+            spool_bytes,
+        };
+        Ok(Self {
+            shared: Arc::new(shared),
+        })
+    }
+
+    /// Makes a container; when this returns, its init serves. It is made by a task of its own: if the
+    /// caller goes away, the container does too.
+    ///
+    /// # Errors
+    /// The first thing that failed; everything before it was undone.
+    pub async fn create(&self, spec: Spec) -> Result<Container, EngineError> {
+        create::create(Arc::clone(&self.shared), spec).await
+    }
+
+    /// Finds a container of an earlier agent again. Addresses and ports of one that lives are taken
+    /// from the pools, so adopt before creating; its traffic is not touched.
+    ///
+    /// # Errors
+    /// Nobody knows whether it lives, or its addresses are taken.
+    pub async fn adopt(&self, saved: &Saved) -> Result<Adopted, EngineError> {
+        adopt::adopt(&self.shared, saved).await
+    }
+
+    /// Makes the network's table hold exactly these containers, in one transaction: for the start,
+    /// after all were adopted.
+    ///
+    /// # Errors
+    /// The kernel refused; the table is as it was.
+    pub async fn rebuild_network(&self, live: &[&Saved]) -> Result<(), EngineError> {
+        let attached: Vec<Attached> = live.iter().map(|saved| sweep::attached(saved)).collect();
+        Ok(self.shared.network.rebuild(&attached).await?)
+    }
+
+    /// Removes what no record knows: processes, control groups, links and directories that bear a
+    /// handle which is not in `known`. `known` must name every container that is, or is being, made.
+    /// Returns how many handles were cleared; what resists is logged.
+    pub async fn sweep(&self, known: &std::collections::HashSet<String>) -> usize {
+        sweep::sweep(&self.shared, known).await
+    }
+
+    /// Removes a container of which only the record is left: dead, or not to be adopted. One that is
+    /// gone already is fine.
+    ///
+    /// # Errors
+    /// The first failure; what could be removed was. May be repeated.
+    pub async fn destroy_handle(&self, saved: &Saved) -> Result<(), EngineError> {
+        let (shared, saved) = (Arc::clone(&self.shared), saved.clone());
+        owned(async move { destroy::from_record(&shared, &saved).await }).await
+    }
+
+    /// Leaves the machine as it was before [`Self::open`], for an agent whose containers are all
+    /// destroyed. To leave them running, drop the engine instead.
+    pub async fn close(self) {
+        let (cgroups, depot) = (self.shared.cgroups.clone(), self.shared.depot.clone());
+        self.shared.network.close().await;
+        blocking(move || {
+            cgroups.remove_parent();
+            if let Err(error) = depot.empty_trash() {
+                tracing::warn!(%error, "trash was left");
+            }
+        })
+        .await;
+    }
+
+    /// The address under which others reach the mapped ports.
+    #[must_use]
+    pub fn local_ip(&self) -> Ipv4Addr {
+        self.shared.network.local_ip()
+    }
+}
+
+impl Shared {
+    /// Takes a container's directory out of sight at once and removes it when there is time.
+    async fn discard(&self, handle: &str) -> Result<(), EngineError> {
+        let (depot, name) = (self.depot.clone(), handle.to_owned());
+        blocking(move || depot.discard(&name)).await?;
+        let depot = self.depot.clone();
+        in_background(move || {
+            if let Err(error) = depot.empty_trash() {
+                tracing::warn!(%error, "trash was left");
+            }
+        });
+        Ok(())
+    }
+}
+
+/// Runs to its end what must not stop half-way when the caller goes away.
+async fn owned<T: Send + 'static>(work: impl Future<Output = T> + Send + 'static) -> T {
+    use tracing::Instrument;
+    match tokio::spawn(work.in_current_span()).await {
+        Ok(value) => value,
+        Err(error) => match error.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The runtime is shutting down, and the caller with it.
+            Err(_cancelled) => std::future::pending().await,
+        },
+    }
+}
+
+/// What the holders do is too short to leave a half-changed value behind.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

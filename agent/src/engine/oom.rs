@@ -1,0 +1,336 @@
+//! Telling who was killed for memory, in which container, and why.
+//!
+//! Whether something was killed is said by the group's own counter alone, against a baseline that the
+//! caller keeps: so a kill is found although nobody looked when it happened. Who it was is said by the
+//! kernel's log, which is asked afterwards ([`log`]).
+
+mod log;
+
+pub(super) use log::KillLog;
+
+use super::{Container, blocking};
+use crate::host::helpers::{Child, Command, Ended, HelperError, Leash};
+use crate::host::kmsg::OomKill;
+use container::exit;
+use container::fault::SysError;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::net::unix::pipe;
+use tokio::sync::mpsc;
+use tokio::time::sleep;
+use tracing::Instrument;
+
+/// One process of a container that the kernel killed for memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OomReport {
+    /// The group's counter of kills with this one: the baseline for the next question.
+    pub count: u64,
+    /// Whose memory had run out.
+    pub level: Level,
+    /// Who was killed; `None`: the kernel's log does not say.
+    pub victim: Option<Victim>,
+    /// The container's limit, in bytes.
+    pub limit_bytes: Option<u64>,
+    /// The most it ever used, in bytes.
+    pub peak_bytes: Option<u64>,
+    /// What it used when this was asked, after the kill, in bytes.
+    pub usage_bytes: Option<u64>,
+}
+
+/// A killed process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Victim {
+    /// Its number in the host's initial pid namespace.
+    pub pid: i32,
+    /// Its command name.
+    pub comm: String,
+}
+
+/// Which limit was hit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    /// The container's own.
+    Container,
+    /// That of a control group above the container's.
+    Above,
+    /// The machine's memory ran out.
+    Host,
+    /// Nobody knows.
+    Unknown,
+}
+
+/// Reports that wait for the receiver.
+const WAITING: usize = 16;
+
+/// Most kills that are told one by one after nobody looked: as many as the log remembers.
+const MOST_REPORTS: u64 = log::REMEMBERED as u64;
+
+/// Between two helpers, when they end by themselves.
+const FIRST_PAUSE: Duration = Duration::from_millis(10);
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+
+const HANGUP_FD: i32 = 3;
+
+impl Container {
+    /// Reports every kill in this container from now on, and those since its counter stood at
+    /// `baseline`. The channel closes when the container's group is gone; dropping the receiver ends
+    /// the helper that watches.
+    #[must_use]
+    pub fn oom(&self, baseline: u64) -> mpsc::Receiver<OomReport> {
+        let (sender, receiver) = mpsc::channel(WAITING);
+        let span = tracing::info_span!(parent: None, "oom", handle = self.handle());
+        let watcher = Watcher {
+            container: self.clone(),
+            known: baseline,
+            sender,
+        };
+        tokio::spawn(watcher.run().instrument(span));
+        receiver
+    }
+
+    /// The kills since the counter stood at `baseline`, read at once: for the moment when the container
+    /// or its job has died, and the event may not have come yet. A group that is gone has none.
+    pub async fn oom_now(&self, baseline: u64) -> Vec<OomReport> {
+        let group = self.inner.group.clone();
+        match blocking(move || group.oom_kills()).await {
+            Ok(total) => self.reports(baseline, total).await,
+            Err(error) => {
+                tracing::debug!(handle = self.handle(), %error, "kills could not be counted");
+                Vec::new()
+            }
+        }
+    }
+
+    /// One report for each kill after `known`, up to `total`.
+    async fn reports(&self, known: u64, total: u64) -> Vec<OomReport> {
+        if total <= known {
+            return Vec::new();
+        }
+        let handle = self.handle();
+        let (records, complete) = self.inner.shared.kills.of(handle, total).await;
+        let group = self.inner.group.clone();
+        let (limit_bytes, peak_bytes, usage_bytes) = blocking(move || {
+            let usage = group.usage().ok().map(|usage| usage.memory_bytes);
+            (group.memory_limit(), group.memory_peak(), usage)
+        })
+        .await;
+        let first = known.max(total.saturating_sub(MOST_REPORTS)) + 1;
+        let reports = (first..=total).map(|count| {
+            let record = record_of(&records, complete, count, total);
+            let at_limit = limit_bytes
+                .zip(peak_bytes)
+                .is_some_and(|(limit, peak)| peak >= limit);
+            let victim = record.map(|record| Victim {
+                pid: record.pid,
+                comm: record.comm.clone(),
+            });
+            let level = level(record, handle, at_limit);
+            OomReport {
+                count,
+                level,
+                victim,
+                limit_bytes,
+                peak_bytes,
+                usage_bytes,
+            }
+        });
+        reports.collect()
+    }
+}
+
+/// The record of a group's kill number `count` (from 1) of `total`. A complete log holds them from the
+/// first one on; one that has lost its beginning is counted from its end, unless it is too long for that.
+fn record_of(
+    records: &[OomKill],
+    complete: log::Complete,
+    count: u64,
+    total: u64,
+) -> Option<&OomKill> {
+    let length = u64::try_from(records.len()).unwrap_or(u64::MAX);
+    let index = match complete {
+        log::Complete::Yes => count.checked_sub(1),
+        log::Complete::No => (length + count).checked_sub(total + 1),
+    };
+    records.get(usize::try_from(index?).ok()?)
+}
+
+fn level(record: Option<&OomKill>, handle: &str, at_limit: bool) -> Level {
+    match record {
+        Some(kill) if kill.constraint == "CONSTRAINT_MEMCG" => {
+            if log::is_of(&kill.oom_memcg, handle) {
+                Level::Container
+            } else {
+                Level::Above
+            }
+        }
+        Some(kill) if !kill.constraint.is_empty() => Level::Host,
+        Some(_) | None if at_limit => Level::Container,
+        Some(_) | None => Level::Unknown,
+    }
+}
+
+struct Watcher {
+    container: Container,
+    known: u64,
+    sender: mpsc::Sender<OomReport>,
+}
+
+enum Turn {
+    Unwanted,
+    Ended(Ended),
+}
+
+#[derive(Debug, thiserror::Error)]
+enum WatchError {
+    #[error(transparent)]
+    Helper(#[from] HelperError),
+    #[error(transparent)]
+    Refused(#[from] SysError),
+    #[error("the helper's pipe failed: {0}")]
+    Pipe(#[from] io::Error),
+}
+
+impl Watcher {
+    async fn run(mut self) {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let began = tokio::time::Instant::now();
+            match self.watch().await {
+                Ok(Turn::Unwanted) => return,
+                Ok(Turn::Ended(Ended::Exited(code))) if code == i32::from(exit::GONE) => return,
+                Ok(Turn::Ended(ended)) => tracing::debug!(%ended, "oom helper ended"),
+                Err(error) => tracing::warn!(%error, "memory kills are not watched"),
+            }
+            if began.elapsed() > LONGEST_PAUSE {
+                pause = FIRST_PAUSE;
+            }
+            tokio::select! {
+                biased;
+                () = self.sender.closed() => return,
+                () = sleep(pause) => pause = (pause * 2).min(LONGEST_PAUSE),
+            }
+        }
+    }
+
+    /// Starts a helper and reports what it counts until it ends or nobody listens.
+    async fn watch(&mut self) -> Result<Turn, WatchError> {
+        let (lines, helper) = self.start().await?;
+        let leash = Leash(helper);
+        let mut lines = BufReader::new(lines).lines();
+        loop {
+            let line = tokio::select! {
+                biased;
+                () = self.sender.closed() => return Ok(Turn::Unwanted),
+                line = lines.next_line() => line?,
+            };
+            let Some(line) = line else { break };
+            let Some(total) = total_of(&line) else {
+                continue;
+            };
+            for report in self.container.reports(self.known, total).await {
+                let count = report.count;
+                if self.sender.send(report).await.is_err() {
+                    return Ok(Turn::Unwanted);
+                }
+                self.known = count;
+            }
+        }
+        Ok(Turn::Ended(leash.0.wait().await))
+    }
+
+    async fn start(&self) -> Result<(pipe::Receiver, Child), WatchError> {
+        let inner = &self.container.inner;
+        let (ours, theirs) = io::pipe()?;
+        let directory = inner.directory.clone();
+        let log = blocking(move || directory.log()).await?;
+        let command = Command {
+            program: "oom",
+            argv0: None,
+            args: vec![inner.group.memory_dir().into()],
+            env: vec![("OSTLER_HANGUP_FD", HANGUP_FD.to_string().into())],
+            fds: vec![
+                (OwnedFd::from(theirs), 1),
+                (log.into(), 2),
+                (inner.shared.helpers.hangup()?, HANGUP_FD),
+            ],
+        };
+        let helper = inner.shared.helpers.spawn(command).await?;
+        Ok((pipe::Receiver::from_owned_fd(ours.into())?, helper))
+    }
+}
+
+/// `baseline 3` and `oom_kill 3` both say that three were killed so far.
+fn total_of(line: &str) -> Option<u64> {
+    let (word, number) = line.split_once(' ')?;
+    let counts = matches!(word, "baseline" | "oom_kill");
+    counts.then(|| number.trim().parse().ok()).flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::log::Complete;
+    use super::{Level, level, record_of, total_of};
+    use crate::host::kmsg::OomKill;
+
+    const HANDLE: &str = "0123456789v";
+
+    fn kill(pid: i32, constraint: &str, oom_memcg: &str) -> OomKill {
+        OomKill {
+            seq: pid.unsigned_abs().into(),
+            time_us: 0,
+            constraint: constraint.to_owned(),
+            oom_memcg: oom_memcg.to_owned(),
+            task_memcg: format!("/ostler/{HANDLE}"),
+            comm: "app".to_owned(),
+            pid,
+            uid: 0,
+        }
+    }
+
+    #[test]
+    fn each_kill_has_its_own_record() {
+        let records = [kill(1, "", ""), kill(2, "", ""), kill(3, "", "")];
+        let pid = |complete, count, total| {
+            record_of(&records, complete, count, total).map(|record| record.pid)
+        };
+        assert_eq!(
+            [1, 2, 3].map(|n| pid(Complete::Yes, n, 3)),
+            [Some(1), Some(2), Some(3)]
+        );
+        // The kernel counted more than it logged.
+        assert_eq!([3, 4].map(|n| pid(Complete::Yes, n, 4)), [Some(3), None]);
+        // The log has lost its beginning.
+        assert_eq!(
+            [5, 6, 7, 8].map(|n| pid(Complete::No, n, 8)),
+            [None, Some(1), Some(2), Some(3)]
+        );
+        assert_eq!(pid(Complete::No, 0, 3), None);
+        assert_eq!(record_of(&[], Complete::Yes, 1, 1), None);
+    }
+
+    #[test]
+    fn the_level_is_what_the_kernel_says_or_the_peak_shows() {
+        let own = kill(1, "CONSTRAINT_MEMCG", &format!("/ostler/{HANDLE}"));
+        let above = kill(1, "CONSTRAINT_MEMCG", "/ostler");
+        let host = kill(1, "CONSTRAINT_NONE", "");
+        let silent = kill(1, "", "");
+        assert_eq!(level(Some(&own), HANDLE, false), Level::Container);
+        assert_eq!(level(Some(&above), HANDLE, true), Level::Above);
+        assert_eq!(level(Some(&host), HANDLE, true), Level::Host);
+        assert_eq!(level(Some(&silent), HANDLE, true), Level::Container);
+        assert_eq!(level(Some(&silent), HANDLE, false), Level::Unknown);
+        assert_eq!(level(None, HANDLE, true), Level::Container);
+        assert_eq!(level(None, HANDLE, false), Level::Unknown);
+    }
+
+    #[test]
+    fn the_helper_counts_in_two_words() {
+        assert_eq!(total_of("baseline 0"), Some(0));
+        assert_eq!(total_of("oom_kill 12"), Some(12));
+        for line in ["", "oom_kill", "oom_kill x", "local 3"] {
+            assert_eq!(total_of(line), None, "{line}");
+        }
+    }
+}

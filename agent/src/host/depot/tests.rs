@@ -1,0 +1,177 @@
+use super::{Depot, DepotError, SeedFile, is_handle};
+use container::fault::SysError;
+use nix::errno::Errno;
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+use std::path::{Path, PathBuf};
+
+const HANDLE: &str = "0123456789v";
+
+/// A base directory that goes when the test ends, however it ends.
+struct Base(PathBuf);
+
+impl Base {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("ostler-depot-{name}-{}", std::process::id()));
+        fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Base {
+    fn drop(&mut self) {
+        fs::remove_dir_all(&self.0).unwrap();
+    }
+}
+
+fn file(path: &str, bytes: &[u8]) -> SeedFile {
+    SeedFile {
+        path: path.into(),
+        mode: 0o4750,
+        uid: 7,
+        gid: 8,
+        bytes: bytes.to_vec(),
+    }
+}
+
+fn rights(path: &Path) -> (u32, u32, u32) {
+    let metadata = fs::symlink_metadata(path).unwrap();
+    (metadata.mode() & 0o7777, metadata.uid(), metadata.gid())
+}
+
+#[test]
+fn a_container_has_its_directories_once() {
+    let base = Base::new("once");
+    let depot = Depot::open(&base.0).unwrap();
+    let directory = depot.create(HANDLE).unwrap();
+    assert_eq!(rights(&base.0.join("containers")), (0o700, 0, 0));
+    assert_eq!(rights(&directory.path), (0o700, 0, 0));
+    assert_eq!(rights(&directory.upper()), (0o755, 0, 0));
+    let again = depot.create(HANDLE);
+    assert!(
+        matches!(
+            again,
+            Err(SysError {
+                errno: Errno::EEXIST,
+                ..
+            })
+        ),
+        "{again:?}"
+    );
+    fs::create_dir(base.0.join("containers/lost+found")).unwrap();
+    assert_eq!(depot.list().unwrap(), [HANDLE]);
+    directory.create_job(3).unwrap();
+    assert_eq!(directory.jobs().unwrap(), [3]);
+    assert!(directory.create_job(3).is_err());
+}
+
+#[test]
+fn a_base_directory_without_room_for_its_sockets_is_refused() {
+    let base = PathBuf::from("/tmp").join("d".repeat(80));
+    let error = Depot::open(&base).unwrap_err();
+    assert!(
+        matches!(error, DepotError::TooLong { length: 85, .. }),
+        "{error}"
+    );
+    assert!(error.to_string().contains("choose a shorter one"));
+    assert!(!base.exists());
+}
+
+#[test]
+fn handles_are_eleven_digits_of_base_32() {
+    assert!(is_handle(HANDLE));
+    for wrong in [
+        "",
+        "0123456789",
+        "0123456789w",
+        "0123456789V",
+        "0123456789vv",
+        "../23456789",
+    ] {
+        assert!(!is_handle(wrong), "{wrong}");
+    }
+}
+
+#[test]
+fn a_seed_file_keeps_the_rights_of_the_directories_above_it() {
+    let base = Base::new("seed");
+    let depot = Depot::open(&base.0).unwrap();
+    let directory = depot.create(HANDLE).unwrap();
+    let (layer, stack) = (base.0.join("layer"), base.0.join("stack"));
+    fs::create_dir_all(layer.join("home")).unwrap();
+    fs::create_dir_all(stack.join("home/vcap")).unwrap();
+    fs::set_permissions(layer.join("home"), fs::Permissions::from_mode(0o711)).unwrap();
+    fs::set_permissions(stack.join("home/vcap"), fs::Permissions::from_mode(0o1770)).unwrap();
+    chown(stack.join("home/vcap"), Some(1000), Some(1001)).unwrap();
+    let files = [
+        file("home/vcap/startup", b"one"),
+        file("home/vcap/new/x", b"two"),
+    ];
+    depot.seed(HANDLE, &[layer, stack], &files).unwrap();
+    let upper = directory.upper();
+    assert_eq!(rights(&upper.join("home")), (0o711, 0, 0));
+    assert_eq!(rights(&upper.join("home/vcap")), (0o1770, 1000, 1001));
+    assert_eq!(rights(&upper.join("home/vcap/new")), (0o755, 7, 8));
+    assert_eq!(rights(&upper.join("home/vcap/startup")), (0o4750, 7, 8));
+    assert_eq!(fs::read(upper.join("home/vcap/new/x")).unwrap(), b"two");
+}
+
+#[test]
+fn a_seed_file_follows_no_link_and_leaves_no_root() {
+    let base = Base::new("links");
+    let depot = Depot::open(&base.0).unwrap();
+    let directory = depot.create(HANDLE).unwrap();
+    let (top, stack) = (base.0.join("top"), base.0.join("stack"));
+    fs::create_dir_all(top.join("etc")).unwrap();
+    fs::create_dir(&stack).unwrap();
+    symlink("/tmp", stack.join("link")).unwrap();
+    symlink("/tmp", stack.join("etc")).unwrap();
+    let seed = |path| depot.seed(HANDLE, &[top.clone(), stack.clone()], &[file(path, b"x")]);
+    for outside in ["/etc/passwd", "../x", "etc/../../x", "", "."] {
+        assert!(
+            matches!(seed(outside), Err(DepotError::SeedPath(_))),
+            "{outside}"
+        );
+    }
+    let obstacle = seed("link/x").unwrap_err();
+    assert!(matches!(&obstacle, DepotError::SeedObstacle { layer, .. } if *layer == stack));
+    seed("etc/x").expect("the upper layer's directory hides the link");
+    assert!(seed("etc/x").is_err(), "twice");
+    assert!(directory.upper().join("etc/x").exists());
+}
+
+#[test]
+fn trash_of_any_depth_goes_and_links_lead_nowhere() {
+    let base = Base::new("trash");
+    let depot = Depot::open(&base.0).unwrap();
+    let directory = depot.create(HANDLE).unwrap();
+    let keep = base.0.join("keep");
+    fs::write(&keep, "x").unwrap();
+    // Built from the inside out: deeper than a path can say (PATH_MAX) or a stack can recurse.
+    for _ in 0..3000 {
+        let outer = base.0.join("outer");
+        fs::create_dir(&outer).unwrap();
+        symlink(&base.0, outer.join("link")).unwrap();
+        fs::rename(directory.upper(), outer.join("0")).unwrap();
+        fs::rename(outer, directory.upper()).unwrap();
+    }
+    depot.discard(HANDLE).unwrap();
+    depot.discard(HANDLE).unwrap();
+    assert!(!directory.path.exists());
+    depot.empty_trash().unwrap();
+    assert_eq!(fs::read_dir(base.0.join("trash")).unwrap().count(), 0);
+    assert_eq!(fs::read(&keep).unwrap(), b"x");
+}
+
+#[test]
+fn what_an_earlier_agent_left_in_the_trash_is_no_obstacle() {
+    let base = Base::new("left");
+    let depot = Depot::open(&base.0).unwrap();
+    for number in 0..64 {
+        fs::create_dir_all(base.0.join(format!("trash/{number}/a/b"))).unwrap();
+    }
+    depot.create(HANDLE).unwrap();
+    depot.discard(HANDLE).unwrap();
+    depot.empty_trash().unwrap();
+    assert_eq!(fs::read_dir(base.0.join("trash")).unwrap().count(), 0);
+}

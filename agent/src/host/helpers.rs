@@ -1,0 +1,480 @@
+//! Starting helpers: one thread does it, for as long as the agent lives.
+//!
+//! ```text
+//! spawn(Command) ─▶ the thread: posix_spawn, pidfd_open ─▶ Child ◀─ its end, from a task that reaps it
+//! ```
+//!
+//! One thread, because `PR_SET_PDEATHSIG` and the like follow the thread that forked and a thread of
+//! the blocking pool lives ten seconds. `posix_spawn`, because it shares memory until `exec`: what it
+//! costs does not grow with the agent. Helpers that must die with the agent get the read end of a pipe
+//! whose write end lives here ([`Helpers::hangup`]).
+
+use container::fault::SysError;
+use container::sys::{pidfd, process};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::stat::Mode;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use std::ffi::{CString, OsString};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, mpsc};
+use tokio::io::Interest;
+use tokio::runtime::Handle;
+use tokio::sync::{oneshot, watch};
+
+/// What to start. The environment is exactly `env`, the descriptors exactly `fds`: 0, 1 and 2 are
+/// `/dev/null` unless they are named.
+#[derive(Debug)]
+pub struct Command {
+    /// File name in the helpers' directory.
+    pub program: &'static str,
+    /// The title in a process list; the program's path when `None`.
+    pub argv0: Option<OsString>,
+    /// What follows `argv[0]`.
+    pub args: Vec<OsString>,
+    /// Environment variables.
+    pub env: Vec<(&'static str, OsString)>,
+    /// Descriptors and the numbers that they get in the helper.
+    pub fds: Vec<(OwnedFd, RawFd)>,
+}
+
+/// Why a helper was not started.
+#[derive(Debug, thiserror::Error)]
+pub enum HelperError {
+    /// The kernel refused.
+    #[error("helper \"{program}\" was not started")]
+    Start {
+        /// Its file name.
+        program: &'static str,
+        /// The call and its errno.
+        source: SysError,
+    },
+    /// The thread that starts helpers is gone; the agent is leaving.
+    #[error("helper \"{0}\" was not started: the agent is leaving")]
+    Leaving(&'static str),
+}
+
+/// How a helper ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// It exited with this code.
+    Exited(i32),
+    /// A signal ended it.
+    Signaled(i32),
+    /// Somebody else reaped it: nobody knows.
+    Unknown,
+}
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Exited(code) => write!(f, "exited with {code}"),
+            Self::Signaled(signal) => write!(f, "ended by signal {signal}"),
+            Self::Unknown => f.write_str("ended in an unknown way"),
+        }
+    }
+}
+
+/// A running helper. It is reaped whether or not anybody holds this; dropping it ends nothing.
+#[derive(Debug, Clone)]
+pub struct Child {
+    /// Its process id, for logs.
+    pub pid: i32,
+    pidfd: Arc<OwnedFd>,
+    end: watch::Receiver<Option<Ended>>,
+}
+
+impl Child {
+    /// Waits for its end. May be called again and dropped at any time.
+    pub async fn wait(&self) -> Ended {
+        let mut end = self.end.clone();
+        let ended = end
+            .wait_for(Option::is_some)
+            .await
+            .map(|ended| ended.unwrap_or(Ended::Unknown));
+        match ended {
+            Ok(ended) => ended,
+            // The runtime dropped the reaper: it is shutting down.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Its end, if it has come.
+    #[must_use]
+    pub fn ended(&self) -> Option<Ended> {
+        *self.end.borrow()
+    }
+
+    /// Sends SIGKILL; nothing happens if it has ended.
+    pub fn kill(&self) {
+        // The only other failure is EPERM, which root does not get.
+        let _ended_already = pidfd::send_signal(self.pidfd.as_fd(), Signal::SIGKILL as i32);
+    }
+}
+
+/// A helper that ends when this is dropped, also with the task that held it.
+#[derive(Debug)]
+pub struct Leash(pub Child);
+
+impl Drop for Leash {
+    fn drop(&mut self) {
+        self.0.kill();
+    }
+}
+
+/// One command on its way to the thread.
+#[derive(Debug)]
+struct Ask {
+    command: Command,
+    runtime: Handle,
+    answer: oneshot::Sender<Result<Child, SysError>>,
+}
+
+/// The thread that starts helpers, and the pipe by which they notice the agent's death.
+#[derive(Debug)]
+pub struct Helpers {
+    directory: PathBuf,
+    asks: mpsc::Sender<Ask>,
+    hangup: OwnedFd,
+    // Never written to: it closes with the agent.
+    _alive: OwnedFd,
+}
+
+impl Helpers {
+    /// Starts the thread. `directory` holds the helpers' programs. Descriptors that whoever started the
+    /// agent left open become close-on-exec: a helper that outlives the agent would keep them.
+    ///
+    /// # Errors
+    /// No thread or no pipe could be had.
+    pub fn start(directory: PathBuf) -> io::Result<Self> {
+        process::close_on_exec_from(3)?;
+        let (reader, writer) = io::pipe()?;
+        let (asks, inbox) = mpsc::channel();
+        let programs = directory.clone();
+        std::thread::Builder::new()
+            .name("helpers".to_owned())
+            .spawn(move || inbox.into_iter().for_each(|ask| serve(&programs, ask)))?;
+        Ok(Self {
+            directory,
+            asks,
+            hangup: reader.into(),
+            _alive: writer.into(),
+        })
+    }
+
+    /// Where the helpers' programs are.
+    #[must_use]
+    pub fn path(&self, program: &str) -> PathBuf {
+        self.directory.join(program)
+    }
+
+    /// A descriptor that hangs up when the agent dies, for a helper that shall die with it.
+    ///
+    /// # Errors
+    /// `EMFILE`.
+    pub fn hangup(&self) -> io::Result<OwnedFd> {
+        self.hangup.try_clone()
+    }
+
+    /// Starts a helper.
+    ///
+    /// # Errors
+    /// [`HelperError`]: not executable, no process or descriptor could be had.
+    pub async fn spawn(&self, command: Command) -> Result<Child, HelperError> {
+        let program = command.program;
+        let (answer, started) = oneshot::channel();
+        self.asks
+            .send(Ask {
+                command,
+                runtime: Handle::current(),
+                answer,
+            })
+            .map_err(|_| HelperError::Leaving(program))?;
+        let child = started
+            .await
+            .map_err(|_| HelperError::Leaving(program))?
+            .map_err(|source| HelperError::Start { program, source })?;
+        tracing::debug!(helper = program, pid = child.pid, "helper started");
+        Ok(child)
+    }
+}
+
+/// On the thread: starts the helper and the task that reaps it.
+fn serve(programs: &Path, ask: Ask) {
+    if ask.answer.is_closed() {
+        return;
+    }
+    let child = start(programs, &ask.command).map(|(pid, pidfd)| {
+        let (ended, end) = watch::channel(None);
+        let pidfd = Arc::new(pidfd);
+        ask.runtime.spawn(reap(Arc::clone(&pidfd), ended));
+        Child { pid, pidfd, end }
+    });
+    // Nobody waits any more: what nobody knows must not live on.
+    if let Err(Ok(child)) = ask.answer.send(child) {
+        child.kill();
+    }
+}
+
+/// Waits on the pidfd, which becomes readable when the process has ended (`pidfd_open(2)`).
+async fn reap(pidfd: Arc<OwnedFd>, ended: watch::Sender<Option<Ended>>) {
+    let how = match watch_end(&pidfd).await {
+        Ok(()) => how_it_ended(&pidfd),
+        Err(error) => {
+            tracing::warn!(%error, "a helper could not be watched");
+            Ended::Unknown
+        }
+    };
+    ended.send_replace(Some(how));
+}
+
+async fn watch_end(pidfd: &OwnedFd) -> io::Result<()> {
+    let pidfd = super::watched(pidfd.try_clone()?, Interest::READABLE)?;
+    pidfd.readable().await.map(drop)
+}
+
+fn how_it_ended(pidfd: &OwnedFd) -> Ended {
+    let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
+    match waitid(Id::PIDFd(pidfd.as_fd()), flags) {
+        Ok(WaitStatus::Exited(_, code)) => Ended::Exited(code),
+        Ok(WaitStatus::Signaled(_, signal, _)) => Ended::Signaled(signal as i32),
+        Ok(
+            WaitStatus::Stopped(..)
+            | WaitStatus::PtraceEvent(..)
+            | WaitStatus::PtraceSyscall(..)
+            | WaitStatus::Continued(..)
+            | WaitStatus::StillAlive,
+        )
+        | Err(_) => Ended::Unknown,
+    }
+}
+
+fn start(directory: &Path, command: &Command) -> Result<(i32, OwnedFd), SysError> {
+    let path = directory.join(command.program);
+    let fault = |call: &'static str, errno| SysError {
+        call,
+        on: path.display().to_string(),
+        errno,
+    };
+    let strings = |all: Vec<Vec<u8>>| -> Result<Vec<CString>, SysError> {
+        let zero = |_| fault("posix_spawn, a zero byte in an argument of", Errno::EINVAL);
+        all.into_iter()
+            .map(|bytes| CString::new(bytes).map_err(zero))
+            .collect()
+    };
+    let argv0 = command
+        .argv0
+        .clone()
+        .unwrap_or_else(|| path.clone().into_os_string());
+    let args = std::iter::once(argv0).chain(command.args.iter().cloned());
+    let args = strings(args.map(OsString::into_vec).collect())?;
+    let env = strings(
+        command
+            .env
+            .iter()
+            .map(|(name, value)| assignment(name, value))
+            .collect(),
+    )?;
+    let actions = actions(command).map_err(|errno| fault("posix_spawn_file_actions", errno))?;
+    let attributes = attributes().map_err(|errno| fault("posix_spawnattr", errno))?;
+    let pid = posix_spawn(&path, &actions, &attributes, &args, &env)
+        .map_err(|errno| fault("posix_spawn", errno))?
+        .as_raw();
+    // The number is still this process: nobody but the reaper waits for it, and that needs the pidfd.
+    Ok((pid, pidfd::open(pid)?))
+}
+
+fn assignment(name: &str, value: &OsString) -> Vec<u8> {
+    [name.as_bytes(), b"=", value.as_encoded_bytes()].concat()
+}
+
+/// Every descriptor goes to its number by way of a number above all others, because a target may be
+/// the source of another one.
+fn actions(command: &Command) -> nix::Result<PosixSpawnFileActions> {
+    let mut actions = PosixSpawnFileActions::init()?;
+    let numbers = command
+        .fds
+        .iter()
+        .flat_map(|(fd, target)| [fd.as_raw_fd(), *target]);
+    let above = numbers.max().unwrap_or(2).max(2);
+    for ((fd, _), spare) in command.fds.iter().zip(above + 1..) {
+        actions.add_dup2(fd.as_raw_fd(), spare)?;
+    }
+    for standard in 0..=2 {
+        if !command.fds.iter().any(|(_, target)| *target == standard) {
+            actions.add_open(standard, "/dev/null", OFlag::O_RDWR, Mode::empty())?;
+        }
+    }
+    for ((_, target), spare) in command.fds.iter().zip(above + 1..) {
+        actions.add_dup2(spare, *target)?;
+        actions.add_close(spare)?;
+    }
+    Ok(actions)
+}
+
+/// No signal blocked, none ignored: `SIGPIPE` is ignored in every Rust program.
+fn attributes() -> nix::Result<PosixSpawnAttr> {
+    let mut attributes = PosixSpawnAttr::init()?;
+    attributes.set_sigmask(&SigSet::empty())?;
+    attributes.set_sigdefault(&SigSet::all())?;
+    attributes.set_flags(
+        PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK | PosixSpawnFlags::POSIX_SPAWN_SETSIGDEF,
+    )?;
+    Ok(attributes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Command, Ended, HelperError, Helpers};
+    use nix::errno::Errno;
+    use std::io::{Read, Write, pipe};
+    use std::os::fd::{AsRawFd, OwnedFd};
+    use std::path::Path;
+
+    fn shell(script: &str, fds: Vec<(OwnedFd, i32)>) -> Command {
+        let args = vec!["-c".into(), script.into()];
+        Command {
+            program: "sh",
+            argv0: None,
+            args,
+            env: Vec::new(),
+            fds,
+        }
+    }
+
+    fn helpers() -> Helpers {
+        Helpers::start("/bin".into()).unwrap()
+    }
+
+    async fn output(helpers: &Helpers, mut command: Command) -> String {
+        let (mut reader, writer) = pipe().unwrap();
+        command.fds.push((writer.into(), 1));
+        let child = helpers.spawn(command).await.unwrap();
+        assert_eq!(child.wait().await, Ended::Exited(0));
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        text
+    }
+
+    #[tokio::test]
+    async fn ends_come_through() {
+        let helpers = helpers();
+        let exits = helpers.spawn(shell("exit 7", Vec::new())).await.unwrap();
+        assert_eq!(exits.wait().await, Ended::Exited(7));
+        assert_eq!(exits.ended(), Some(Ended::Exited(7)));
+        let killed = helpers
+            .spawn(shell("kill -9 $$", Vec::new()))
+            .await
+            .unwrap();
+        assert_eq!(killed.wait().await, Ended::Signaled(9));
+        let (reader, _writer) = pipe().unwrap();
+        let waits = shell("read x", vec![(reader.into(), 0)]);
+        let waits = helpers.spawn(waits).await.unwrap();
+        assert_eq!(waits.ended(), None);
+        waits.kill();
+        assert_eq!(waits.wait().await, Ended::Signaled(9));
+        assert!(
+            !Path::new(&format!("/proc/{}", waits.pid)).exists(),
+            "reaped"
+        );
+        waits.kill();
+    }
+
+    #[tokio::test]
+    async fn a_helper_has_the_given_descriptors_and_environment_only() {
+        let helpers = helpers();
+        let (a, mut to_a) = pipe().unwrap();
+        let (b, mut to_b) = pipe().unwrap();
+        to_a.write_all(b"a\n").unwrap();
+        to_b.write_all(b"b\n").unwrap();
+        // Each goes to the other's number.
+        let (number_a, number_b) = (a.as_raw_fd(), b.as_raw_fd());
+        let script = format!(
+            "read a < /proc/$$/fd/{number_b}; read b < /proc/$$/fd/{number_a}; echo $a $b; ls /proc/self/fd; env"
+        );
+        let fds = vec![(a.into(), number_b), (b.into(), number_a)];
+        let mut command = shell(&script, fds);
+        command.env = vec![("ONE", "x y".into())];
+        let text = output(&helpers, command).await;
+        let mut expected = vec!["0".to_owned(), "1".to_owned(), "2".to_owned()];
+        expected.extend([number_a, number_b].map(|number| number.to_string()));
+        let (words, rest) = text.split_once('\n').unwrap();
+        assert_eq!(words, "a b");
+        let (numbers, variables): (Vec<&str>, Vec<&str>) =
+            rest.lines().partition(|line| line.parse::<i32>().is_ok());
+        // One more is the listing itself.
+        assert_eq!(numbers.len(), expected.len() + 1, "{numbers:?}");
+        assert!(
+            expected
+                .iter()
+                .all(|number| numbers.contains(&number.as_str())),
+            "{numbers:?}"
+        );
+        assert!(variables.contains(&"ONE=x y"));
+        // What the shell itself sets.
+        assert!(
+            variables
+                .iter()
+                .all(|v| ["ONE=", "PWD=", "_=", "SHLVL=", "OLDPWD="]
+                    .iter()
+                    .any(|own| v.starts_with(own))),
+            "{variables:?}"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_helper_is_titled_and_ignores_no_signal() {
+        let helpers = helpers();
+        let mut command = shell(
+            "tr '\\0' ' ' < /proc/$$/cmdline; echo; grep SigIgn /proc/$$/status",
+            vec![],
+        );
+        command.argv0 = Some("wshd: title".into());
+        let text = output(&helpers, command).await;
+        assert!(text.starts_with("wshd: title -c "), "{text}");
+        // But for the two signals that the C library keeps for itself: it cannot give them back.
+        let ignored = text.trim().rsplit('\t').next().unwrap();
+        let ignored = u64::from_str_radix(ignored, 16).unwrap();
+        assert_eq!(ignored & !(0b11 << 31), 0, "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_helper_notices_that_the_agent_is_gone() {
+        let helpers = helpers();
+        let hangup = helpers.hangup().unwrap();
+        let child = helpers
+            .spawn(shell("read x <&3; exit 5", vec![(hangup, 3)]))
+            .await
+            .unwrap();
+        assert_eq!(child.ended(), None);
+        drop(helpers);
+        assert_eq!(child.wait().await, Ended::Exited(5));
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_executed_is_an_error() {
+        let helpers = helpers();
+        let mut command = shell("", Vec::new());
+        command.program = "no-such-helper";
+        let error = helpers.spawn(command).await.unwrap_err();
+        let HelperError::Start {
+            program: "no-such-helper",
+            source,
+        } = error
+        else {
+            panic!("{error}")
+        };
+        assert_eq!(
+            (source.errno, source.on.as_str()),
+            (Errno::ENOENT, "/bin/no-such-helper")
+        );
+        let mut command = shell("", Vec::new());
+        command.args.push("a\0b".into());
+        assert!(helpers.spawn(command).await.is_err());
+    }
+}

@@ -1,0 +1,236 @@
+//! Other people's forward chains.
+//!
+//! Every base chain at a hook must let a packet pass; our accept does not outvote their drop. Docker
+//! (and ufw) give `FORWARD` of iptables the policy DROP. There, and only there, two commented accepts
+//! go in, into `DOCKER-USER` where it is (Docker leaves that chain alone), else into `FORWARD`; they
+//! leave with the agent. Our own table still refuses what it refuses.
+
+use super::{NetworkError, program};
+use std::fs;
+
+/// What marks a rule as ours.
+const COMMENT: &str = "ostler";
+
+/// From containers, and to them what answers or was mapped. `-I` puts them at the head in this order
+/// reversed; neither hides the other.
+const ACCEPTS: [&[&str]; 2] = [
+    &[
+        "-i",
+        "os-+",
+        "-m",
+        "comment",
+        "--comment",
+        COMMENT,
+        "-j",
+        "ACCEPT",
+    ],
+    &[
+        "-o",
+        "os-+",
+        "-m",
+        "conntrack",
+        "--ctstate",
+        "RELATED,ESTABLISHED,DNAT",
+        "-m",
+        "comment",
+        "--comment",
+        COMMENT,
+        "-j",
+        "ACCEPT",
+    ],
+];
+
+/// What shall be so afterwards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Accepts {
+    /// Exactly two where FORWARD drops, none elsewhere.
+    WhereNeeded,
+    /// None.
+    Nowhere,
+}
+
+/// Puts the accepts in or takes them out, in each iptables that is in use here. Blocks: one process
+/// to read, and one for each change. Gives back the chains that have them now.
+pub(super) fn settle(accepts: Accepts) -> Result<Vec<String>, NetworkError> {
+    let mut places = Vec::new();
+    for program in ["iptables-nft", "iptables-legacy"] {
+        // Reading with the legacy program would make its tables where there are none yet.
+        if program == "iptables-legacy" && !legacy_in_use() {
+            continue;
+        }
+        let rules = match program::run(program, &["-w", "10", "-S"], "") {
+            Ok(rules) => rules,
+            // Without the program there is nobody who could have used it here. In a mount namespace
+            // of our own somebody outside might have: `ostler doctor` can tell, we cannot.
+            Err(NetworkError::Missing { .. }) => continue,
+            Err(error) => return Err(error),
+        };
+        let plan = plan(&rules, accepts);
+        for change in &plan.changes {
+            let mut arguments = vec!["-w", "10"];
+            arguments.extend(change.iter().map(String::as_str));
+            program::run(program, &arguments, "")?;
+        }
+        places.extend(plan.chain.map(|chain| format!("{chain} ({program})")));
+    }
+    Ok(places)
+}
+
+/// Whether the legacy `filter` table exists in this network namespace.
+fn legacy_in_use() -> bool {
+    fs::read_to_string("/proc/thread-self/net/ip_tables_names")
+        .is_ok_and(|names| names.lines().any(|name| name == "filter"))
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Plan {
+    /// Where the accepts are, once the changes are made.
+    chain: Option<&'static str>,
+    /// Arguments of one call each.
+    changes: Vec<Vec<String>>,
+}
+
+/// From what `iptables -S` prints to what must be changed.
+fn plan(rules: &str, accepts: Accepts) -> Plan {
+    let has = |wanted: &str| rules.lines().any(|line| line.trim() == wanted);
+    let chain = match accepts {
+        Accepts::WhereNeeded if has("-P FORWARD DROP") => {
+            let docker = has("-N DOCKER-USER") && has("-A FORWARD -j DOCKER-USER");
+            Some(if docker { "DOCKER-USER" } else { "FORWARD" })
+        }
+        Accepts::WhereNeeded | Accepts::Nowhere => None,
+    };
+    let ours: Vec<Vec<&str>> = rules
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>())
+        .filter(|words| words.windows(2).any(|pair| pair == ["--comment", COMMENT]))
+        .filter(|words| words.first() == Some(&"-A"))
+        .collect();
+    let in_place = |chain| {
+        let there = |accept: &&[&str]| {
+            ours.iter()
+                .any(|rule| rule.split_at_checked(2) == Some((&["-A", chain], *accept)))
+        };
+        ours.len() == ACCEPTS.len() && ACCEPTS.iter().all(there)
+    };
+    if chain.is_some_and(in_place) {
+        return Plan {
+            chain,
+            changes: Vec::new(),
+        };
+    }
+    // The new ones first: live connections are never without.
+    let added = chain.into_iter().flat_map(|chain| {
+        ACCEPTS
+            .iter()
+            .map(move |accept| call(&[&["-I", chain], *accept].concat()))
+    });
+    let removed = ours
+        .iter()
+        .map(|rule| call(&[&["-D"], rule.get(1..).unwrap_or(&[])].concat()));
+    Plan {
+        chain,
+        changes: added.chain(removed).collect(),
+    }
+}
+
+fn call(words: &[&str]) -> Vec<String> {
+    words.iter().map(|word| (*word).to_owned()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OPEN: &str = "-P INPUT ACCEPT\n-P FORWARD ACCEPT\n-P OUTPUT ACCEPT\n";
+    const CLOSED: &str = "-P INPUT ACCEPT\n-P FORWARD DROP\n-P OUTPUT ACCEPT\n";
+    const DOCKER: &str = "-P FORWARD DROP\n-N DOCKER\n-N DOCKER-USER\n\
+                          -A FORWARD -j DOCKER-USER\n-A FORWARD -o docker0 -j DOCKER\n";
+
+    fn lines(rules: &str, accepts: Accepts) -> Vec<String> {
+        plan(rules, accepts)
+            .changes
+            .iter()
+            .map(|change| change.join(" "))
+            .collect()
+    }
+
+    /// `rules` as they read with the accepts in `chain`.
+    fn settled(rules: &str, chain: &str) -> String {
+        let accepts = ACCEPTS
+            .iter()
+            .map(|accept| format!("-A {chain} {}\n", accept.join(" ")));
+        [rules.to_owned(), accepts.collect()].concat()
+    }
+
+    #[test]
+    fn nothing_is_touched_where_nobody_drops() {
+        let plan = plan(OPEN, Accepts::WhereNeeded);
+        assert_eq!(
+            plan,
+            Plan {
+                chain: None,
+                changes: Vec::new()
+            }
+        );
+    }
+
+    #[test]
+    fn two_accepts_go_where_forward_drops() {
+        let changes = lines(CLOSED, Accepts::WhereNeeded);
+        assert_eq!(
+            changes,
+            [
+                "-I FORWARD -i os-+ -m comment --comment ostler -j ACCEPT",
+                "-I FORWARD -o os-+ -m conntrack --ctstate RELATED,ESTABLISHED,DNAT \
+                 -m comment --comment ostler -j ACCEPT",
+            ]
+        );
+        let docker = lines(DOCKER, Accepts::WhereNeeded);
+        assert_eq!(docker.len(), 2);
+        assert!(
+            docker
+                .iter()
+                .all(|change| change.starts_with("-I DOCKER-USER "))
+        );
+    }
+
+    #[test]
+    fn an_unused_docker_user_chain_is_no_place() {
+        let rules = format!("{CLOSED}-N DOCKER-USER\n");
+        assert_eq!(plan(&rules, Accepts::WhereNeeded).chain, Some("FORWARD"));
+    }
+
+    #[test]
+    fn what_is_in_place_stays() {
+        assert!(lines(&settled(DOCKER, "DOCKER-USER"), Accepts::WhereNeeded).is_empty());
+    }
+
+    #[test]
+    fn what_is_elsewhere_moves_and_what_is_not_needed_goes() {
+        let moved = lines(&settled(DOCKER, "FORWARD"), Accepts::WhereNeeded);
+        assert_eq!(moved.len(), 4);
+        assert!(
+            moved[..2]
+                .iter()
+                .all(|change| change.starts_with("-I DOCKER-USER "))
+        );
+        assert!(
+            moved[2..]
+                .iter()
+                .all(|change| change.starts_with("-D FORWARD "))
+        );
+        let gone = lines(&settled(OPEN, "FORWARD"), Accepts::WhereNeeded);
+        assert_eq!(gone, lines(&settled(CLOSED, "FORWARD"), Accepts::Nowhere));
+        assert!(gone.len() == 2 && gone.iter().all(|change| change.starts_with("-D FORWARD ")));
+    }
+
+    #[test]
+    fn rules_of_others_are_never_removed() {
+        let rules = format!(
+            "{CLOSED}-A FORWARD -i os-+ -j ACCEPT\n\
+             -A FORWARD -m comment --comment ostlerish -j DROP\n"
+        );
+        assert!(lines(&rules, Accepts::Nowhere).is_empty());
+    }
+}

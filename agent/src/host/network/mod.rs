@@ -1,0 +1,424 @@
+//! A container's way to the world: a link of its own, an address, ports of the host that lead to it,
+//! and one table of rules that says what may pass.
+//!
+//! An instance costs a few netlink messages and no process. Addresses come in blocks of four (/30):
+//! network, host end, container, broadcast. What lives outlasts this agent: links hang on the
+//! container's namespace, rules and elements on the host's, and the next agent takes both over.
+
+mod error;
+mod foreign;
+mod link;
+mod nfnetlink;
+mod pool;
+mod program;
+mod subnet;
+mod sysctl;
+mod table;
+#[cfg(test)]
+mod testbed;
+#[cfg(test)]
+mod tests;
+
+pub use error::NetworkError;
+pub use subnet::Lease;
+
+use super::blocking;
+use foreign::Accepts;
+use link::{HostAddress, Links, Scope};
+use nfnetlink::Nftables;
+use pool::Pool;
+use std::collections::HashSet;
+use std::error::Error;
+use std::net::{Ipv4Addr, UdpSocket};
+use std::ops::RangeInclusive;
+use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use subnet::Subnet;
+use table::{Elements, HostAccess};
+use tracing::{debug, info, warn};
+
+/// How long an address block rests: a namespace takes some 30 ms to go, packets in flight longer.
+const ADDRESS_REST: Duration = Duration::from_secs(5);
+/// A chain without packets that says what `close` must put back, also if another agent closes.
+const FORWARDING_NOTE: &str = "ip_forward_was_off";
+
+/// What the operator decides.
+#[derive(Debug, Clone)]
+pub struct NetworkConfig {
+    /// Address and prefix length that the containers' /30 blocks are cut from, e.g. 10.254.0.0/22.
+    /// No other address of this host may lie inside.
+    pub pool: (Ipv4Addr, u8),
+    /// Largest packet of a container's link in bytes; without it, that of the link with the local
+    /// address.
+    pub mtu: Option<u32>,
+    /// TCP ports of the host to be mapped. Outside of `net.ipv4.ip_local_port_range`, and nobody else's.
+    pub ports: RangeInclusive<u16>,
+    /// How long a port rests before another instance gets it: as long as a router may go on using a
+    /// route that it was not told the end of.
+    pub port_quarantine: Duration,
+    /// The address under which others reach this host; found out when `None`.
+    pub local_ip: Option<Ipv4Addr>,
+    /// Whether containers may open connections to services of the host itself.
+    pub allow_host_access: bool,
+}
+
+impl Default for NetworkConfig {
+    /// 256 containers, 4000 ports above the kernel's ephemeral ones; 150 s are gorouter's 120 s for
+    /// a stale route and its 30 s between two looks.
+    fn default() -> Self {
+        Self {
+            pool: (Ipv4Addr::new(10, 254, 0, 0), 22),
+            mtu: None,
+            ports: 61_001..=65_000,
+            port_quarantine: Duration::from_secs(150),
+            local_ip: None,
+            allow_host_access: false,
+        }
+    }
+}
+
+/// A container that has its place in the network.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attached {
+    /// The container.
+    pub handle: String,
+    /// Its addresses.
+    pub lease: Lease,
+    /// Host port and container port of every mapping.
+    pub ports: Vec<(u16, u16)>,
+}
+
+/// The network of this host, in the network namespace in which it was opened.
+#[derive(Debug)]
+pub struct Network {
+    links: Links,
+    table: Arc<Nftables>,
+    pools: Mutex<Pools>,
+    pool: Subnet,
+    host_access: HostAccess,
+    first_port: u16,
+    local_ip: Ipv4Addr,
+    mtu: u32,
+}
+
+#[derive(Debug)]
+struct Pools {
+    /// Number n is the n-th block of four addresses.
+    blocks: Pool,
+    /// Number n is the n-th port.
+    ports: Pool,
+}
+
+impl Network {
+    /// Makes this host ready: forwarding, the table, and accepts where others' rules would drop what
+    /// ours let pass. Elements of a former agent stay until [`Network::rebuild`].
+    ///
+    /// # Errors
+    /// When the pool is unfit, `nft` is missing or refuses, or `/proc/sys/net` is read-only.
+    pub async fn open(config: &NetworkConfig) -> Result<Self, NetworkError> {
+        let pool = Subnet::parse(config.pool)?;
+        let links = Links::open().await?;
+        let addresses = links.addresses().await?;
+        if let Some(taken) = addresses.iter().find(|taken| pool.contains(taken.address)) {
+            return Err(NetworkError::PoolInUse {
+                pool: pool.to_string(),
+                address: taken.address,
+                link: taken.link.clone(),
+            });
+        }
+        let local_ip = config
+            .local_ip
+            .or_else(outgoing)
+            .unwrap_or_else(|| first_global(&addresses));
+        let host_access = if config.allow_host_access {
+            HostAccess::Allowed
+        } else {
+            HostAccess::Refused
+        };
+        let table = Arc::new(Nftables::open(table::TABLE)?);
+        let prepared = Arc::clone(&table);
+        blocking(move || prepare(&prepared, pool, host_access)).await?;
+        let first_port = *config.ports.start();
+        let ports = u32::try_from(config.ports.len()).unwrap_or(u32::MAX);
+        Ok(Self {
+            links,
+            table,
+            pools: Mutex::new(Pools {
+                blocks: Pool::new(pool.blocks(), ADDRESS_REST),
+                ports: Pool::new(ports, config.port_quarantine),
+            }),
+            pool,
+            host_access,
+            first_port,
+            local_ip,
+            mtu: config.mtu.unwrap_or_else(|| mtu_at(local_ip, &addresses)),
+        })
+    }
+
+    /// The address under which others reach this host and what it maps.
+    pub fn local_ip(&self) -> Ipv4Addr {
+        self.local_ip
+    }
+
+    /// Largest packet of a container's link, in bytes; the container's end must have the same.
+    pub fn mtu(&self) -> u32 {
+        self.mtu
+    }
+
+    /// Addresses for a new container.
+    ///
+    /// # Errors
+    /// [`NetworkError::NoAddress`].
+    pub fn lease(&self) -> Result<Lease, NetworkError> {
+        let mut pools = self.pools();
+        let block = pools
+            .blocks
+            .take(Instant::now())
+            .ok_or_else(|| NetworkError::NoAddress {
+                in_use: pools.blocks.in_use(),
+                resting: pools.blocks.resting(),
+            })?;
+        Ok(self.pool.block(block))
+    }
+
+    /// Claims the addresses of a container that lives already.
+    ///
+    /// # Errors
+    /// [`NetworkError::Taken`] when another one has them.
+    pub fn adopt_lease(&self, lease: &Lease) -> Result<(), NetworkError> {
+        let adopted = self.pools().blocks.adopt(self.pool.number(lease));
+        adopted.map_err(|pool::InUse| NetworkError::Taken(lease.container.to_string()))
+    }
+
+    /// Gives addresses back, to rest 5 s. After [`Network::detach`].
+    pub fn release(&self, lease: Lease) {
+        self.pools()
+            .blocks
+            .release(self.pool.number(&lease), Instant::now());
+    }
+
+    /// A host port for a new mapping.
+    ///
+    /// # Errors
+    /// [`NetworkError::NoPort`].
+    pub fn take_port(&self) -> Result<u16, NetworkError> {
+        let mut pools = self.pools();
+        let number = pools
+            .ports
+            .take(Instant::now())
+            .ok_or_else(|| NetworkError::NoPort {
+                in_use: pools.ports.in_use(),
+                resting: pools.ports.resting(),
+            })?;
+        Ok(u16::try_from(number).map_or(u16::MAX, |number| self.first_port.wrapping_add(number)))
+    }
+
+    /// Claims the port of a mapping that exists already, or existed until its container died.
+    ///
+    /// # Errors
+    /// [`NetworkError::Taken`] when another one has it.
+    pub fn adopt_port(&self, port: u16) -> Result<(), NetworkError> {
+        let adopted = self.pools().ports.adopt(self.port_number(port));
+        adopted.map_err(|pool::InUse| NetworkError::Taken(format!("port {port}")))
+    }
+
+    /// Gives a port back, to rest for [`NetworkConfig::port_quarantine`]. After [`Network::detach`].
+    pub fn release_port(&self, port: u16) {
+        self.pools()
+            .ports
+            .release(self.port_number(port), Instant::now());
+    }
+
+    /// Links the namespace `netns` to this host: there is then a link `eth0` in it, down and without
+    /// an address, and the container may speak from the lease's address. Undone on failure, but not
+    /// when the future is dropped half-way.
+    ///
+    /// # Errors
+    /// When the kernel refuses, also when a link for this handle is there already.
+    pub async fn attach(
+        &self,
+        handle: &str,
+        netns: BorrowedFd<'_>,
+        lease: &Lease,
+    ) -> Result<(), NetworkError> {
+        self.links.create(handle, netns, lease, self.mtu).await?;
+        let added = self.table.add(&[table::source(handle, lease)]);
+        if added.is_err() {
+            // The first error is the one to tell.
+            let _ = self.links.delete(&link::name(handle)).await;
+        }
+        added
+    }
+
+    /// Leads a TCP port of every address of this host, 127.0.0.1 included, into a container. One
+    /// netlink message, which is done when it is sent: never waits.
+    ///
+    /// # Errors
+    /// When the port leads elsewhere already.
+    pub async fn map_port(
+        &self,
+        handle: &str,
+        lease: &Lease,
+        host_port: u16,
+        container_port: u16,
+    ) -> Result<(), NetworkError> {
+        debug!(handle, host_port, container_port, "mapping a port");
+        self.table
+            .add(&[table::port(lease.container, host_port, container_port)])
+    }
+
+    /// Takes away what [`Network::attach`] and [`Network::map_port`] added to the table; what is not
+    /// there is no error. The link dies with the container's namespace. One netlink message, or two
+    /// when something was absent: never waits. A refusal is logged; [`Network::rebuild`] mends it.
+    pub async fn detach(&self, handle: &str, lease: &Lease, ports: &[(u16, u16)]) {
+        let mut elements = vec![table::source(handle, lease)];
+        elements.extend(
+            ports
+                .iter()
+                .map(|&(from, to)| table::port(lease.container, from, to)),
+        );
+        if let Err(error) = self.table.remove(&elements) {
+            warn!(
+                handle,
+                error = &error as &dyn Error,
+                "a container's network rules were left"
+            );
+        }
+    }
+
+    /// Makes the table say exactly what it shall for the containers in `live`, in one transaction:
+    /// their connections go on, elements of all others are gone.
+    ///
+    /// # Errors
+    /// When `nft` refuses.
+    pub async fn rebuild(&self, live: &[Attached]) -> Result<(), NetworkError> {
+        let (table, live) = (Arc::clone(&self.table), live.to_vec());
+        let (pool, host_access) = (self.pool, self.host_access);
+        blocking(move || load(&table, pool, host_access, Elements::Exactly(&live))).await
+    }
+
+    /// Removes the links of containers that nobody knows; gives back how many. Each takes the kernel
+    /// tens of milliseconds.
+    ///
+    /// # Errors
+    /// The first one, after all have been tried.
+    pub async fn sweep_links(&self, known: &HashSet<String>) -> Result<usize, NetworkError> {
+        let mut outcome = Ok(0);
+        for handle in self.links.handles().await? {
+            if known.contains(&handle) {
+                continue;
+            }
+            match (self.links.delete(&link::name(&handle)).await, &mut outcome) {
+                (Ok(()), Ok(count)) => *count += 1,
+                (Err(error), Ok(_)) => outcome = Err(error),
+                (_, Err(_)) => {}
+            }
+        }
+        outcome
+    }
+
+    /// Leaves the host as it was before the first agent came: no table, no accepts in others' chains,
+    /// forwarding off if it was. Links go with their containers. What is refused is logged, and the
+    /// rest done.
+    pub async fn close(&self) {
+        let table = Arc::clone(&self.table);
+        blocking(move || {
+            let forwarding = match table.has_note(FORWARDING_NOTE) {
+                Ok(true) => sysctl::write("ipv4/ip_forward", "0"),
+                Ok(false) => Ok(()),
+                Err(error) => Err(error),
+            };
+            let steps = [
+                foreign::settle(Accepts::Nowhere).map(drop),
+                forwarding,
+                table.remove_table(),
+            ];
+            for error in steps.into_iter().filter_map(Result::err) {
+                warn!(
+                    error = &error as &dyn Error,
+                    "something of the network was left"
+                );
+            }
+        })
+        .await;
+    }
+
+    fn port_number(&self, port: u16) -> u32 {
+        u32::from(port).wrapping_sub(u32::from(self.first_port))
+    }
+
+    fn pools(&self) -> MutexGuard<'_, Pools> {
+        self.pools.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Table first: without it nothing of a container's may be forwarded.
+fn prepare(table: &Nftables, pool: Subnet, host: HostAccess) -> Result<(), NetworkError> {
+    load(table, pool, host, Elements::Kept)?;
+    if sysctl::read("ipv4/ip_forward")? == "0" {
+        table.add_note(FORWARDING_NOTE)?;
+        sysctl::write("ipv4/ip_forward", "1")?;
+    }
+    let places = foreign::settle(Accepts::WhereNeeded)?;
+    if !places.is_empty() {
+        let chains = places.join(", ");
+        info!(
+            chains,
+            "foreign chains that drop were told to accept containers' traffic"
+        );
+    }
+    Ok(())
+}
+
+fn load(
+    table: &Nftables,
+    pool: Subnet,
+    host: HostAccess,
+    elements: Elements<'_>,
+) -> Result<(), NetworkError> {
+    let nft = |script: String| program::run("nft", &["-f", "-"], &script).map(drop);
+    match nft(table::script(pool, host, elements)) {
+        Err(NetworkError::Program { detail, .. }) => {
+            // Whatever the reason was, a transaction that fails has changed nothing.
+            warn!(
+                detail,
+                "the nftables table could not be brought up to date and is replaced"
+            );
+            let noted = table.has_note(FORWARDING_NOTE)?;
+            nft(table::script_afresh(pool, host, elements))?;
+            if noted {
+                table.add_note(FORWARDING_NOTE)
+            } else {
+                Ok(())
+            }
+        }
+        other => other,
+    }
+}
+
+/// The address that a packet to the wide world would leave with; none is sent.
+fn outgoing() -> Option<Ipv4Addr> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).ok()?;
+    socket.connect((Ipv4Addr::new(1, 1, 1, 1), 53)).ok()?;
+    match socket.local_addr().ok()? {
+        std::net::SocketAddr::V4(address) => Some(*address.ip()),
+        std::net::SocketAddr::V6(_) => None,
+    }
+}
+
+fn first_global(addresses: &[HostAddress]) -> Ipv4Addr {
+    let global = addresses
+        .iter()
+        .find(|candidate| candidate.scope == Scope::Global);
+    global.map_or(Ipv4Addr::LOCALHOST, |found| found.address)
+}
+
+fn mtu_at(local_ip: Ipv4Addr, addresses: &[HostAddress]) -> u32 {
+    let at = addresses
+        .iter()
+        .find(|candidate| candidate.address == local_ip);
+    // The loopback's 64 KiB are for the loopback alone.
+    at.filter(|found| !found.address.is_loopback())
+        .map_or(link::ETHERNET_MTU, |found| found.mtu)
+}

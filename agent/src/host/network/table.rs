@@ -1,0 +1,212 @@
+//! The one nftables table, `inet ostler`: what may go where.
+//!
+//! ```text
+//!                    ┌ sources: which address may speak on which link
+//! container → raw_in ┴→ forward → masquerade → outside     allowed, unless it goes to a container
+//!                     └→ input                 → host      refused, but ICMP and answers
+//! outside   → nat_in  ─→ forward               → container what `ports` maps, and answers
+//! host      → nat_out ─→ (masquerade if 127/8) → container anything
+//!                └ ports: host port → address and port
+//! ```
+//!
+//! Its rules are the same for one instance and for a thousand: an instance is one element of
+//! `sources` and one of `ports` for each mapped port, so what a packet costs does not grow. An accept
+//! in this table is no accept in another's; see `foreign`.
+
+use super::nfnetlink::Element;
+use super::{Attached, Lease, Subnet, link};
+use std::fmt::Write as _;
+use std::net::Ipv4Addr;
+
+/// The table's name, in the family `inet`.
+pub(super) const TABLE: &str = "ostler";
+/// Concatenation of link name and source address.
+pub(super) const SOURCES: &str = "sources";
+/// TCP port of the host to address and port of a container.
+pub(super) const PORTS: &str = "ports";
+
+/// Whether containers may open connections to the host itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum HostAccess {
+    Allowed,
+    Refused,
+}
+
+/// What becomes of the elements that the table has already.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Elements<'a> {
+    /// They stay: those of a former agent's containers, which may be alive.
+    Kept,
+    /// These alone are there afterwards.
+    Exactly(&'a [Attached]),
+}
+
+/// The input of one `nft -f -`, and so one transaction: there is no moment without the old or the new
+/// rules. What is there already is added again without complaint, if its type is the same.
+pub(super) fn script(pool: Subnet, host: HostAccess, elements: Elements<'_>) -> String {
+    let host = match host {
+        HostAccess::Allowed => "accept",
+        HostAccess::Refused => "reject with icmpx admin-prohibited",
+    };
+    let mut text = String::from(
+        "add table inet ostler\n\
+         flush table inet ostler\n\
+         add set inet ostler sources { type ifname . ipv4_addr; }\n\
+         add map inet ostler ports { type inet_service : ipv4_addr . inet_service; }\n",
+    );
+    for (chain, hook) in CHAINS {
+        let _ = writeln!(
+            text,
+            "add chain inet ostler {chain} {{ type {hook}; policy accept; }}"
+        );
+    }
+    for line in RULES.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        let rule = line
+            .replace("$pool", &pool.to_string())
+            .replace("$host", host);
+        let _ = writeln!(text, "add rule inet ostler {rule}");
+    }
+    if let Elements::Exactly(live) = elements {
+        fill(&mut text, live);
+    }
+    text
+}
+
+/// The same for a kernel that has a table of this name with another layout: without the old one.
+pub(super) fn script_afresh(pool: Subnet, host: HostAccess, elements: Elements<'_>) -> String {
+    let replace = "add table inet ostler\ndelete table inet ostler\n";
+    [replace, &script(pool, host, elements)].concat()
+}
+
+const CHAINS: [(&str, &str); 6] = [
+    ("raw_in", "filter hook prerouting priority raw"),
+    ("nat_in", "nat hook prerouting priority dstnat"),
+    ("nat_out", "nat hook output priority -100"),
+    ("nat_post", "nat hook postrouting priority srcnat"),
+    ("forward", "filter hook forward priority filter"),
+    ("input", "filter hook input priority filter"),
+];
+
+/// By chain, in order. Before connection tracking (`raw_in`) a reply to 127.0.0.1 still bears the
+/// link's address, so whatever names 127/8 there was made up. `route_localnet`, which the replies
+/// need, opens nothing because of that rule. A packet that tracking calls invalid would leave with
+/// its private address.
+const RULES: &str = r#"
+    raw_in iifname != "os-*" accept
+    raw_in meta nfproto ipv6 drop
+    raw_in ip daddr 127.0.0.0/8 drop
+    raw_in iifname . ip saddr != @sources drop
+
+    nat_in iifname != "os-*" meta nfproto ipv4 meta l4proto tcp fib daddr type local dnat ip to tcp dport map @ports
+    nat_out meta nfproto ipv4 meta l4proto tcp fib daddr type local dnat ip to tcp dport map @ports
+    nat_post oifname "os-*" ip saddr 127.0.0.0/8 masquerade
+    nat_post oifname != "os-*" ip saddr $pool masquerade
+
+    forward iifname != "os-*" oifname != "os-*" accept
+    forward ct state established,related accept
+    forward ct state invalid drop
+    forward iifname "os-*" oifname "os-*" reject with icmpx admin-prohibited
+    forward iifname "os-*" accept
+    forward ct status dnat accept
+    forward reject with icmpx admin-prohibited
+
+    input iifname != "os-*" accept
+    input ct state established,related accept
+    input ct state invalid drop
+    input meta l4proto icmp accept
+    input $host
+"#;
+
+fn fill(text: &mut String, live: &[Attached]) {
+    let _ = writeln!(
+        text,
+        "flush set inet ostler {SOURCES}\nflush map inet ostler {PORTS}"
+    );
+    for Attached {
+        handle,
+        lease,
+        ports,
+    } in live
+    {
+        let (link, address) = (link::name(handle), lease.container);
+        let _ = writeln!(
+            text,
+            "add element inet ostler {SOURCES} {{ \"{link}\" . {address} }}"
+        );
+        for (outer, inner) in ports {
+            let _ = writeln!(
+                text,
+                "add element inet ostler {PORTS} {{ {outer} : {address} . {inner} }}"
+            );
+        }
+    }
+}
+
+/// Lets the container speak from its address, and from no other.
+pub(super) fn source(handle: &str, lease: &Lease) -> Element {
+    // An `ifname` is 16 bytes (IFNAMSIZ), filled up with zeros.
+    let mut key = link::name(handle).into_bytes();
+    key.resize(16, 0);
+    key.extend(lease.container.octets());
+    Element {
+        set: SOURCES,
+        key,
+        data: None,
+    }
+}
+
+/// Leads a TCP port of the host into the container.
+pub(super) fn port(container: Ipv4Addr, outer: u16, inner: u16) -> Element {
+    let mut data = container.octets().to_vec();
+    data.extend(inner.to_be_bytes());
+    data.extend([0, 0]);
+    Element {
+        set: PORTS,
+        key: outer.to_be_bytes().to_vec(),
+        data: Some(data),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lease() -> Lease {
+        Lease {
+            host: [10, 254, 0, 1].into(),
+            container: [10, 254, 0, 2].into(),
+            prefix: 30,
+        }
+    }
+
+    #[test]
+    fn elements_are_encoded_as_nft_does() {
+        let element = source("0123456789a", &lease());
+        assert_eq!(element.key, *b"os-0123456789a\0\0\x0a\xfe\0\x02");
+        assert_eq!(element.data, None);
+        let element = port(lease().container, 61_001, 8080);
+        assert_eq!(element.key, [0xee, 0x49]);
+        assert_eq!(element.data.unwrap(), [10, 254, 0, 2, 0x1f, 0x90, 0, 0]);
+    }
+
+    #[test]
+    fn the_script_fills_in_what_is_configured() {
+        let pool = Subnet::parse(([10, 254, 0, 0].into(), 22)).unwrap();
+        let kept = script(pool, HostAccess::Refused, Elements::Kept);
+        assert!(kept.contains("ip saddr 10.254.0.0/22 masquerade\n"));
+        assert!(kept.contains("inet ostler input reject with icmpx admin-prohibited\n"));
+        assert!(!kept.contains('$') && !kept.contains("flush set") && !kept.contains("element"));
+        let live = [Attached {
+            handle: "0123456789a".to_owned(),
+            lease: lease(),
+            ports: vec![(61_001, 8080)],
+        }];
+        let filled = script(pool, HostAccess::Allowed, Elements::Exactly(&live));
+        assert!(filled.contains("inet ostler input accept\n"));
+        assert!(filled.ends_with(
+            "flush set inet ostler sources\nflush map inet ostler ports\n\
+             add element inet ostler sources { \"os-0123456789a\" . 10.254.0.2 }\n\
+             add element inet ostler ports { 61001 : 10.254.0.2 . 8080 }\n"
+        ));
+    }
+}

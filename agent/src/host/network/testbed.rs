@@ -1,0 +1,184 @@
+//! Hosts to test with: network namespaces of the test's own, joined by virtual cables.
+
+use super::{Lease, Network, NetworkConfig, program};
+use nix::sched::{CloneFlags, setns, unshare};
+use std::fs::File;
+use std::future::Future;
+use std::io::{self, Read as _, Write as _};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::panic::resume_unwind;
+use std::thread;
+use std::time::Duration;
+
+/// For whatever shall happen; what shall not happen is refused at once or shown by what comes after.
+pub(super) const DEADLINE: Duration = Duration::from_secs(10);
+/// The host under test, and a host beside it.
+pub(super) const HOST: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 1);
+pub(super) const OUTSIDE: Ipv4Addr = Ipv4Addr::new(192, 0, 2, 2);
+
+/// Runs `test` on a thread, and a runtime, in a new network namespace: the host under test.
+pub(super) fn on_host<F: Future<Output = ()>>(test: impl FnOnce() -> F + Send) {
+    on_thread(|| {
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        ip("link set lo up");
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(test());
+    });
+}
+
+fn on_thread<T: Send>(work: impl FnOnce() -> T + Send) -> T {
+    thread::scope(|scope| {
+        scope
+            .spawn(work)
+            .join()
+            .unwrap_or_else(|panic| resume_unwind(panic))
+    })
+}
+
+/// `ip`, in the namespace of the calling thread.
+pub(super) fn ip(arguments: &str) -> String {
+    run("ip", arguments)
+}
+
+/// A program that must succeed, in the namespace of the calling thread.
+pub(super) fn run(program: &'static str, arguments: &str) -> String {
+    let words: Vec<_> = arguments.split_whitespace().collect();
+    program::run(program, &words, "").unwrap()
+}
+
+/// Another network namespace; sockets made inside stay there.
+pub(super) struct Namespace(pub(super) OwnedFd);
+
+impl Namespace {
+    pub(super) fn new() -> Self {
+        Self(on_thread(|| {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            ip("link set lo up");
+            File::open("/proc/thread-self/ns/net").unwrap().into()
+        }))
+    }
+
+    pub(super) fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        on_thread(|| {
+            setns(self.0.as_fd(), CloneFlags::CLONE_NEWNET).unwrap();
+            work()
+        })
+    }
+
+    /// A new namespace at the other end of a cable, with its default route to here.
+    pub(super) fn beside(link: &str, here: Ipv4Addr, there: Ipv4Addr) -> Self {
+        let namespace = Self::new();
+        ip(&format!("link add {link} type veth peer name uplink"));
+        ip(&format!("addr add {here}/24 dev {link}"));
+        ip(&format!("link set {link} up"));
+        let descriptor = namespace.0.as_raw_fd();
+        let path = format!("/proc/{}/fd/{descriptor}", std::process::id());
+        ip(&format!("link set uplink netns {path}"));
+        namespace.inside(|| {
+            ip(&format!("addr add {there}/24 dev uplink"));
+            ip("link set uplink up");
+            ip(&format!("route add default via {here}"));
+        });
+        namespace
+    }
+
+    pub(super) fn listen(&self, port: u16) -> TcpListener {
+        self.inside(|| listen(port))
+    }
+
+    pub(super) fn connect(&self, address: Ipv4Addr, port: u16) -> io::Result<TcpStream> {
+        self.inside(|| connect(address, port))
+    }
+
+    pub(super) fn datagrams(&self, address: Ipv4Addr, port: u16) -> UdpSocket {
+        self.inside(|| datagrams(address, port))
+    }
+}
+
+pub(super) fn outside() -> Namespace {
+    Namespace::beside("up0", HOST, OUTSIDE)
+}
+
+/// A container as `wshd` makes it: attached, its end up, addressed and routed.
+pub(super) struct Container {
+    pub(super) namespace: Namespace,
+    pub(super) lease: Lease,
+}
+
+impl Container {
+    pub(super) async fn new(network: &Network, handle: &str) -> Self {
+        let (namespace, lease) = (Namespace::new(), network.lease().unwrap());
+        network
+            .attach(handle, namespace.0.as_fd(), &lease)
+            .await
+            .unwrap();
+        namespace.inside(|| {
+            ip(&format!(
+                "addr add {}/{} dev eth0",
+                lease.container, lease.prefix
+            ));
+            ip("link set eth0 up");
+            ip(&format!("route add default via {}", lease.host));
+        });
+        Self { namespace, lease }
+    }
+}
+
+/// Nobody closes it: what it made goes with the namespace.
+pub(super) async fn open() -> Network {
+    Network::open(&NetworkConfig::default()).await.unwrap()
+}
+
+/// The same where containers may reach the host's services.
+pub(super) async fn open_hospitable() -> Network {
+    let config = NetworkConfig {
+        allow_host_access: true,
+        ..NetworkConfig::default()
+    };
+    Network::open(&config).await.unwrap()
+}
+
+pub(super) fn listen(port: u16) -> TcpListener {
+    TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).unwrap()
+}
+
+pub(super) fn connect(address: Ipv4Addr, port: u16) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect_timeout(&SocketAddrV4::new(address, port).into(), DEADLINE)?;
+    stream.set_read_timeout(Some(DEADLINE))?;
+    Ok(stream)
+}
+
+pub(super) fn datagrams(address: Ipv4Addr, port: u16) -> UdpSocket {
+    let socket = UdpSocket::bind((address, port)).unwrap();
+    socket.set_read_timeout(Some(DEADLINE)).unwrap();
+    socket
+}
+
+/// One datagram: its text and where it seems to come from.
+pub(super) fn received(socket: &UdpSocket) -> (String, SocketAddr) {
+    let mut buffer = [0; 64];
+    let (length, from) = socket.recv_from(&mut buffer).unwrap();
+    (String::from_utf8(buffer[..length].to_vec()).unwrap(), from)
+}
+
+/// Accepts the connection that `client` is, sends a word each way, and gives back the server's end.
+pub(super) fn converse(listener: &TcpListener, client: &mut TcpStream) -> TcpStream {
+    let (mut server, _) = listener.accept().unwrap();
+    server.set_read_timeout(Some(DEADLINE)).unwrap();
+    exchange(client, &mut server);
+    server
+}
+
+pub(super) fn exchange(client: &mut TcpStream, server: &mut TcpStream) {
+    let mut word = [0; 4];
+    client.write_all(b"ping").unwrap();
+    server.read_exact(&mut word).unwrap();
+    assert_eq!(&word, b"ping");
+    server.write_all(b"pong").unwrap();
+    client.read_exact(&mut word).unwrap();
+    assert_eq!(&word, b"pong");
+}

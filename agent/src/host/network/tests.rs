@@ -1,0 +1,665 @@
+//! What may pass and what may not, tried with packets on the real kernel.
+
+use super::testbed::{
+    Container, DEADLINE, HOST, Namespace, OUTSIDE, connect, converse, datagrams, exchange, ip,
+    listen, on_host, open, open_hospitable, outside, received, run,
+};
+use super::{Attached, Lease, Network, NetworkConfig, NetworkError, sysctl};
+use std::collections::HashSet;
+use std::fs::File;
+use std::io;
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV6, UdpSocket};
+use std::os::fd::AsFd as _;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+const ONE: &str = "0000000000a";
+const TWO: &str = "0000000000b";
+
+/// What `reject with icmpx admin-prohibited` makes of a connect.
+fn assert_rejected(outcome: io::Result<std::net::TcpStream>) {
+    assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::HostUnreachable);
+}
+
+/// Without counters.
+fn ruleset() -> String {
+    run("nft", "--stateless list ruleset")
+}
+
+/// The names of the links; their state changes a little later than they do.
+fn links() -> String {
+    let listing = ip("-brief link");
+    let names = listing
+        .lines()
+        .filter_map(|line| line.split_whitespace().next());
+    names.map(|name| format!("{name}\n")).collect()
+}
+
+/// Without the chain that is tried: shows that the packet would have come through.
+fn without(chain: &str) {
+    run("nft", &format!("flush chain inet ostler {chain}"));
+}
+
+#[test]
+fn a_container_reaches_outside_with_the_hosts_address() {
+    on_host(|| async {
+        let (outside, network) = (outside(), open().await);
+        let container = Container::new(&network, ONE).await;
+        let listener = outside.listen(80);
+        let mut client = container.namespace.connect(OUTSIDE, 80).unwrap();
+        let server = converse(&listener, &mut client);
+        assert_eq!(server.peer_addr().unwrap().ip(), HOST);
+    });
+}
+
+#[test]
+fn outside_reaches_the_mapped_port_and_nothing_else() {
+    on_host(|| async {
+        let (outside, network) = (outside(), open().await);
+        let container = Container::new(&network, ONE).await;
+        let listener = container.namespace.listen(8080);
+        let port = network.take_port().unwrap();
+        network
+            .map_port(ONE, &container.lease, port, 8080)
+            .await
+            .unwrap();
+        // Again is the same mapping; another one is refused.
+        network
+            .map_port(ONE, &container.lease, port, 8080)
+            .await
+            .unwrap();
+        network
+            .map_port(ONE, &container.lease, port, 8081)
+            .await
+            .unwrap_err();
+        let mut client = outside.connect(HOST, port).unwrap();
+        let server = converse(&listener, &mut client);
+        assert_eq!(server.peer_addr().unwrap().ip(), OUTSIDE);
+        let unmapped = outside.connect(HOST, port + 1).unwrap_err();
+        assert_eq!(unmapped.kind(), io::ErrorKind::ConnectionRefused);
+        assert_rejected(outside.connect(container.lease.container, 8080));
+        without("forward");
+        outside.connect(container.lease.container, 8080).unwrap();
+    });
+}
+
+#[test]
+fn the_host_reaches_the_mapped_port_on_each_of_its_addresses() {
+    on_host(|| async {
+        let (_outside, network) = (outside(), open().await);
+        let container = Container::new(&network, ONE).await;
+        let listener = container.namespace.listen(8080);
+        let port = network.take_port().unwrap();
+        network
+            .map_port(ONE, &container.lease, port, 8080)
+            .await
+            .unwrap();
+        for address in [HOST, Ipv4Addr::LOCALHOST, Ipv4Addr::new(127, 0, 0, 53)] {
+            let server = converse(&listener, &mut connect(address, port).unwrap());
+            let peer = server.peer_addr().unwrap().ip();
+            let seen = if address == HOST {
+                HOST
+            } else {
+                container.lease.host
+            };
+            assert_eq!(peer, seen, "{address}");
+        }
+        let direct = container.lease.container;
+        converse(&listener, &mut connect(direct, 8080).unwrap());
+    });
+}
+
+#[test]
+fn a_container_reaches_no_other_container() {
+    on_host(|| async {
+        let (_outside, network) = (outside(), open().await);
+        let one = Container::new(&network, ONE).await;
+        let two = Container::new(&network, TWO).await;
+        let _listener = two.namespace.listen(8080);
+        let port = network.take_port().unwrap();
+        network.map_port(TWO, &two.lease, port, 8080).await.unwrap();
+        assert_rejected(one.namespace.connect(two.lease.container, 8080));
+        assert_rejected(one.namespace.connect(HOST, port));
+        assert_rejected(one.namespace.connect(one.lease.host, port));
+        without("forward");
+        one.namespace.connect(two.lease.container, 8080).unwrap();
+    });
+}
+
+#[test]
+fn a_container_reaches_the_host_only_where_that_is_allowed() {
+    on_host(|| async {
+        let (_outside, network) = (outside(), open().await);
+        let container = Container::new(&network, ONE).await;
+        let listener = listen(22);
+        for address in [HOST, container.lease.host] {
+            assert_rejected(container.namespace.connect(address, 22));
+            assert!(echo(&container.namespace, address), "{address}");
+        }
+        drop(network);
+        let _network = open_hospitable().await;
+        let mut client = container.namespace.connect(HOST, 22).unwrap();
+        converse(&listener, &mut client);
+    });
+}
+
+/// Whether an ICMP echo request is answered.
+fn echo(from: &Namespace, to: Ipv4Addr) -> bool {
+    use nix::sys::socket::{
+        AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, recv, sendto,
+        setsockopt, socket, sockopt::ReceiveTimeout,
+    };
+    use std::os::fd::AsRawFd as _;
+    let socket = from.inside(|| {
+        let (family, flags) = (AddressFamily::Inet, SockFlag::SOCK_CLOEXEC);
+        socket(family, SockType::Raw, flags, SockProtocol::Icmp).unwrap()
+    });
+    let deadline = nix::sys::time::TimeVal::new(10, 0);
+    setsockopt(&socket, ReceiveTimeout, &deadline).unwrap();
+    // Type 8, code 0, checksum, identifier 1, sequence 1.
+    let request = [8, 0, 0xf7, 0xfd, 0, 1, 0, 1];
+    let address = SockaddrIn::from(std::net::SocketAddrV4::new(to, 0));
+    sendto(socket.as_raw_fd(), &request, &address, MsgFlags::empty()).unwrap();
+    let mut answer = [0; 64];
+    recv(socket.as_raw_fd(), &mut answer, MsgFlags::empty()).is_ok_and(|_| answer[20] == 0)
+}
+
+#[test]
+fn a_borrowed_source_address_is_dropped() {
+    on_host(|| async {
+        let (outside, network) = (outside(), open().await);
+        let container = Container::new(&network, ONE).await;
+        let borrowed = Ipv4Addr::new(10, 254, 0, 6);
+        container
+            .namespace
+            .inside(|| ip(&format!("addr add {borrowed}/32 dev eth0")));
+        let receiver = outside.datagrams(OUTSIDE, 9000);
+        let lying = container.namespace.datagrams(borrowed, 0);
+        let honest = container.namespace.datagrams(container.lease.container, 0);
+        lying.send_to(b"lying", (OUTSIDE, 9000)).unwrap();
+        honest.send_to(b"honest", (OUTSIDE, 9000)).unwrap();
+        assert_eq!(received(&receiver).0, "honest");
+        without("raw_in");
+        // The kernel's own check of the reverse path would drop it as well.
+        std::fs::write(format!("/proc/sys/net/ipv4/conf/os-{ONE}/rp_filter"), "0").unwrap();
+        lying.send_to(b"lying", (OUTSIDE, 9000)).unwrap();
+        assert_eq!(received(&receiver).0, "lying");
+    });
+}
+
+#[test]
+fn the_hosts_loopback_is_out_of_a_containers_reach() {
+    on_host(|| async {
+        let network = open_hospitable().await;
+        let container = Container::new(&network, ONE).await;
+        let (loopback, gateway) = (Ipv4Addr::LOCALHOST, container.lease.host);
+        // A root of its own network namespace can route 127/8 to the host.
+        container.namespace.inside(|| {
+            ip("addr flush dev lo");
+            std::fs::write("/proc/sys/net/ipv4/conf/all/route_localnet", "1").unwrap();
+            ip(&format!(
+                "route add 127.0.0.0/8 via {gateway} src {}",
+                container.lease.container
+            ));
+        });
+        let receiver = datagrams(Ipv4Addr::UNSPECIFIED, 9000);
+        let sender = container.namespace.datagrams(container.lease.container, 0);
+        sender.send_to(b"loopback", (loopback, 9000)).unwrap();
+        sender.send_to(b"gateway", (gateway, 9000)).unwrap();
+        assert_eq!(received(&receiver).0, "gateway");
+        without("raw_in");
+        sender.send_to(b"loopback", (loopback, 9000)).unwrap();
+        assert_eq!(received(&receiver).0, "loopback");
+    });
+}
+
+#[test]
+fn a_container_speaks_no_ipv6() {
+    on_host(|| async {
+        let network = open_hospitable().await;
+        let container = Container::new(&network, ONE).await;
+        let off = format!("ipv6/conf/os-{ONE}/disable_ipv6");
+        assert_eq!(sysctl::read(&off).unwrap(), "1");
+        // Even if somebody turns it on again.
+        sysctl::write(&off, "0").unwrap();
+        ip(&format!("-6 addr add fd00::1/64 dev os-{ONE} nodad"));
+        let (here, there) = (Ipv6Addr::from_bits(0xfd00 << 112 | 1), "fd00::2");
+        container
+            .namespace
+            .inside(|| ip(&format!("-6 addr add {there}/64 dev eth0 nodad")));
+        let receiver = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 9000)).unwrap();
+        receiver.set_read_timeout(Some(DEADLINE)).unwrap();
+        let six = container
+            .namespace
+            .inside(|| UdpSocket::bind((there, 0)).unwrap());
+        let four = container.namespace.datagrams(container.lease.container, 0);
+        // Neighbour discovery is IPv6 too.
+        let link = ip(&format!("-o link show os-{ONE}"));
+        let mac = link
+            .split_once("link/ether ")
+            .unwrap()
+            .1
+            .split(' ')
+            .next()
+            .unwrap();
+        container
+            .namespace
+            .inside(|| ip(&format!("-6 neigh add {here} lladdr {mac} dev eth0")));
+        six.send_to(b"six", SocketAddrV6::new(here, 9000, 0, 0))
+            .unwrap();
+        four.send_to(b"four", (container.lease.host, 9000)).unwrap();
+        assert_eq!(received(&receiver).0, "four");
+        without("raw_in");
+        six.send_to(b"six", SocketAddrV6::new(here, 9000, 0, 0))
+            .unwrap();
+        assert_eq!(received(&receiver).0, "six");
+    });
+}
+
+/// The host's ruleset, legacy rules, forwarding and links.
+fn state() -> String {
+    [
+        ruleset(),
+        run("iptables-legacy", "-S"),
+        sysctl::read("ipv4/ip_forward").unwrap(),
+        links(),
+    ]
+    .join("\n")
+}
+
+/// Two more hosts with this one between them, and no part of ours in it: what FORWARD does to others.
+fn strangers() -> (Namespace, Namespace) {
+    let left = Namespace::beside("left0", [198, 51, 100, 1].into(), [198, 51, 100, 2].into());
+    let right = Namespace::beside("right0", [203, 0, 113, 1].into(), [203, 0, 113, 2].into());
+    (left, right)
+}
+
+/// `strangers` cannot pass, a container can both ways; and nothing of it is left.
+async fn passes_where_others_are_dropped(setup: &[(&'static str, &str)]) {
+    let (outside, (left, right)) = (outside(), strangers());
+    sysctl::write("ipv4/ip_forward", "0").unwrap();
+    for (program, arguments) in setup {
+        run(program, arguments);
+    }
+    let before = state();
+    let network = open().await;
+    let container = Container::new(&network, ONE).await;
+    let (inner, outer) = (container.namespace.listen(8080), outside.listen(80));
+    let port = network.take_port().unwrap();
+    network
+        .map_port(ONE, &container.lease, port, 8080)
+        .await
+        .unwrap();
+    converse(&inner, &mut outside.connect(HOST, port).unwrap());
+    converse(
+        &outer,
+        &mut container.namespace.connect(OUTSIDE, 80).unwrap(),
+    );
+    dropped(&left, &right);
+    // A second agent after a killed one finds the accepts, and makes no others.
+    let with = state();
+    drop(network);
+    let network = open().await;
+    assert_eq!(state(), with);
+    network.detach(ONE, &container.lease, &[(port, 8080)]).await;
+    network.close().await;
+    drop((container, inner));
+    gone(ONE);
+    assert_eq!(state(), before);
+}
+
+/// A datagram does not get through; one that needs no forwarding does, and later.
+fn dropped(from: &Namespace, to: &Namespace) {
+    let receiver = to.datagrams([203, 0, 113, 2].into(), 9000);
+    let forwarded = from.datagrams(Ipv4Addr::UNSPECIFIED, 0);
+    forwarded
+        .send_to(b"forwarded", ("203.0.113.2", 9000))
+        .unwrap();
+    let direct = datagrams(Ipv4Addr::UNSPECIFIED, 0);
+    direct.send_to(b"direct", ("203.0.113.2", 9000)).unwrap();
+    assert_eq!(received(&receiver).0, "direct");
+}
+
+/// Waits until a link died with its namespace: the kernel tells in its own time.
+fn gone(handle: &str) {
+    let link = format!("os-{handle}");
+    let end = std::time::Instant::now() + DEADLINE;
+    while nix::net::if_::if_nametoindex(link.as_str()).is_ok() {
+        assert!(std::time::Instant::now() < end, "{link} is still there");
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_forward_policy_of_nft_iptables_is_passed_and_left_as_it_was() {
+    on_host(|| passes_where_others_are_dropped(&[("iptables-nft", "-P FORWARD DROP")]));
+}
+
+#[test]
+fn a_forward_policy_of_legacy_iptables_is_passed_and_left_as_it_was() {
+    on_host(|| passes_where_others_are_dropped(&[("iptables-legacy", "-P FORWARD DROP")]));
+}
+
+#[test]
+fn dockers_forward_chain_is_passed_and_left_as_it_was() {
+    on_host(|| {
+        passes_where_others_are_dropped(&[
+            ("iptables-nft", "-P FORWARD DROP"),
+            ("iptables-nft", "-N DOCKER-USER"),
+            ("iptables-nft", "-A DOCKER-USER -j RETURN"),
+            ("iptables-nft", "-N DOCKER-FORWARD"),
+            ("iptables-nft", "-A FORWARD -j DOCKER-USER"),
+            ("iptables-nft", "-A FORWARD -j DOCKER-FORWARD"),
+        ])
+    });
+}
+
+#[test]
+fn close_leaves_the_host_as_the_first_agent_found_it() {
+    on_host(|| async {
+        sysctl::write("ipv4/ip_forward", "0").unwrap();
+        // Does not even make the empty tables of either iptables.
+        let before = ruleset() + &links();
+        let first = open().await;
+        assert_eq!(sysctl::read("ipv4/ip_forward").unwrap(), "1");
+        drop(first);
+        open().await.close().await;
+        assert_eq!(sysctl::read("ipv4/ip_forward").unwrap(), "0");
+        assert_eq!(ruleset() + &links(), before);
+        let legacy = std::fs::read_to_string("/proc/thread-self/net/ip_tables_names");
+        assert_eq!(legacy.unwrap_or_default(), "");
+        // Where it was on, it stays on.
+        sysctl::write("ipv4/ip_forward", "1").unwrap();
+        open().await.close().await;
+        assert_eq!(sysctl::read("ipv4/ip_forward").unwrap(), "1");
+    });
+}
+
+#[test]
+fn what_lives_notices_neither_a_new_agent_nor_a_rebuild() {
+    on_host(|| async {
+        let (outside, network) = (outside(), open().await);
+        let container = Container::new(&network, ONE).await;
+        let listener = container.namespace.listen(8080);
+        let ports = vec![(network.take_port().unwrap(), 8080)];
+        network
+            .map_port(ONE, &container.lease, ports[0].0, 8080)
+            .await
+            .unwrap();
+        let mut client = outside.connect(HOST, ports[0].0).unwrap();
+        let mut server = converse(&listener, &mut client);
+        // Datagrams in both directions, one at a time and never repeated: a single drop shows.
+        let far = outside.datagrams(OUTSIDE, 9000);
+        let near = container.namespace.datagrams(container.lease.container, 0);
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::clone(&stop);
+        let traffic = std::thread::spawn(move || {
+            let mut rounds = 0;
+            while !stopped.load(Ordering::Relaxed) {
+                near.send_to(b"near", (OUTSIDE, 9000)).unwrap();
+                let (_, from) = received(&far);
+                far.send_to(b"far", from).unwrap();
+                assert_eq!(received(&near).0, "far");
+                rounds += 1;
+            }
+            rounds
+        });
+        drop(network);
+        let live = [Attached {
+            handle: ONE.to_owned(),
+            lease: container.lease.clone(),
+            ports,
+        }];
+        for _ in 0..5 {
+            let network = open().await;
+            // Also new connections, and also before the rebuild.
+            converse(
+                &listener,
+                &mut outside.connect(HOST, live[0].ports[0].0).unwrap(),
+            );
+            network.rebuild(&live).await.unwrap();
+            exchange(&mut client, &mut server);
+            converse(
+                &listener,
+                &mut outside.connect(HOST, live[0].ports[0].0).unwrap(),
+            );
+        }
+        stop.store(true, Ordering::Relaxed);
+        let rounds = traffic.join().unwrap();
+        assert!(rounds > 5, "{rounds}");
+    });
+}
+
+#[test]
+fn a_rebuild_leaves_the_living_alone_and_nothing_else() {
+    on_host(|| async {
+        let network = open().await;
+        let one = Container::new(&network, ONE).await;
+        let two = Container::new(&network, TWO).await;
+        network
+            .map_port(ONE, &one.lease, 61_001, 8080)
+            .await
+            .unwrap();
+        network
+            .map_port(TWO, &two.lease, 61_002, 8080)
+            .await
+            .unwrap();
+        run("nft", "add rule inet ostler input accept");
+        let live = [Attached {
+            handle: TWO.to_owned(),
+            lease: two.lease.clone(),
+            ports: vec![(61_002, 8080)],
+        }];
+        network.rebuild(&live).await.unwrap();
+        let rebuilt = ruleset();
+        assert!(
+            rebuilt.contains(&format!("\"os-{TWO}\" . 10.254.0.6")),
+            "{rebuilt}"
+        );
+        assert!(rebuilt.contains("61002 : 10.254.0.6 . 8080"), "{rebuilt}");
+        assert!(
+            !rebuilt.contains(ONE) && !rebuilt.contains("61001"),
+            "{rebuilt}"
+        );
+        // The same elements as netlink adds, and the same rules as a first agent's.
+        network.detach(TWO, &two.lease, &live[0].ports).await;
+        let emptied = ruleset();
+        assert!(!emptied.contains("elements"), "{emptied}");
+        network.close().await;
+        let _fresh = open().await;
+        assert_eq!(ruleset(), emptied);
+    });
+}
+
+#[test]
+fn detaching_twice_or_what_is_half_there_succeeds() {
+    on_host(|| async {
+        let network = open().await;
+        let empty = ruleset();
+        let container = Container::new(&network, ONE).await;
+        let ports = [(61_001, 8080), (61_002, 8081), (61_003, 8082)];
+        for (outer, inner) in [ports[0], ports[2]] {
+            network
+                .map_port(ONE, &container.lease, outer, inner)
+                .await
+                .unwrap();
+        }
+        network.detach(ONE, &container.lease, &ports).await;
+        assert_eq!(ruleset(), empty);
+        network.detach(ONE, &container.lease, &ports).await;
+        assert_eq!(ruleset(), empty);
+        run("nft", "delete table inet ostler");
+        network.detach(ONE, &container.lease, &ports).await;
+        assert!(
+            network
+                .map_port(ONE, &container.lease, 61_001, 8080)
+                .await
+                .is_err()
+        );
+        drop(container);
+        gone(ONE);
+    });
+}
+
+#[test]
+fn an_attach_that_fails_leaves_nothing_and_harms_nobody() {
+    on_host(|| async {
+        let network = open().await;
+        let container = Container::new(&network, ONE).await;
+        let before = ruleset() + &links();
+        let other = Namespace::new();
+        let again = network
+            .attach(ONE, other.0.as_fd(), &container.lease)
+            .await
+            .unwrap_err();
+        assert!(
+            matches!(&again, NetworkError::Link { doing: "make", .. }),
+            "{again}"
+        );
+        assert!(again.to_string().contains(&format!("os-{ONE}")), "{again}");
+        let lease = network.lease().unwrap();
+        let file = File::open("/dev/null").unwrap();
+        network.attach(TWO, file.as_fd(), &lease).await.unwrap_err();
+        assert_eq!(ruleset() + &links(), before);
+        // The last step fails: those before it are undone.
+        run("nft", "delete table inet ostler");
+        network
+            .attach(TWO, other.0.as_fd(), &lease)
+            .await
+            .unwrap_err();
+        assert!(!links().contains(TWO));
+        other.inside(|| assert!(!links().contains("eth0")));
+    });
+}
+
+#[test]
+fn links_of_nobody_are_swept() {
+    on_host(|| async {
+        let network = open().await;
+        let _one = Container::new(&network, ONE).await;
+        let _two = Container::new(&network, TWO).await;
+        ip("link add os-br0 type veth peer name other");
+        ip("link add os-0000000000c type bridge");
+        let known = HashSet::from([ONE.to_owned()]);
+        assert_eq!(network.sweep_links(&known).await.unwrap(), 1);
+        assert_eq!(network.sweep_links(&known).await.unwrap(), 0);
+        let links = links();
+        assert!(!links.contains(TWO), "{links}");
+        for kept in [ONE, "os-br0", "os-0000000000c"] {
+            assert!(links.contains(kept), "{links}");
+        }
+    });
+}
+
+#[test]
+fn a_table_of_another_layout_is_replaced() {
+    on_host(|| async {
+        run("nft", "add table inet ostler");
+        run(
+            "nft",
+            "add map inet ostler ports { type inet_service : ipv4_addr ; }",
+        );
+        run(
+            "nft",
+            "add chain inet ostler forward { type filter hook forward priority 7 ; }",
+        );
+        // What the older agent noted is not forgotten with its table.
+        run("nft", "add chain inet ostler ip_forward_was_off");
+        sysctl::write("ipv4/ip_forward", "1").unwrap();
+        let network = open().await;
+        let replaced = ruleset();
+        assert!(replaced.contains("ip_forward_was_off"), "{replaced}");
+        network.close().await;
+        assert_eq!(sysctl::read("ipv4/ip_forward").unwrap(), "0");
+        let _network = open().await;
+        assert_eq!(ruleset(), replaced);
+    });
+}
+
+#[test]
+fn addresses_and_ports_are_given_out_once() {
+    on_host(|| async {
+        let config = NetworkConfig {
+            pool: ([10, 9, 8, 0].into(), 29),
+            ports: 65_534..=65_535,
+            port_quarantine: Duration::ZERO,
+            ..NetworkConfig::default()
+        };
+        let network = Network::open(&config).await.unwrap();
+        let second = Lease {
+            host: [10, 9, 8, 5].into(),
+            container: [10, 9, 8, 6].into(),
+            prefix: 30,
+        };
+        network.adopt_lease(&second).unwrap();
+        let taken = network.adopt_lease(&second).unwrap_err();
+        assert_eq!(taken.to_string(), "\"10.9.8.6\" is in use already");
+        assert_eq!(
+            network.lease().unwrap().container,
+            Ipv4Addr::new(10, 9, 8, 2)
+        );
+        network.release(second);
+        let empty = network.lease().unwrap_err().to_string();
+        assert_eq!(
+            empty,
+            "no free address: 1 in use, 1 resting; a larger network pool has more"
+        );
+        network.adopt_port(65_534).unwrap();
+        network.adopt_port(65_534).unwrap_err();
+        network.adopt_port(80).unwrap();
+        assert_eq!(network.take_port().unwrap(), 65_535);
+        assert!(matches!(
+            network.take_port(),
+            Err(NetworkError::NoPort {
+                in_use: 3,
+                resting: 0
+            })
+        ));
+        network.release_port(80);
+        network.release_port(65_534);
+        assert_eq!(network.take_port().unwrap(), 65_534);
+    });
+}
+
+#[test]
+fn a_host_with_nothing_but_loopback_will_do() {
+    on_host(|| async {
+        let network = open().await;
+        assert_eq!(
+            (network.local_ip(), network.mtu()),
+            (Ipv4Addr::LOCALHOST, 1500)
+        );
+        let container = Container::new(&network, ONE).await;
+        let listener = container.namespace.listen(8080);
+        network
+            .map_port(ONE, &container.lease, 61_001, 8080)
+            .await
+            .unwrap();
+        converse(&listener, &mut connect(network.local_ip(), 61_001).unwrap());
+    });
+}
+
+#[test]
+fn the_local_address_is_the_one_that_leads_out() {
+    on_host(|| async {
+        let _outside = outside();
+        ip("link set up0 mtu 1400");
+        let network = open().await;
+        assert_eq!((network.local_ip(), network.mtu()), (HOST, 1400));
+        let container = Container::new(&network, ONE).await;
+        container
+            .namespace
+            .inside(|| assert!(ip("link show eth0").contains("mtu 1400")));
+        ip("addr add 192.0.2.9/24 dev up0");
+        ip(&format!("route add default via {OUTSIDE} src 192.0.2.9"));
+        // The containers' own links are no reason to refuse the pool, nor an address of the host.
+        assert_eq!(open().await.local_ip(), Ipv4Addr::new(192, 0, 2, 9));
+        ip("addr add 10.254.3.1/16 dev up0");
+        let refused = Network::open(&NetworkConfig::default()).await.unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "network pool \"10.254.0.0/22\" contains \"10.254.3.1\" of \"up0\": choose another pool"
+        );
+    });
+}

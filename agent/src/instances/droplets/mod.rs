@@ -1,0 +1,425 @@
+//! Droplets: fetched once, checked, unpacked safely, and kept by digest.
+//!
+//! A droplet becomes a directory that lies between the stack and an instance's own changes, so unpacking
+//! costs nothing per instance and does not count against the app's limits. On disk:
+//!
+//! ```text
+//! <base>/droplets/<digest>/<uid>-<gid>/        a whole layer: app -> /home/vcap/app, home/vcap/…
+//! <base>/droplets/.new-<digest>-<uid>-<gid>/   one in the making; worthless after a restart
+//! <base>/droplets/.trash-<digest>              one on its way out
+//! ```
+//!
+//! A layer gets its final name by a rename, after everything in it has reached the disk. So whatever
+//! bears such a name is whole, however the agent ended.
+
+mod digest;
+mod error;
+mod fetch;
+mod meter;
+mod staging;
+pub(crate) mod tree;
+mod unpack;
+mod uri;
+mod yaml;
+
+use std::collections::{HashMap, HashSet};
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown, symlink};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tokio::sync::{Semaphore, oneshot, watch};
+
+pub use digest::{Digest, DigestError};
+pub use error::DropletError;
+pub use staging::{StagingInfo, staging_info, state_file};
+
+/// Downloads at the same time. More would only share the same network and disk, and each one may hold
+/// `max_bytes` of the disk.
+const PARALLEL: usize = 16;
+/// Before the first retry of a download; doubled for each further one.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+/// The longest time between two tries.
+const MAX_PAUSE: Duration = Duration::from_secs(5);
+
+/// Longer than any download; a configured time above it counts as this.
+const A_DAY: Duration = Duration::from_secs(24 * 3600);
+
+/// Whom files belong to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Owner {
+    /// The user's number.
+    pub uid: u32,
+    /// The number of the user's first group.
+    pub gid: u32,
+}
+
+/// The bounds of a download and of what comes out of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FetchOptions {
+    /// How long nothing may come: also for resolving and connecting.
+    pub inactivity: Duration,
+    /// For a whole download, retries included, unpacking not.
+    pub total: Duration,
+    /// The size of the archive, in bytes.
+    pub max_bytes: u64,
+    /// Further tries after a failure that may pass: a broken connection, a stall, an overloaded server.
+    pub retries: u32,
+    /// Files, links and directories in the droplet.
+    pub max_entries: u64,
+    /// The size of the droplet when unpacked, in bytes.
+    pub max_unpacked_bytes: u64,
+}
+
+impl Default for FetchOptions {
+    fn default() -> Self {
+        Self {
+            inactivity: Duration::from_secs(30),
+            total: Duration::from_secs(600),
+            max_bytes: 2 << 30,
+            retries: 2,
+            max_entries: 200_000,
+            max_unpacked_bytes: 8 << 30,
+        }
+    }
+}
+
+/// The droplets of this host. Cheap to clone; all clones are one.
+#[derive(Debug, Clone)]
+pub struct Droplets {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    /// `<base>/droplets`.
+    dir: PathBuf,
+    options: FetchOptions,
+    running: Mutex<HashMap<Wanted, Outcome>>,
+    slots: Semaphore,
+}
+
+/// What one task provides.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Wanted {
+    digest: Digest,
+    owner: Owner,
+}
+
+/// `None` until the task is done.
+type Outcome = watch::Receiver<Option<Result<PathBuf, DropletError>>>;
+
+impl Droplets {
+    /// Opens `<base>/droplets`, made with mode 0700 if need be, and clears away what an agent that was
+    /// killed left unfinished. Blocks. One agent per base: the caller sees to that.
+    ///
+    /// # Errors
+    /// If the directory cannot be made or read.
+    pub fn open(base: &Path, options: FetchOptions) -> Result<Self, DropletError> {
+        let dir = base.join("droplets");
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(&dir)
+            .map_err(|error| DropletError::disk("make directory", &dir, error))?;
+        for name in names_in(&dir)? {
+            if name.starts_with('.') {
+                remove_tree(&dir.join(name))?;
+            }
+        }
+        let running = Mutex::new(HashMap::new());
+        let slots = Semaphore::new(PARALLEL);
+        Ok(Self {
+            inner: Arc::new(Inner {
+                dir,
+                options,
+                running,
+                slots,
+            }),
+        })
+    }
+
+    /// The directory of the unpacked droplet, a lower layer for an overlay: `app` and `home/vcap/…`,
+    /// where all in `home/vcap` belongs to `owner`. Nobody may write to it.
+    ///
+    /// Fetches and unpacks if it is not there. Many may ask at the same time: one task does the work, and
+    /// all get its result, errors as well. Whoever stops waiting disturbs nobody. Put the digest into the
+    /// set that [`Droplets::reap`] spares before asking.
+    ///
+    /// # Errors
+    /// Whatever went wrong; nothing of a failed try stays on the disk, and the next call tries again.
+    pub async fn layer(
+        &self,
+        uri: &str,
+        digest: &Digest,
+        owner: Owner,
+    ) -> Result<PathBuf, DropletError> {
+        let mut outcome = self.outcome(
+            uri,
+            Wanted {
+                digest: *digest,
+                owner,
+            },
+        )?;
+        let ended = Err(DropletError::Abandoned("the agent is ending"));
+        match outcome.wait_for(Option::is_some).await {
+            Ok(result) => result.clone().unwrap_or(ended),
+            Err(_) => ended,
+        }
+    }
+
+    /// Removes the droplets whose names ([`Digest`]'s `Display`) are not in `in_use`, and says how many.
+    /// Spares those that a task is working on. Blocks. One that cannot be removed is logged and tried
+    /// again by the next call or the next start.
+    pub fn reap(&self, in_use: &HashSet<String>) -> usize {
+        let names = names_in(&self.inner.dir).unwrap_or_else(|error| {
+            tracing::warn!(error = cause(&error), "droplets could not be listed");
+            Vec::new()
+        });
+        let unused = names.into_iter().filter(|name| !name.starts_with('.'));
+        unused
+            .filter(|name| !in_use.contains(name) && self.remove(name))
+            .count()
+    }
+
+    /// Removes everything, `<base>/droplets` included. Blocks. For an agent that leaves nothing behind:
+    /// downloads that still run fail.
+    ///
+    /// # Errors
+    /// If something cannot be removed.
+    pub fn remove_all(&self) -> Result<(), DropletError> {
+        remove_tree(&self.inner.dir)
+    }
+
+    /// Joins the task for `wanted`, or starts it.
+    fn outcome(&self, uri: &str, wanted: Wanted) -> Result<Outcome, DropletError> {
+        let mut running = self.running();
+        if let Some(outcome) = running.get(&wanted) {
+            return Ok(outcome.clone());
+        }
+        let source = uri::parse(uri)?;
+        let (tell, outcome) = watch::channel(None);
+        running.insert(wanted, outcome.clone());
+        drop(running);
+        let droplets = self.clone();
+        // Owned by the map: whoever waits may leave, the next one finds it there.
+        tokio::spawn(async move {
+            let result = droplets.provide(Arc::new(source), wanted).await;
+            droplets.running().remove(&wanted);
+            tell.send_replace(Some(result));
+        });
+        Ok(outcome)
+    }
+
+    async fn provide(
+        &self,
+        source: Arc<uri::Source>,
+        wanted: Wanted,
+    ) -> Result<PathBuf, DropletError> {
+        let _slot = self.inner.slots.acquire().await;
+        let deadline = Instant::now() + self.inner.options.total.min(A_DAY);
+        let mut pause = FIRST_PAUSE;
+        let mut retries = self.inner.options.retries;
+        loop {
+            let (inner, source) = (Arc::clone(&self.inner), Arc::clone(&source));
+            let error = match on_a_thread(move || inner.provide(&source, wanted, deadline)).await {
+                Ok(layer) => return Ok(layer),
+                Err(error) => error,
+            };
+            if retries == 0 || !error.is_transient() || Instant::now() + pause >= deadline {
+                return Err(error);
+            }
+            tracing::warn!(droplet = %wanted.digest, error = cause(&error), retries, "download failed");
+            retries -= 1;
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(MAX_PAUSE);
+        }
+    }
+
+    /// Removes one droplet if nobody works on it.
+    fn remove(&self, name: &str) -> bool {
+        let trash = self.inner.dir.join(format!(".trash-{name}"));
+        // Left by a removal that failed.
+        let moved = remove_tree(&trash).and_then(|()| {
+            let running = self.running();
+            if running
+                .keys()
+                .any(|wanted| wanted.digest.to_string() == name)
+            {
+                return Ok(false);
+            }
+            let path = self.inner.dir.join(name);
+            // From here on no task finds it, so the slow part needs no lock.
+            fs::rename(&path, &trash).map_err(|e| DropletError::disk("rename", &path, e))?;
+            Ok(true)
+        });
+        let removed = moved.and_then(|moved| remove_tree(&trash).map(|()| moved));
+        removed.unwrap_or_else(|error| {
+            tracing::warn!(
+                droplet = name,
+                error = cause(&error),
+                "unused droplet not removed"
+            );
+            false
+        })
+    }
+
+    fn running(&self) -> MutexGuard<'_, HashMap<Wanted, Outcome>> {
+        self.inner
+            .running
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// One try, on a thread of its own.
+    fn provide(
+        &self,
+        source: &uri::Source,
+        wanted: Wanted,
+        deadline: Instant,
+    ) -> Result<PathBuf, DropletError> {
+        let Wanted { digest, owner } = wanted;
+        let droplet = self.dir.join(digest.to_string());
+        let layer = droplet.join(format!("{}-{}", owner.uid, owner.gid));
+        if layer.is_dir() {
+            return Ok(layer);
+        }
+        let new = self
+            .dir
+            .join(format!(".new-{digest}-{}-{}", owner.uid, owner.gid));
+        remove_tree(&new)?;
+        make_directory(&new, 0o700)?;
+        let began = Instant::now();
+        let made = self.make(source, wanted, &new, deadline);
+        let kept = made.and_then(|(made, bytes)| {
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(&droplet)
+                .map_err(|error| DropletError::disk("make directory", &droplet, error))?;
+            fs::rename(&made, &layer).map_err(|e| DropletError::disk("rename", &made, e))?;
+            sync(&droplet)?;
+            sync(&self.dir)?;
+            let elapsed_ms = began.elapsed().as_millis();
+            tracing::info!(droplet = %digest, bytes, elapsed_ms, "fetched and unpacked");
+            Ok(layer)
+        });
+        // The result stands whatever this comes to: the next try or the next start removes the rest.
+        if let Err(error) = remove_tree(&new) {
+            tracing::warn!(error = cause(&error), "a download left something behind");
+        }
+        kept
+    }
+
+    /// Makes the layer in `new`, whole and on the disk; says where, and how large the archive was.
+    fn make(
+        &self,
+        source: &uri::Source,
+        wanted: Wanted,
+        new: &Path,
+        deadline: Instant,
+    ) -> Result<(PathBuf, u64), DropletError> {
+        let path = new.join("droplet.tgz");
+        let mut archive = unnamed(&path)?;
+        let into = (&mut archive, path.as_path());
+        let bytes = fetch::fetch(source, &wanted.digest, into, &self.options, deadline)?;
+        io::Seek::rewind(&mut archive).map_err(|e| DropletError::disk("rewind", &path, e))?;
+        let layer = new.join("layer");
+        let home = layer.join("home/vcap");
+        make_directory(&layer, 0o755)?;
+        make_directory(&layer.join("home"), 0o755)?;
+        make_owned(&home, wanted.owner)?;
+        let app = layer.join("app");
+        symlink("/home/vcap/app", &app)
+            .map_err(|error| DropletError::disk("make symlink", &app, error))?;
+        // Instances expect these also where a droplet lacks them.
+        for directory in ["app", "logs", "tmp"] {
+            make_owned(&home.join(directory), wanted.owner)?;
+        }
+        unpack::unpack(archive, &home, wanted.owner, &self.options)?;
+        // One flush for thousands of files, instead of one for each.
+        let flushed = tree::open_directory(&layer)
+            .and_then(|directory| nix::unistd::syncfs(directory).map_err(io::Error::from));
+        flushed.map_err(|error| DropletError::disk("flush", &layer, error))?;
+        Ok((layer, bytes))
+    }
+}
+
+/// Runs `work`, which may wait for a server for minutes, where it holds up neither the runtime's blocking
+/// threads nor its end.
+async fn on_a_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, DropletError> + Send + 'static,
+) -> Result<T, DropletError> {
+    let (tell, told) = oneshot::channel();
+    thread::Builder::new()
+        .name("droplet".to_owned())
+        .spawn(move || tell.send(work()))
+        .map_err(|_| DropletError::Abandoned("no thread could be started"))?;
+    told.await
+        .unwrap_or(Err(DropletError::Abandoned("its thread ended early")))
+}
+
+/// For a log: with the causes below it.
+fn cause(error: &DropletError) -> &(dyn std::error::Error + 'static) {
+    error
+}
+
+/// A file that has no name any more, so that it is gone however this ends.
+fn unnamed(path: &Path) -> Result<File, DropletError> {
+    let file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path);
+    let file = file.map_err(|error| DropletError::disk("make", path, error))?;
+    fs::remove_file(path).map_err(|error| DropletError::disk("unlink", path, error))?;
+    Ok(file)
+}
+
+/// Makes one directory with exactly `mode`, whatever the umask.
+fn make_directory(path: &Path, mode: u32) -> Result<(), DropletError> {
+    fs::create_dir(path)
+        .and_then(|()| fs::set_permissions(path, fs::Permissions::from_mode(mode)))
+        .map_err(|error| DropletError::disk("make directory", path, error))
+}
+
+fn make_owned(path: &Path, owner: Owner) -> Result<(), DropletError> {
+    make_directory(path, 0o755)?;
+    chown(path, Some(owner.uid), Some(owner.gid))
+        .map_err(|error| DropletError::disk("give away", path, error))
+}
+
+/// Removes `path` and all below it, following no symlink. It may be gone already.
+fn remove_tree(path: &Path) -> Result<(), DropletError> {
+    match fs::remove_dir_all(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(DropletError::disk("remove", path, error))
+        }
+        Ok(()) | Err(_) => Ok(()),
+    }
+}
+
+fn sync(directory: &Path) -> Result<(), DropletError> {
+    File::open(directory)
+        .and_then(|directory| directory.sync_all())
+        .map_err(|error| DropletError::disk("flush", directory, error))
+}
+
+fn names_in(directory: &Path) -> Result<Vec<String>, DropletError> {
+    let unlisted = |error| DropletError::disk("list", directory, error);
+    let mut names = Vec::new();
+    for entry in fs::read_dir(directory).map_err(unlisted)? {
+        // A name that is no text is none of ours.
+        names.extend(entry.map_err(unlisted)?.file_name().into_string().ok());
+    }
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests;

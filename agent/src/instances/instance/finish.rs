@@ -1,0 +1,315 @@
+//! From whatever ended an instance to nothing left of it.
+//!
+//! Always in this order: the state and the routes; the processes; the job's last bytes and offsets;
+//! the one `droplet.exited`; and, when the bus has all of it, what is on disk.
+
+use super::{Event, Instance, events, job_is};
+use crate::instances::output::JobView;
+use crate::instances::record::Exit;
+use crate::instances::state::Ask;
+use crate::instances::world::now;
+use container::status::Status;
+use messages::state::State;
+use std::time::Duration;
+use tokio::time::timeout;
+use tracing::{error, info, warn};
+
+/// How long the dead may take to close their pipes and their supervisor to write the end.
+const LAST_BYTES: Duration = Duration::from_secs(5);
+
+/// How long a killed job may take to be reported, before its container is killed.
+const LAST_STATUS: Duration = Duration::from_secs(2);
+
+/// Most characters of a failure that `exit_description` repeats.
+const DESCRIPTION_MAX: usize = 500;
+
+/// What ended it.
+#[derive(Debug)]
+pub(super) enum End {
+    /// A stop is recorded.
+    Stop,
+    /// The job ended, or its container died.
+    Ended,
+    /// The kernel killed for memory.
+    OutOfMemory,
+    /// A step of the start failed, in words.
+    Failed(String),
+    /// The health check's time was up.
+    Unhealthy,
+    /// It died while no agent looked, in words.
+    Died(String),
+    /// Its end is recorded already; only what follows it is left to do.
+    Known,
+}
+
+impl Instance {
+    /// Brings the end about, and stays until nothing is left to do.
+    pub(super) async fn finish(mut self, end: End) {
+        if self.record.exit.is_none() {
+            match end {
+                End::Stop => self.stop().await,
+                other => self.crash(other).await,
+            }
+        }
+        self.settle().await;
+        self.destroy().await;
+        if self.record.state == State::Crashed {
+            self.keep_for_asking().await;
+        }
+        self.gone().await;
+    }
+
+    async fn stop(&mut self) {
+        self.unroute().await;
+        self.enter(Ask::Stop).await;
+        let grace = self.record.stopping.as_ref().map_or(0.0, |stopping| stopping.grace);
+        if let (Some(container), true) = (self.container.clone(), self.record.spawned) {
+            if let Err(error) = container.signal(nix::libc::SIGTERM).await {
+                warn!(handle = self.record.handle, %error, "TERM could not be sent");
+            }
+            let grace = Duration::try_from_secs_f64(grace).unwrap_or(LAST_BYTES);
+            if !self.job_ends_within(grace).await {
+                info!(handle = self.record.handle, "killed after its grace");
+                self.kill_job().await;
+            }
+        }
+        self.bury(None).await;
+        self.enter(Ask::Gone).await;
+    }
+
+    async fn crash(&mut self, end: End) {
+        self.report_late_kills().await;
+        let out_of_memory = matches!(end, End::OutOfMemory);
+        if out_of_memory {
+            // The kernel killed one; the rest goes with it, and the job's own status comes first.
+            self.kill_job().await;
+        }
+        self.unroute().await;
+        let ask = match end {
+            End::Failed(_) | End::Unhealthy => Ask::StartFailed,
+            End::OutOfMemory => Ask::OutOfMemory,
+            End::Stop | End::Ended | End::Died(_) | End::Known => Ask::Ended,
+        };
+        if matches!(end, End::Unhealthy) {
+            self.kill_job().await;
+        }
+        let words = match end {
+            End::Failed(why) => Some(describe_failure(&why)),
+            End::Unhealthy => {
+                Some("failed to accept connections within health check timeout".to_owned())
+            }
+            End::Died(reason) => Some(reason),
+            End::Stop | End::Ended | End::OutOfMemory | End::Known => None,
+        };
+        self.bury_as(ask, words).await;
+    }
+
+    async fn bury_as(&mut self, ask: Ask, words: Option<String>) {
+        // Entered first, so that nobody sends the router to a dead port.
+        self.enter(ask).await;
+        self.bury(words).await;
+    }
+
+    /// Ends every process, learns the job's status and offsets, records and announces the exit.
+    async fn bury(&mut self, words: Option<String>) {
+        if let Some(container) = self.container.clone() {
+            if let Err(error) = container.kill().await {
+                error!(handle = self.record.handle, %error, "not everything is dead");
+            }
+            self.last_bytes().await;
+            self.report_late_kills().await;
+        }
+        let job = self.job.borrow().clone();
+        let exit = exit(&job, words, self.record.out_of_memory, now());
+        self.record.exit = Some(exit);
+        let event = events::exited(&self.view(), job.end);
+        self.announce(event).await;
+        self.tell();
+    }
+
+    async fn job_ends_within(&mut self, limit: Duration) -> bool {
+        let container = self.container.clone();
+        let either = async {
+            tokio::select! {
+                () = job_is(&mut self.job, JobView::over) => {}
+                () = super::died(container) => {}
+            }
+        };
+        timeout(limit, either).await.is_ok()
+    }
+
+    /// KILL to every process of the job: its init lives on and tells the status.
+    async fn kill_job(&mut self) {
+        let Some(container) = self.container.clone() else { return };
+        match container.signal(nix::libc::SIGKILL).await {
+            Ok(()) => drop(self.job_ends_within(LAST_STATUS).await),
+            Err(error) => warn!(handle = self.record.handle, %error, "KILL could not be sent"),
+        }
+    }
+
+    async fn last_bytes(&mut self) {
+        let ended = job_is(&mut self.job, |job| job.end.is_some() || job.lost.is_some());
+        if self.record.spawned && timeout(LAST_BYTES, ended).await.is_err() {
+            warn!(handle = self.record.handle, "the end of the output is unknown");
+        }
+    }
+
+    /// Kills that were counted but not told yet: they are the reason of the end that follows.
+    async fn report_late_kills(&mut self) {
+        let Some(container) = self.container.clone() else { return };
+        for report in container.oom_now(self.record.oom_kills).await {
+            self.out_of_memory(report).await;
+        }
+    }
+
+    /// Waits until the bus has everything, as long as the instance may be asked about.
+    async fn settle(&mut self) {
+        let lifetime = self.world.config.instance.crash_lifetime;
+        if timeout(lifetime, self.everything_said()).await.is_err() {
+            warn!(handle = self.record.handle, "given up: the bus did not come back in time");
+        }
+    }
+
+    async fn everything_said(&mut self) {
+        loop {
+            let spawned = self.record.spawned && self.container.is_some();
+            let delivered = !spawned || self.job.borrow().delivered;
+            if delivered && self.record.unsent.is_empty() {
+                return;
+            }
+            let event = tokio::select! {
+                Some(()) = self.announcer.confirmed() => Event::Confirmed,
+                () = job_is(&mut self.job, |job| job.delivered), if !delivered => Event::Wants,
+                Some(query) = self.queries.recv() => Event::Query(query),
+            };
+            match event {
+                Event::Confirmed => self.confirmed().await,
+                Event::Query(query) => self.answer(query).await,
+                Event::Wants | Event::OutOfMemory(_) | Event::Ended => {}
+            }
+        }
+    }
+
+    async fn destroy(&mut self) {
+        let destroyed = match (self.container.take(), self.record.container.clone()) {
+            (Some(container), _) => container.destroy().await,
+            (None, Some(saved)) => self.world.engine.destroy_handle(&saved).await,
+            (None, None) => return,
+        };
+        if let Err(error) = destroyed {
+            error!(handle = self.record.handle, %error, "remains will be swept at the next start");
+        }
+        self.record.container = None;
+        self.record.port = None;
+        self.keep().await;
+        self.tell();
+    }
+
+    /// A crash stays in heartbeats until it is old or somebody wants it gone.
+    async fn keep_for_asking(&mut self) {
+        let age = Duration::try_from_secs_f64(now() - self.record.state_timestamp).unwrap_or_default();
+        let rest = self.world.config.instance.crash_lifetime.saturating_sub(age);
+        let reaped = async { self.wants.wait_for(|wants| wants.reap).await.is_ok() };
+        drop(timeout(rest, reaped).await);
+    }
+
+    /// The record goes last.
+    pub(super) async fn gone(self) {
+        let (records, handle) = (self.world.records.clone(), self.record.handle.clone());
+        if let Err(error) = crate::host::blocking(move || records.remove(&handle)).await {
+            error!(handle = self.record.handle, %error, "the record could not be removed");
+        }
+        drop(self.world.changes.send(super::Change::Gone(self.record.handle)));
+    }
+
+    /// Routes are told once more on each step that needs them; the stable repeats them.
+    pub(super) async fn route(&self) {
+        let uris = self.record.uris.clone();
+        self.send(events::register(&self.world, &self.view(), uris)).await;
+    }
+
+    async fn unroute(&self) {
+        if self.record.state == State::Running && self.record.port.is_some() {
+            let uris = self.record.uris.clone();
+            self.send(events::unregister(&self.world, &self.view(), uris)).await;
+        }
+    }
+}
+
+fn describe_failure(why: &str) -> String {
+    if why == "missing start command" {
+        return why.to_owned();
+    }
+    let why: String = why.chars().take(DESCRIPTION_MAX).collect();
+    format!("failed to start: {why}")
+}
+
+/// The exit record of a job. `words` describe what the job itself does not know.
+fn exit(job: &JobView, words: Option<String>, out_of_memory: bool, time: f64) -> Exit {
+    let (status, signal, told) = match job.exit {
+        Some(Status::Exited(code)) => (i32::from(code), signal_of(code), None),
+        Some(Status::Signaled(signal)) => (128 + signal, Some(signal), None),
+        Some(Status::Failed { step, errno }) => {
+            let errno = nix::errno::Errno::from_raw(errno);
+            (-1, None, Some(format!("failed to start: cannot {}: {errno}", step.describe())))
+        }
+        Some(Status::Started { .. }) | None => (-1, None, None),
+    };
+    let description = if out_of_memory {
+        "out of memory".to_owned()
+    } else {
+        told.or(words).unwrap_or_else(|| match job.exit {
+            Some(_) => "app instance exited".to_owned(),
+            None => "cannot be determined".to_owned(),
+        })
+    };
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "seconds since the epoch are positive and far below 2^52"
+    )]
+    Exit { status, signal, description, time: time as u64 }
+}
+
+/// The signal behind a shell's status: 128+n (bash(1), "EXIT STATUS").
+fn signal_of(code: u8) -> Option<i32> {
+    (129..=192).contains(&code).then(|| i32::from(code) - 128)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{describe_failure, exit};
+    use crate::instances::output::JobView;
+    use container::status::{Status, Step};
+
+    fn of(status: Option<Status>, words: Option<&str>, oom: bool) -> (i32, Option<i32>, String) {
+        let job = JobView { exit: status, ..JobView::default() };
+        let exit = exit(&job, words.map(str::to_owned), oom, 1.5);
+        (exit.status, exit.signal, exit.description)
+    }
+
+    #[test]
+    fn every_end_has_its_numbers_and_words() {
+        let ended = "app instance exited".to_owned();
+        assert_eq!(of(Some(Status::Exited(0)), None, false), (0, None, ended.clone()));
+        assert_eq!(of(Some(Status::Exited(255)), None, false), (255, None, ended.clone()));
+        assert_eq!(of(Some(Status::Exited(143)), None, false), (143, Some(15), ended.clone()));
+        assert_eq!(of(Some(Status::Signaled(11)), None, false), (139, Some(11), ended));
+        assert_eq!(
+            of(Some(Status::Exited(137)), None, true),
+            (137, Some(9), "out of memory".to_owned())
+        );
+        assert_eq!(of(None, Some("the host rebooted"), false), (-1, None, "the host rebooted".into()));
+        assert_eq!(of(None, None, false), (-1, None, "cannot be determined".into()));
+        let exec = Status::Failed { step: Step::Exec, errno: 2 };
+        let (status, signal, words) = of(Some(exec), None, false);
+        assert_eq!((status, signal), (-1, None));
+        assert!(words.contains("execute the program") && words.contains("ENOENT"), "{words}");
+    }
+
+    #[test]
+    fn a_failure_says_what_failed_in_bounded_words() {
+        assert_eq!(describe_failure("missing start command"), "missing start command");
+        assert!(describe_failure(&"x".repeat(10_000)).len() < 600);
+    }
+}

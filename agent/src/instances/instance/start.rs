@@ -1,0 +1,295 @@
+//! From an accepted start to RUNNING, and from a record back to where it was.
+
+use super::finish::End;
+use super::health::{self, Check};
+use super::{Instance, Interrupt, job_is};
+use crate::config::Config;
+use crate::engine::{Adopted, Container, Spec};
+use crate::host::cgroups;
+use crate::host::depot::SeedFile;
+use crate::host::blocking;
+use crate::instances::droplets::{self, Digest, Owner};
+use crate::instances::output::{self, CursorFile, JobView, Source};
+use crate::instances::record::Limits;
+use crate::instances::startup::{self, environment::AppEnv};
+use crate::instances::state::Ask;
+use crate::instances::world::whole_seconds;
+use container::job::{JobRequest, Rlimit};
+use messages::state::State;
+use std::net::{IpAddr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::sync::watch;
+use tracing::warn;
+
+/// The job of an app in its container.
+const JOB: u32 = 1;
+
+/// Size of an app's /dev/shm (Docker's default); its bytes count as the app's memory.
+const SHM_BYTES: u64 = 64 << 20;
+
+/// The limits of the message in the engine's units.
+#[must_use]
+pub(super) fn engine_limits(config: &Config, limits: Limits) -> cgroups::Limits {
+    let shares = &config.instance.cpu_shares;
+    let share = (limits.mem / config.instance.memory_to_cpu_share_ratio)
+        .clamp(*shares.start(), *shares.end());
+    cgroups::Limits {
+        memory_bytes: Some(limits.mem << 20),
+        // The kernel's least is 2 (cgroup v1, cpu.shares).
+        cpu_shares: Some(share.max(2)),
+        pids: Some(config.instance.pids),
+    }
+}
+
+impl Instance {
+    /// A new instance: until something ends it.
+    pub(super) async fn begin(&mut self) -> End {
+        self.enter(Ask::Start).await;
+        match self.start().await {
+            Ok(()) => self.run().await,
+            Err(end) => end,
+        }
+    }
+
+    /// An instance of an earlier life of the agent.
+    pub(super) async fn resume(&mut self) -> End {
+        if self.record.boot_id != self.world.boot_id {
+            return self.already(End::Failed("the host rebooted".into()));
+        }
+        if self.record.exit.is_some() || self.record.state == State::Crashed {
+            return self.already(End::Known);
+        }
+        if let (Some(saved), true) = (self.record.container.clone(), self.record.spawned) {
+            match self.world.engine.adopt(&saved).await {
+                Ok(Adopted::Alive(container)) => return self.carry_on(container).await,
+                Ok(Adopted::Dead { reason }) => return self.already(End::Died(reason.to_owned())),
+                Err(error) => return self.already(End::Died(error.to_string())),
+            }
+        }
+        // Accepted, and killed before the app ran: nothing of it can be missed, so begin again.
+        if let Some(saved) = self.record.container.take() {
+            if let Err(error) = self.world.engine.destroy_handle(&saved).await {
+                warn!(handle = self.record.handle, %error, "remains of a start that was cut off");
+            }
+        }
+        match self.start().await {
+            Ok(()) => self.run().await,
+            Err(end) => end,
+        }
+    }
+
+    /// What is to be done with an end that came before this life: a stop stays a stop.
+    fn already(&self, end: End) -> End {
+        if self.record.stopping.is_some() { End::Stop } else { end }
+    }
+
+    async fn carry_on(&mut self, container: Container) -> End {
+        self.container = Some(container);
+        if let Err(end) = self.follow().await {
+            return end;
+        }
+        if self.record.stopping.is_some() {
+            return End::Stop;
+        }
+        if self.record.state == State::Starting {
+            let healthy = match self.layer().await {
+                Ok((layer, _)) => self.become_healthy(&layer).await,
+                Err(end) => Err(end),
+            };
+            if let Err(end) = healthy {
+                return end;
+            }
+        }
+        self.run().await
+    }
+
+    /// RUNNING until something ends it.
+    async fn run(&mut self) -> End {
+        match self.attend(std::future::pending::<()>()).await {
+            Err(interrupt) => interrupt.into(),
+            Ok(()) => End::Stop,
+        }
+    }
+
+    async fn start(&mut self) -> Result<(), End> {
+        let (layer, owner) = self.layer().await?;
+        let message_command = self.message.start_command.clone();
+        let from = layer.clone();
+        let staging = blocking(move || droplets::staging_info(&from)).await.map_err(failed)?;
+        let command = startup::start_command(message_command.as_deref(), staging.as_ref());
+        let script = startup::script::startup(&command.map_err(failed)?);
+        let container = self.create(layer.clone(), owner, script).await?;
+        self.container = Some(container.clone());
+        let (port, _) = container.map_port(None).await.map_err(failed)?;
+        self.record.port = Some(port);
+        self.record.container = Some(container.saved());
+        self.keep().await;
+        let request = self.job_request(port)?;
+        let user = self.world.config.instance.user.clone();
+        container.spawn(JOB, &user, request).await.map_err(failed)?;
+        self.record.spawned = true;
+        self.keep().await;
+        self.follow().await?;
+        self.until_started().await?;
+        self.become_healthy(&layer).await
+    }
+
+    /// The unpacked droplet, and to whom it belongs inside.
+    async fn layer(&mut self) -> Result<(PathBuf, Owner), End> {
+        let stack = self.stack()?;
+        let user = self.world.config.instance.user.clone();
+        let owner =
+            blocking(move || startup::passwd::lookup(&stack, &user)).await.map_err(failed)?;
+        let uri = self.message.executable_uri.clone();
+        let uri = uri.ok_or_else(|| failed("executableUri is missing"))?;
+        let hex = self.message.sha256.as_ref().or(self.message.sha1.as_ref());
+        let hex = hex.ok_or_else(|| failed("sha1 or sha256 is missing"))?;
+        let digest = Digest::from_hex(hex).map_err(failed)?;
+        let droplets = self.world.droplets.clone();
+        let layer = self.attend(async move { droplets.layer(&uri, &digest, owner).await }).await?;
+        Ok((layer.map_err(failed)?, owner))
+    }
+
+    fn stack(&self) -> Result<PathBuf, End> {
+        let name = self.message.stack.clone().unwrap_or_default();
+        let known = &self.world.config.stacks;
+        known.get(&name).cloned().ok_or_else(|| failed(format!("unknown stack {name:?}")))
+    }
+
+    async fn create(
+        &mut self,
+        layer: PathBuf,
+        owner: Owner,
+        script: Option<String>,
+    ) -> Result<Container, End> {
+        let script = script.map(|script| SeedFile {
+            path: "home/vcap/startup".into(),
+            mode: 0o755,
+            uid: owner.uid,
+            gid: owner.gid,
+            bytes: script.into_bytes(),
+        });
+        let config = &self.world.config;
+        let spec = Spec {
+            handle: self.record.handle.clone(),
+            stack: self.stack()?,
+            layers: vec![layer],
+            hostname: self.record.handle.clone(),
+            limits: engine_limits(config, self.record.limits),
+            tmpfs_bytes: SHM_BYTES,
+            files: script.into_iter().collect(),
+            dns: config.network.dns.iter().copied().map(IpAddr::V4).collect(),
+            binds: Vec::new(),
+        };
+        self.world.engine.create(spec).await.map_err(failed)
+    }
+
+    fn job_request(&self, port: u16) -> Result<JobRequest, End> {
+        let message = &self.message;
+        let environment = startup::environment::build(&AppEnv {
+            vcap_application: &message.vcap_application,
+            services: &message.services,
+            user: &message.env,
+            application_id: message.droplet.as_str(),
+            instance_id: &self.record.instance,
+            index: message.index,
+            memory_mb: self.record.limits.mem,
+            host_ip: self.world.engine.local_ip(),
+            host_port: port,
+            container_port: port,
+            started_at: whole_seconds(self.record.started_at),
+        })
+        .map_err(failed)?;
+        let pair = |(name, value): (String, String)| format!("{name}={value}").into_bytes();
+        let fds = self.record.limits.fds;
+        Ok(JobRequest {
+            job: JOB,
+            argv: startup::script::JOB.map(|arg| arg.as_bytes().to_vec()).to_vec(),
+            env: environment.into_iter().map(pair).collect(),
+            cwd: Some(b"/home/vcap".to_vec()),
+            rlimits: vec![Rlimit { resource: nix::libc::RLIMIT_NOFILE, soft: fds, hard: fds }],
+            umask: Some(0o077),
+            keep_readers: true,
+        })
+    }
+
+    /// Starts the pump; the job's end is seen by [`Instance::attend`] from now on.
+    async fn follow(&mut self) -> Result<(), End> {
+        let Some(container) = self.container.clone() else { return Ok(()) };
+        let path = self.world.records.dir(&self.record.handle).join("cursor");
+        let cursor = blocking(move || CursorFile::open(&path)).await.map_err(failed)?;
+        let source = Source {
+            subject: messages::subjects::output(
+                &self.message.droplet,
+                self.message.index,
+                &self.record.handle,
+            ),
+            handle: self.record.handle.clone(),
+            instance: self.instance_id.subscribe(),
+        };
+        let (view, job) = watch::channel(JobView::default());
+        self.job = job;
+        self.ooms = Some(container.oom(self.record.oom_kills));
+        tokio::spawn(output::pump(container, self.world.outlet.clone(), source, cursor, view));
+        Ok(())
+    }
+
+    async fn until_started(&mut self) -> Result<(), End> {
+        let mut job = self.job.clone();
+        self.attend(async move { job_is(&mut job, |job| job.started).await }).await?;
+        Ok(())
+    }
+
+    async fn become_healthy(&mut self, layer: &Path) -> Result<(), End> {
+        let (check, limit) = self.check(layer).await?;
+        if !self.attend(health::healthy(check, limit)).await? {
+            return Err(End::Unhealthy);
+        }
+        if self.enter(Ask::Healthy).await {
+            self.route().await;
+        }
+        Ok(())
+    }
+
+    async fn check(&self, layer: &Path) -> Result<(Check, Duration), End> {
+        let layer = layer.to_owned();
+        let state_file = blocking(move || droplets::state_file(&layer))
+            .await
+            .map_err(failed)?;
+        let limit = match self.message.health_check_timeout {
+            Some(seconds) => Duration::from_secs(seconds),
+            None => self.world.config.instance.health_check_timeout,
+        };
+        let Some(container) = &self.container else { return Ok((Check::None, limit)) };
+        Ok(match (state_file, self.record.port) {
+            (Some(path), _) => {
+                let check = Check::StateFile {
+                    upper: container.path().join("upper"),
+                    path: format!("home/vcap/{path}"),
+                };
+                (check, health::STATE_FILE_TIMEOUT)
+            }
+            (None, Some(port)) if !self.record.uris.is_empty() => {
+                let address = container.saved().lease.container;
+                (Check::Port(SocketAddr::from((address, port))), limit)
+            }
+            (None, _) => (Check::None, limit),
+        })
+    }
+}
+
+/// A step of the start failed: the words of `droplet.exited`.
+pub(super) fn failed(why: impl std::fmt::Display) -> End {
+    End::Failed(why.to_string())
+}
+
+impl From<Interrupt> for End {
+    fn from(interrupt: Interrupt) -> Self {
+        match interrupt {
+            Interrupt::Stop => Self::Stop,
+            Interrupt::Ended => Self::Ended,
+            Interrupt::OutOfMemory => Self::OutOfMemory,
+        }
+    }
+}

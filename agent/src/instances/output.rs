@@ -1,0 +1,274 @@
+//! A job's output on its way to the bus: published, confirmed, and only then forgotten.
+//!
+//! The linker's records come in spool order, each with the cursor that stands after it. What was
+//! published since the last confirmation is repeated, with the same borders and offsets, whenever the
+//! connection breaks: the linker is restarted at the confirmed cursor. Without a connection records
+//! are still read, for the end of the job must be known, but their bytes stay in the spool.
+
+use super::outlet::{Mark, Message, Outlet};
+use crate::engine::{Container, Followed};
+use container::spool::{Cursor, Record, Stream};
+use container::status::Status;
+use messages::output::{DROPPED, INSTANCE, OFFSET, TIME};
+use futures_util::FutureExt;
+use futures_util::future::{Fuse, FusedFuture};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
+use tokio::sync::{mpsc, watch};
+use tracing::{debug, error, warn};
+
+/// Most bytes on their way without a confirmation.
+const WINDOW: u64 = 4 << 20;
+
+/// Bytes that headers and subject may take of the server's `max_payload`, generously.
+const HEADROOM: usize = 1024;
+
+/// What is known of a job.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct JobView {
+    /// The program was executed.
+    pub started: bool,
+    /// How it ended, with the bytes of stdout and stderr until then.
+    pub exit: Option<Status>,
+    /// Both streams have ended, after so many bytes of stdout and stderr.
+    pub end: Option<(u64, u64)>,
+    /// Everything up to the end has reached the bus.
+    pub delivered: bool,
+    /// The job cannot be followed any more: why.
+    pub lost: Option<String>,
+}
+
+impl JobView {
+    /// Whether it has ended, in whatever way.
+    #[must_use]
+    pub fn over(&self) -> bool {
+        self.exit.is_some() || self.end.is_some() || self.lost.is_some()
+    }
+}
+
+/// Whose output it is.
+#[derive(Debug, Clone)]
+pub struct Source {
+    /// `droplet.output.<droplet>.<index>.<handle>`: the stream's name is added.
+    pub subject: String,
+    /// The container's handle: message ids begin with it.
+    pub handle: String,
+    /// The instance id as it is now; an update may change it.
+    pub instance: watch::Receiver<String>,
+}
+
+/// Where the confirmed cursor is kept between two lives of the agent.
+#[derive(Debug, Clone)]
+pub struct CursorFile(Arc<File>);
+
+/// A cursor's text, padded to this many bytes, is one write and so never torn by a kill.
+const CURSOR_BYTES: usize = 72;
+
+impl CursorFile {
+    /// Opens or makes the file; what is no cursor reads as the beginning.
+    ///
+    /// # Errors
+    /// As `open(2)`.
+    pub fn open(path: &Path) -> std::io::Result<(Self, Cursor)> {
+        let file =
+            File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+        let mut text = [0; CURSOR_BYTES];
+        let length = file.read_at(&mut text, 0)?;
+        let cursor = std::str::from_utf8(text.get(..length).unwrap_or_default())
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or_default();
+        Ok((Self(Arc::new(file)), cursor))
+    }
+
+    async fn keep(&self, cursor: Cursor) {
+        let file = Arc::clone(&self.0);
+        let text = format!("{cursor:<width$}", width = CURSOR_BYTES - 1) + "\n";
+        let kept = crate::host::blocking(move || file.write_all_at(text.as_bytes(), 0)).await;
+        if let Err(error) = kept {
+            // Worth a repetition after a restart, not more.
+            warn!(%error, "the output cursor could not be kept");
+        }
+    }
+}
+
+/// Follows job 1 of `container` until everything has reached the bus.
+pub async fn pump(
+    container: Container,
+    outlet: Outlet,
+    source: Source,
+    (file, mut confirmed): (CursorFile, Cursor),
+    view: watch::Sender<JobView>,
+) {
+    loop {
+        let mark = outlet.mark();
+        let mut follow = container.follow(1, confirmed);
+        let mut flight = Flight { confirmed, sent: confirmed, mark };
+        let why = flight.fly(&mut follow, &outlet, &source, &file, &view).await;
+        drop(follow);
+        confirmed = flight.confirmed;
+        match why {
+            Landed::Delivered => {
+                view.send_modify(|view| view.delivered = true);
+                return;
+            }
+            Landed::Lost(why) => {
+                error!(handle = source.handle, why, "output is lost from here on");
+                view.send_modify(|view| {
+                    view.lost = Some(why);
+                    view.delivered = true;
+                });
+                return;
+            }
+            Landed::LinkChanged => debug!(handle = source.handle, %confirmed, "output rewound"),
+        }
+        if view.borrow().end.is_some() {
+            // All that is left to do needs the bus.
+            outlet.up().await;
+        }
+    }
+}
+
+/// Why a flight ended.
+enum Landed {
+    Delivered,
+    Lost(String),
+    LinkChanged,
+}
+
+/// One connection's worth of publishing.
+struct Flight {
+    confirmed: Cursor,
+    sent: Cursor,
+    mark: Mark,
+}
+
+impl Flight {
+    async fn fly(
+        &mut self,
+        follow: &mut mpsc::Receiver<Followed>,
+        outlet: &Outlet,
+        source: &Source,
+        file: &CursorFile,
+        view: &watch::Sender<JobView>,
+    ) -> Landed {
+        let mut ended = false;
+        let mut target = self.confirmed;
+        let mut confirming = pin!(Fuse::terminated());
+        loop {
+            if self.mark.up() && ended && self.confirmed == self.sent {
+                return Landed::Delivered;
+            }
+            if confirming.is_terminated() && self.sent != self.confirmed {
+                target = self.sent;
+                confirming.set(outlet.confirm(self.mark).fuse());
+            }
+            let full = self.sent.position.saturating_sub(self.confirmed.position) >= WINDOW;
+            tokio::select! {
+                // A broken connection first: nothing published after it would count. Then what frees
+                // the window.
+                biased;
+                () = outlet.changed(self.mark) => return Landed::LinkChanged,
+                sure = &mut confirming, if !confirming.is_terminated() => {
+                    if !sure {
+                        return Landed::LinkChanged;
+                    }
+                    self.confirmed = target;
+                    file.keep(target).await;
+                }
+                followed = follow.recv(), if !full && !ended => match followed {
+                    Some(Followed::Frame(frame)) => {
+                        if self.mark.up() {
+                            self.publish(&frame.record, outlet, source).await;
+                            self.sent = frame.next;
+                        }
+                        ended = tell(&frame.record, view);
+                    }
+                    Some(Followed::Lost(why)) => return Landed::Lost(why),
+                    None => return Landed::Lost("the engine stopped following".into()),
+                },
+            }
+        }
+    }
+
+    async fn publish(&self, record: &Record, outlet: &Outlet, source: &Source) {
+        match record {
+            Record::Output { stream, offset, time_ns, bytes } => {
+                let most = self.mark.max_payload().saturating_sub(HEADROOM).max(1);
+                let mut offset = *offset;
+                for piece in bytes.chunks(most) {
+                    let message = source.message(*stream, offset, *time_ns, piece);
+                    outlet.send(message).await;
+                    offset += piece.len() as u64;
+                }
+            }
+            Record::Gap { stream, offset, bytes, certain } => {
+                outlet.send(source.dropped(*stream, *offset, *bytes, *certain)).await;
+            }
+            Record::Started { .. } | Record::Exit { .. } | Record::End { .. } => {}
+        }
+    }
+}
+
+/// Tells the instance; `true` at the end.
+fn tell(record: &Record, view: &watch::Sender<JobView>) -> bool {
+    match record {
+        Record::Started { .. } => view.send_modify(|view| view.started = true),
+        Record::Exit { status, .. } => view.send_modify(|view| view.exit = Some(*status)),
+        Record::End { stdout, stderr } => {
+            view.send_modify(|view| view.end = Some((*stdout, *stderr)));
+            return true;
+        }
+        Record::Output { .. } | Record::Gap { .. } => {}
+    }
+    false
+}
+
+impl Source {
+    fn message(&self, stream: Stream, offset: u64, time_ns: u64, bytes: &[u8]) -> Message {
+        let headers = vec![
+            (INSTANCE, self.instance.borrow().clone()),
+            (OFFSET, offset.to_string()),
+            (TIME, messages::output::time(time_ns)),
+            ("Nats-Msg-Id", format!("{}:{stream}:{offset}+{}", self.handle, bytes.len())),
+        ];
+        Message { subject: format!("{}.{stream}", self.subject), headers, body: bytes.to_vec() }
+    }
+
+    /// A hole as a message: never an empty body, which readers show as nothing.
+    fn dropped(&self, stream: Stream, offset: u64, bytes: u64, certain: bool) -> Message {
+        let about = if certain { "" } else { "up to " };
+        let headers = vec![
+            (INSTANCE, self.instance.borrow().clone()),
+            (OFFSET, offset.to_string()),
+            (DROPPED, bytes.to_string()),
+            ("Nats-Msg-Id", format!("{}:{stream}:{offset}-{bytes}", self.handle)),
+        ];
+        let body = format!("[ostler: {about}{bytes} bytes of {stream} are missing here]\n");
+        Message { subject: format!("{}.{stream}", self.subject), headers, body: body.into_bytes() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::CursorFile;
+    use container::spool::Cursor;
+
+    #[tokio::test]
+    async fn a_kept_cursor_is_read_back_and_a_shorter_one_replaces_a_longer() {
+        let path = std::env::temp_dir().join(format!("ostler-cursor-{}", std::process::id()));
+        let (file, fresh) = CursorFile::open(&path).unwrap();
+        assert_eq!(fresh, Cursor::default());
+        let long = Cursor { position: u64::MAX, stdout: u64::MAX, stderr: u64::MAX };
+        for cursor in [long, Cursor { position: 1, stdout: 2, stderr: 3 }] {
+            file.keep(cursor).await;
+            assert_eq!(CursorFile::open(&path).unwrap().1, cursor);
+        }
+        std::fs::write(&path, b"\xff\xffno cursor").unwrap();
+        assert_eq!(CursorFile::open(&path).unwrap().1, Cursor::default());
+        std::fs::remove_file(&path).unwrap();
+    }
+}

@@ -1,0 +1,336 @@
+//! What is kept on disk of an instance: `<base>/instances/<handle>/record.json`.
+//!
+//! Every live state is in it. It is written before anybody is told, to a temporary name, synced and
+//! renamed, so a reader finds the old one or the new one. It holds the start message and so secrets:
+//! the directory is 0700, the file 0600.
+
+use crate::engine::Saved;
+use crate::host::depot::is_handle;
+use messages::state::State;
+use serde::{Deserialize, Serialize};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+/// The format that this agent writes and reads.
+pub const FORMAT: u32 = 1;
+
+/// One instance.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Record {
+    /// [`FORMAT`].
+    pub format: u32,
+    /// The kernel's boot id when the instance was accepted.
+    pub boot_id: String,
+    /// The container's handle, for life.
+    pub handle: String,
+    /// The start message as it came.
+    pub start: serde_json::Value,
+    /// The `request_id` that it came with.
+    pub request_id: Option<String>,
+    /// The instance id, 32 hexadecimal characters; an update of the version makes a new one.
+    pub instance: String,
+    /// 64 hexadecimal characters, for life.
+    pub private_instance: String,
+    /// The app's version, as last updated.
+    pub version: String,
+    /// The app's URIs, as last updated.
+    pub uris: Vec<String>,
+    /// Megabytes and counts, as last scaled.
+    pub limits: Limits,
+    /// The state.
+    #[serde(with = "state_name")]
+    pub state: State,
+    /// When the state was entered, in seconds since the epoch.
+    pub state_timestamp: f64,
+    /// When STARTING was entered, in seconds since the epoch; 0 before.
+    pub started_at: f64,
+    /// The mapped port, the same outside and inside.
+    pub port: Option<u16>,
+    /// The container, once there is one.
+    pub container: Option<Saved>,
+    /// The job was handed to its supervisor.
+    pub spawned: bool,
+    /// Kernel OOM kills in the container that were reported.
+    pub oom_kills: u64,
+    /// One of those kills ends (or ended) the instance.
+    pub out_of_memory: bool,
+    /// How it is being stopped, if it is.
+    pub stopping: Option<Stopping>,
+    /// How it ended.
+    pub exit: Option<Exit>,
+    /// Events that the bus has not confirmed, oldest first.
+    pub unsent: Vec<Event>,
+}
+
+/// The limits of one instance.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Limits {
+    /// Memory in MB.
+    pub mem: u64,
+    /// Disk in MB.
+    pub disk: u64,
+    /// Open files.
+    pub fds: u64,
+}
+
+/// Why and how an instance is being stopped.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Stopping {
+    /// The `reason` of `droplet.exited`.
+    pub reason: StopReason,
+    /// Seconds between TERM and KILL.
+    pub grace: f64,
+}
+
+/// Who wanted it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum StopReason {
+    /// A message did.
+    Stopped,
+    /// The agent is shutting down.
+    Shutdown,
+}
+
+/// How the job ended.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// The job's status; -1 if it never ran or nobody knows.
+    pub status: i32,
+    /// The signal that ended it, if one did.
+    pub signal: Option<i32>,
+    /// In words.
+    pub description: String,
+    /// Seconds since the epoch.
+    pub time: u64,
+}
+
+/// An event that must reach the bus.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// Its subject.
+    pub subject: String,
+    /// Its body, JSON.
+    pub body: serde_json::Value,
+}
+
+mod state_name {
+    use messages::state::State;
+    use serde::{Deserialize, Deserializer, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(state: &State, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(state.name())
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<State, D::Error> {
+        let name = String::deserialize(from)?;
+        State::parse(&name).ok_or_else(|| D::Error::custom(format!("no state {name:?}")))
+    }
+}
+
+/// The directory of all records. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Records {
+    dir: PathBuf,
+}
+
+/// Why a record could not be kept or read.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {act} {path}: {source}")]
+pub struct RecordError {
+    act: &'static str,
+    path: PathBuf,
+    source: std::io::Error,
+}
+
+/// What a start of the agent finds.
+#[derive(Debug, Default)]
+pub struct Found {
+    /// The records of this format.
+    pub records: Vec<Record>,
+    /// Files that are none, put aside, with the reason.
+    pub broken: Vec<(PathBuf, String)>,
+}
+
+impl Records {
+    /// Makes the directory, readable to root alone.
+    ///
+    /// # Errors
+    /// As `mkdir(2)`.
+    pub fn open(base: &Path) -> Result<Self, RecordError> {
+        let dir = base.join("instances");
+        make_private(&dir)?;
+        Ok(Self { dir })
+    }
+
+    /// The directory of one instance: its record, and the cursor of its output.
+    #[must_use]
+    pub fn dir(&self, handle: &str) -> PathBuf {
+        self.dir.join(handle)
+    }
+
+    /// Writes `record` durably. Blocks.
+    ///
+    /// # Errors
+    /// What the file system says; the old record then still stands.
+    pub fn save(&self, record: &Record) -> Result<(), RecordError> {
+        let dir = self.dir(&record.handle);
+        make_private(&dir)?;
+        let bytes = serde_json::to_vec(record).map_err(|error| RecordError {
+            act: "write",
+            path: dir.clone(),
+            source: error.into(),
+        })?;
+        write_durably(&dir, "record.json", &bytes)
+    }
+
+    /// Forgets an instance. Blocks. One that is gone already is no error.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn remove(&self, handle: &str) -> Result<(), RecordError> {
+        let dir = self.dir(handle);
+        match std::fs::remove_dir_all(&dir) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(RecordError { act: "remove", path: dir, source: error })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads all records. A file that cannot be understood is put aside as `record.broken` and told,
+    /// and stops nobody else. Blocks.
+    ///
+    /// # Errors
+    /// If the directory cannot be listed.
+    pub fn load(&self) -> Result<Found, RecordError> {
+        let failed = |source| RecordError { act: "list", path: self.dir.clone(), source };
+        let mut found = Found::default();
+        for entry in std::fs::read_dir(&self.dir).map_err(failed)? {
+            let dir = entry.map_err(failed)?.path();
+            let path = dir.join("record.json");
+            match std::fs::read(&path) {
+                Ok(bytes) => match understand(&bytes) {
+                    Ok(record) => found.records.push(record),
+                    Err(why) => {
+                        drop(std::fs::rename(&path, dir.join("record.broken")));
+                        found.broken.push((path, why));
+                    }
+                },
+                // An accepted start has a record; a directory without one was never answered.
+                Err(_) if !dir.join("record.broken").exists() => {
+                    drop(std::fs::remove_dir_all(&dir));
+                }
+                Err(_) => {}
+            }
+        }
+        Ok(found)
+    }
+}
+
+fn understand(bytes: &[u8]) -> Result<Record, String> {
+    let record: Record = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    if record.format != FORMAT {
+        return Err(format!("format {}, and this agent reads format {FORMAT}", record.format));
+    }
+    let handles = [Some(&record.handle), record.container.as_ref().map(|saved| &saved.handle)];
+    if let Some(handle) = handles.into_iter().flatten().find(|handle| !is_handle(handle)) {
+        // Directories and control groups are found by it: nothing else may stand there.
+        return Err(format!("{handle:?} is no handle"));
+    }
+    Ok(record)
+}
+
+/// Makes `dir` for root alone. One that is there is no error.
+///
+/// # Errors
+/// As `mkdir(2)`.
+pub fn make_private(dir: &Path) -> Result<(), RecordError> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(|source| RecordError { act: "make", path: dir.into(), source })
+}
+
+/// Replaces `dir/name` by `bytes`: temporary file, fsync, rename, fsync of the directory. Blocks.
+///
+/// # Errors
+/// What the file system says; the old file then still stands.
+pub fn write_durably(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), RecordError> {
+    let temporary = dir.join(format!("{name}.new"));
+    let failed = |source| RecordError { act: "write", path: dir.join(name), source };
+    let write = || {
+        let mut file = std::fs::OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_data()?;
+        std::fs::rename(&temporary, dir.join(name))?;
+        std::fs::File::open(dir)?.sync_data()
+    };
+    write().map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Event, FORMAT, Limits, Record, Records};
+    use messages::state::State;
+
+    fn record(handle: &str) -> Record {
+        Record {
+            format: FORMAT,
+            boot_id: "b".into(),
+            handle: handle.into(),
+            start: serde_json::json!({"droplet": "a"}),
+            request_id: None,
+            instance: "i".into(),
+            private_instance: "p".into(),
+            version: "v".into(),
+            uris: vec!["u".into()],
+            limits: Limits { mem: 1, disk: 2, fds: 3 },
+            state: State::Running,
+            state_timestamp: 1.5,
+            started_at: 1.0,
+            port: Some(61001),
+            container: None,
+            spawned: true,
+            oom_kills: 0,
+            out_of_memory: false,
+            stopping: None,
+            exit: None,
+            unsent: vec![Event { subject: "s".into(), body: serde_json::json!(1) }],
+        }
+    }
+
+    #[test]
+    fn records_come_back_and_broken_ones_stop_nobody() {
+        let base = std::env::temp_dir().join(format!("ostler-records-{}", std::process::id()));
+        let records = Records::open(&base).unwrap();
+        records.save(&record("00000000001")).unwrap();
+        records.save(&record("00000000001")).unwrap();
+        for (handle, text) in [
+            ("00000000002", "{\"half\":".to_owned()),
+            ("00000000003", serde_json::to_string(&record("../../etc00")).unwrap()),
+            ("00000000004", serde_json::to_string(&Record { format: 99, ..record("00000000004") }).unwrap()),
+        ] {
+            std::fs::create_dir(records.dir(handle)).unwrap();
+            std::fs::write(records.dir(handle).join("record.json"), text).unwrap();
+        }
+        std::fs::create_dir(records.dir("00000000005")).unwrap();
+        for round in 0..2 {
+            let found = records.load().unwrap();
+            assert_eq!(found.records.len(), 1);
+            assert_eq!(found.records[0].unsent, record("x").unsent);
+            assert_eq!(found.broken.len(), if round == 0 { 3 } else { 0 });
+        }
+        assert!(!records.dir("00000000005").exists(), "a start that was never accepted");
+        records.remove("00000000001").unwrap();
+        records.remove("00000000001").unwrap();
+        std::fs::remove_dir_all(&base).unwrap();
+    }
+}

@@ -1,0 +1,84 @@
+//! What the host says on its own: hello, heartbeats, advertisements, routes, goodbye.
+
+use super::{Message, Stable, State};
+use crate::instances::instance::events;
+use crate::instances::state::in_heartbeat;
+use messages::outgoing::{
+    Advertise, Goodbye, Heartbeat, HeartbeatEntry, PlacementProperties, ToBytes,
+};
+use messages::subjects;
+use std::collections::BTreeMap;
+
+impl Stable {
+    /// The complete state of this host, never split.
+    pub(super) async fn heartbeat(&self) {
+        let droplets = self
+            .stalls
+            .values()
+            .map(|stall| &stall.view)
+            .filter(|view| in_heartbeat(view.record.state))
+            .map(|view| HeartbeatEntry {
+                cc_partition: view.cc_partition.clone(),
+                droplet: view.droplet.clone(),
+                version: view.record.version.clone(),
+                instance: view.record.instance.clone(),
+                index: view.index,
+                state: view.record.state,
+                state_timestamp: view.record.state_timestamp,
+            })
+            .collect();
+        let heartbeat = Heartbeat { dea: self.world.id.clone(), droplets };
+        self.say(Message::plain(subjects::HEARTBEAT, heartbeat.to_bytes())).await;
+    }
+
+    /// What is free here.
+    pub(super) async fn advertise(&self) {
+        let (capacity, reserved) = (self.capacity(), self.reserved());
+        let config = &self.world.config;
+        let advertise = Advertise {
+            id: self.world.id.clone(),
+            stacks: config.stacks.keys().cloned().collect(),
+            available_memory: difference(capacity.memory, reserved.memory),
+            available_disk: difference(capacity.disk, reserved.disk),
+            app_id_to_count: self.app_id_to_count(),
+            placement_properties: PlacementProperties { zone: config.zone.clone() },
+            url: None,
+        };
+        self.say(Message::plain(subjects::ADVERTISE, advertise.to_bytes())).await;
+    }
+
+    pub(super) fn app_id_to_count(&self) -> BTreeMap<String, u64> {
+        let mut counts = BTreeMap::new();
+        for stall in self.stalls.values() {
+            *counts.entry(stall.view.droplet.clone()).or_default() += 1;
+        }
+        counts
+    }
+
+    /// The routes of everything that serves.
+    pub(super) async fn register_routes(&self) {
+        for stall in self.stalls.values() {
+            let record = &stall.view.record;
+            let serves = matches!(record.state, State::Running | State::Evacuating);
+            if serves && !record.uris.is_empty() && record.port.is_some() {
+                let route = events::route(&self.world, record, &stall.view, record.uris.clone());
+                self.say(Message::plain(subjects::ROUTER_REGISTER, route.to_bytes())).await;
+            }
+        }
+    }
+
+    /// This host takes no more commands.
+    pub(super) async fn goodbye(&self) {
+        let goodbye = Goodbye {
+            id: self.world.id.clone(),
+            ip: self.world.engine.local_ip().to_string(),
+            version: crate::VERSION.into(),
+            app_id_to_count: self.app_id_to_count(),
+        };
+        self.say(Message::plain(subjects::SHUTDOWN, goodbye.to_bytes())).await;
+    }
+}
+
+fn difference(capacity: u64, reserved: u64) -> i64 {
+    i64::try_from(i128::from(capacity) - i128::from(reserved)).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,421 @@
+//! Commands: start, stop, update, scale. Each is answered once.
+
+use super::{Stable, now};
+use crate::host::blocking;
+use crate::instances::instance::events;
+use crate::instances::ledger::{self, Amount, Short};
+use crate::instances::scale;
+use crate::instances::record::{self, Limits, Record, StopReason, make_private, write_durably};
+use messages::command::{Command, ScaleRequest, UpdateRequest};
+use messages::filter::{Candidate, Filter};
+use messages::outgoing::FindReply;
+use messages::reply::{ErrorCode, Reply};
+use messages::start::{StartRequest, Wait};
+use messages::state::State;
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::path::Path;
+use tokio::sync::oneshot;
+use tracing::{error, info, warn};
+
+/// Bytes that one instance takes in a heartbeat, rounded up (measured: 236).
+const HEARTBEAT_ENTRY: usize = 256;
+
+/// An accepted start: its handle, and the word that its record is on disk.
+struct Accepted {
+    handle: String,
+    instance: String,
+    index: u64,
+    on_disk: oneshot::Receiver<Result<(), String>>,
+}
+
+impl Stable {
+    pub(super) async fn command(
+        &mut self,
+        command: Command,
+        raw: Value,
+        answer: oneshot::Sender<Reply>,
+    ) {
+        match command {
+            Command::Start(request) => self.start(*request, raw, answer).await,
+            Command::Stop(request) => {
+                self.stop(&request.filter, request.wait, answer);
+            }
+            Command::Update(request) => {
+                let reply = self.update(&request);
+                drop(answer.send(reply));
+            }
+            Command::Scale(request) => self.scale(&request, answer).await,
+            Command::FindHere(request) => {
+                let found: Vec<FindReply> =
+                    self.matching(&request.filter).map(|stall| self.find_reply(&stall.view)).collect();
+                let reply = Reply::ok(json!({
+                    "dea": self.world.id, "matched": found.len(), "instances": found,
+                }));
+                drop(answer.send(reply));
+            }
+            other => {
+                error!(?other, "no command");
+                drop(answer.send(Reply::error(ErrorCode::BadSubject, "this subject takes no command")));
+            }
+        }
+    }
+
+    async fn start(&mut self, request: StartRequest, raw: Value, answer: oneshot::Sender<Reply>) {
+        if let Some(known) = self.with_request_id(request.request_id.as_deref()) {
+            drop(answer.send(known));
+            return;
+        }
+        let wait = request.wait;
+        let droplet = request.droplet.to_string();
+        if let Err(refusal) = self.admit_start(&request, 1) {
+            if let Some(event) = events::refused(&raw, &refusal) {
+                events::deliver(self.world.outlet.clone(), event);
+            }
+            drop(answer.send(refusal));
+            return;
+        }
+        let accepted = self.accept(request, raw.clone());
+        self.keep_template(droplet.clone(), raw);
+        let reply = Reply::ok(json!({
+            "dea": self.world.id, "droplet": droplet, "index": accepted.index,
+            "instance": accepted.instance, "handle": accepted.handle,
+        }));
+        match on_disk(vec![accepted]).await {
+            Ok(handles) => self.answer_when(handles, wait, reply, answer),
+            Err(failure) => drop(answer.send(failure)),
+        }
+    }
+
+    /// A start that was accepted under the same `request_id`, also by an earlier life of the agent.
+    fn with_request_id(&self, id: Option<&str>) -> Option<Reply> {
+        let id = id?;
+        let view = self.stalls.values().map(|stall| &stall.view);
+        let view = { view }.find(|view| view.record.request_id.as_deref() == Some(id))?;
+        Some(Reply::ok(json!({
+            "dea": self.world.id, "droplet": view.droplet, "index": view.index,
+            "instance": view.record.instance, "handle": view.record.handle,
+        })))
+    }
+
+    /// Whether `count` more instances like this one can be had.
+    fn admit_start(&self, request: &StartRequest, count: u64) -> Result<(), Reply> {
+        let stack = request.stack.as_deref().unwrap_or_default();
+        let config = &self.world.config;
+        if !config.stacks.contains_key(stack) {
+            let known: Vec<&str> = config.stacks.keys().map(String::as_str).collect();
+            return Err(Reply::error(
+                ErrorCode::UnknownStack,
+                format!("stack {stack:?} is not configured here; this host has {known:?}"),
+            ));
+        }
+        if request.executable_uri.is_none() {
+            return Err(Reply::error(ErrorCode::BadField, "`executableUri` is null: the droplet's URL is needed"));
+        }
+        if request.sha1.is_none() && request.sha256.is_none() {
+            return Err(Reply::error(ErrorCode::BadField, "`sha1` is null: a digest of the droplet is needed"));
+        }
+        let wanted = usize::try_from(count).unwrap_or(usize::MAX);
+        if self.stalls.len().saturating_add(wanted) > self.most_instances() {
+            return Err(self.host_full());
+        }
+        let wanted = Amount {
+            memory: request.limits.mem.saturating_mul(count),
+            disk: request.limits.disk.saturating_mul(count),
+        };
+        let reserved = self.reserved();
+        ledger::admit(self.capacity(), reserved, wanted).map_err(|short| match short {
+            Short::Memory => Reply::error(
+                ErrorCode::NotEnoughMemory,
+                format!(
+                    "{} MB of memory are asked for; {} of {} MB are reserved",
+                    wanted.memory, reserved.memory, self.capacity().memory
+                ),
+            ),
+            Short::Disk => Reply::error(
+                ErrorCode::NotEnoughDisk,
+                format!(
+                    "{} MB of disk are asked for; {} of {} MB are reserved",
+                    wanted.disk, reserved.disk, self.capacity().disk
+                ),
+            ),
+        })
+    }
+
+    /// What the configuration allows and one heartbeat can tell.
+    fn most_instances(&self) -> usize {
+        self.world.config.resources.instances.min(self.link.max_payload / HEARTBEAT_ENTRY)
+    }
+
+    fn host_full(&self) -> Reply {
+        let (have, most) = (self.stalls.len(), self.most_instances());
+        Reply::error(ErrorCode::HostFull, format!("this host has {have} of {most} instances"))
+    }
+
+    pub(super) fn capacity(&self) -> Amount {
+        let resources = &self.world.config.resources;
+        Amount { memory: resources.memory_mb, disk: resources.disk_mb }
+    }
+
+    pub(super) fn reserved(&self) -> Amount {
+        ledger::reserved(self.stalls.values().map(|stall| &stall.view.record))
+    }
+
+    fn accept(&mut self, request: StartRequest, raw: Value) -> Accepted {
+        let record = self.record(&request, raw);
+        let (handle, instance) = (record.handle.clone(), record.instance.clone());
+        let index = request.index;
+        info!(handle, droplet = %request.droplet, index, "accepted a start");
+        let (accepted, on_disk) = oneshot::channel();
+        self.board(record, request, accepted);
+        Accepted { handle, instance, index, on_disk }
+    }
+
+    fn record(&self, request: &StartRequest, raw: Value) -> Record {
+        let mut handle = crate::random::handle();
+        while self.stalls.contains_key(&handle) {
+            handle = crate::random::handle();
+        }
+        Record {
+            format: record::FORMAT,
+            boot_id: self.world.boot_id.clone(),
+            handle,
+            start: raw,
+            request_id: request.request_id.clone(),
+            instance: crate::random::hex(16),
+            private_instance: crate::random::hex(32),
+            version: request.version.clone(),
+            uris: request.uris.clone(),
+            limits: Limits {
+                mem: request.limits.mem,
+                disk: request.limits.disk,
+                fds: request.limits.fds,
+            },
+            state: State::Born,
+            state_timestamp: now(),
+            started_at: 0.0,
+            port: None,
+            container: None,
+            spawned: false,
+            oom_kills: 0,
+            out_of_memory: false,
+            stopping: None,
+            exit: None,
+            unsent: Vec::new(),
+        }
+    }
+
+    fn keep_template(&mut self, droplet: String, raw: Value) {
+        let bytes = raw.to_string().into_bytes();
+        self.templates.insert(droplet.clone(), raw);
+        let dir = self.world.config.base.join("templates");
+        crate::host::in_background(move || {
+            let kept = make_private(&dir)
+                .and_then(|()| write_durably(&dir, &format!("{droplet}.json"), &bytes));
+            if let Err(error) = kept {
+                warn!(droplet, %error, "after a restart this app cannot be scaled from 0");
+            }
+        });
+    }
+
+    fn stop(&mut self, filter: &Filter, wait: Option<Wait>, answer: oneshot::Sender<Reply>) {
+        let matched: Vec<String> = self
+            .stalls
+            .iter()
+            .filter(|(_, stall)| {
+                !matches!(stall.view.record.state, State::Stopped | State::Crashed)
+                    && filter.matches(&candidate(stall))
+            })
+            .map(|(handle, _)| handle.clone())
+            .collect();
+        for handle in &matched {
+            self.want_stop(handle, StopReason::Stopped);
+        }
+        let instances: Vec<&str> = matched
+            .iter()
+            .filter_map(|handle| self.stalls.get(handle))
+            .map(|stall| stall.view.record.instance.as_str())
+            .collect();
+        let reply = Reply::ok(json!({
+            "dea": self.world.id, "matched": instances.len(), "instances": instances,
+        }));
+        self.answer_when(matched, wait, reply, answer);
+    }
+
+    fn update(&mut self, request: &UpdateRequest) -> Reply {
+        let mut matched = 0;
+        for stall in self.stalls.values().filter(|stall| stall.view.droplet == request.droplet) {
+            if matches!(stall.view.record.state, State::Stopped | State::Crashed) {
+                continue;
+            }
+            matched += 1;
+            let update = (request.uris.clone(), request.version.clone());
+            stall.reins.wants.send_modify(|wants| wants.update = Some(update));
+        }
+        if let Some(mut template) = self.templates.get(&request.droplet).cloned() {
+            set(&mut template, "uris", json!(request.uris));
+            if let Some(version) = &request.version {
+                set(&mut template, "version", json!(version));
+            }
+            self.keep_template(request.droplet.clone(), template);
+        }
+        Reply::ok(json!({"dea": self.world.id, "matched": matched}))
+    }
+
+    async fn scale(&mut self, request: &ScaleRequest, answer: oneshot::Sender<Reply>) {
+        let reply = self.scaled(request).await;
+        let (reply, started, stopped) = match reply {
+            Ok(done) => done,
+            Err(refusal) => {
+                drop(answer.send(refusal));
+                return;
+            }
+        };
+        let handles = match request.wait {
+            Some(Wait::Running) => started,
+            Some(Wait::Stopped) => stopped,
+            None => Vec::new(),
+        };
+        self.answer_when(handles, request.wait, reply, answer);
+    }
+
+    /// Converges; the answer, and the handles that were started and stopped.
+    async fn scaled(
+        &mut self,
+        request: &ScaleRequest,
+    ) -> Result<(Reply, Vec<String>, Vec<String>), Reply> {
+        let droplet = request.droplet.to_string();
+        let template = self.templates.get(&droplet).cloned().ok_or_else(|| {
+            Reply::error(
+                ErrorCode::UnknownApp,
+                format!("no start of app {droplet:?} was accepted here: send dea.{}.start first", self.world.id),
+            )
+        })?;
+        if request.instances > self.most_instances() as u64 {
+            return Err(self.host_full());
+        }
+        let have = self.alive(&droplet);
+        let plan = scale::plan(&have, request.instances);
+        let started = self.starts(&template, request, &plan.start)?;
+        for handle in &plan.stop {
+            self.want_stop(handle, StopReason::Stopped);
+        }
+        if let Some(limits) = scaled_limits(request, &template) {
+            for (_, handle) in have.iter().filter(|(_, handle)| !plan.stop.contains(handle)) {
+                self.want(handle, |wants| wants.limits = Some(limits));
+            }
+        }
+        let new: Vec<Value> = started
+            .iter()
+            .map(|one| json!({"index": one.index, "instance": one.instance, "handle": one.handle}))
+            .collect();
+        let reply = Reply::ok(json!({
+            "dea": self.world.id, "droplet": droplet, "instances": request.instances,
+            "started": new, "stopped": plan.stop,
+        }));
+        Ok((reply, on_disk(started).await?, plan.stop))
+    }
+
+    /// The instances of an app that count: index and handle.
+    fn alive(&self, droplet: &str) -> Vec<(u64, String)> {
+        self.stalls
+            .iter()
+            .filter(|(_, stall)| {
+                stall.view.droplet == droplet
+                    && matches!(
+                        stall.view.record.state,
+                        State::Born | State::Starting | State::Running
+                    )
+                    && stall.reins.wants.borrow().stop.is_none()
+            })
+            .map(|(handle, stall)| (stall.view.index, handle.clone()))
+            .collect()
+    }
+
+    /// Admits and begins the starts at these indices, all or none.
+    fn starts(
+        &mut self,
+        template: &Value,
+        request: &ScaleRequest,
+        indices: &[u64],
+    ) -> Result<Vec<Accepted>, Reply> {
+        let mut raw = template.clone();
+        if let Some(limits) = scaled_limits(request, template) {
+            let limits = json!({"mem": limits.mem, "disk": limits.disk, "fds": limits.fds});
+            set(&mut raw, "limits", limits);
+        }
+        for key in ["request_id", "wait"] {
+            set(&mut raw, key, Value::Null);
+        }
+        let mut messages = Vec::new();
+        for index in indices {
+            set(&mut raw, "index", json!(index));
+            let message = StartRequest::from_value(&raw)
+                .map_err(|bad| Reply::error(ErrorCode::Internal, bad.to_string()))?;
+            messages.push((message, raw.clone()));
+        }
+        if let Some((first, _)) = messages.first() {
+            self.admit_start(first, messages.len() as u64)?;
+        }
+        Ok(messages.into_iter().map(|(message, raw)| self.accept(message, raw)).collect())
+    }
+}
+
+/// The limits that a scale asks for; what it leaves out stays as in the template.
+fn scaled_limits(request: &ScaleRequest, template: &Value) -> Option<Limits> {
+    let wanted = request.limits.as_ref()?;
+    let old = StartRequest::from_value(template).ok()?.limits;
+    Some(Limits {
+        mem: wanted.mem.unwrap_or(old.mem),
+        disk: wanted.disk.unwrap_or(old.disk),
+        fds: wanted.fds.unwrap_or(old.fds),
+    })
+}
+
+/// Waits until every record is on disk; a fraction of a millisecond each, and other commands wait as
+/// long, so that nothing is answered out of order.
+async fn on_disk(accepted: Vec<Accepted>) -> Result<Vec<String>, Reply> {
+    let mut handles = Vec::new();
+    for one in accepted {
+        let kept = one.on_disk.await.unwrap_or_else(|_| Err("its task ended".into()));
+        kept.map_err(|why| {
+            Reply::error(ErrorCode::Internal, format!("the start could not be recorded: {why}"))
+        })?;
+        handles.push(one.handle);
+    }
+    Ok(handles)
+}
+
+fn set(message: &mut Value, key: &str, value: Value) {
+    if let Some(object) = message.as_object_mut() {
+        object.insert(key.to_owned(), value);
+    }
+}
+
+/// What a filter looks at.
+pub(super) fn candidate(stall: &super::Stall) -> Candidate<'_> {
+    let view = &stall.view;
+    Candidate {
+        droplet: &view.droplet,
+        version: &view.record.version,
+        instance: &view.record.instance,
+        index: view.index,
+        state: view.record.state,
+    }
+}
+
+/// The newest accepted start of each app, as earlier lives kept them.
+pub(super) async fn load_templates(base: &Path) -> HashMap<String, Value> {
+    let dir = base.join("templates");
+    blocking(move || {
+        let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+        entries
+            .filter_map(|entry| {
+                let name = entry.file_name().into_string().ok()?;
+                let droplet = name.strip_suffix(".json")?.to_owned();
+                Some((droplet, serde_json::from_slice(&std::fs::read(entry.path()).ok()?).ok()?))
+            })
+            .collect()
+    })
+    .await
+}

@@ -1,0 +1,380 @@
+//! The stable: all instances of this host, and whatever needs to see them together.
+//!
+//! One task with one mailbox owns the list. It admits starts (atomically: what does not fit is refused
+//! whole), hands wants to the instances, answers queries from what the instances told, and speaks for
+//! the host: heartbeats, advertisements, routes. It never blocks and never waits for an instance.
+
+mod beats;
+mod commands;
+mod queries;
+mod waiting;
+
+use super::droplets::Digest;
+use super::instance::{Change, Instance, Query, Reins, View, Wants, instance};
+use super::outlet::{Link, Message};
+use super::record::{Record, StopReason, Stopping};
+use super::world::{World, now};
+use crate::engine::Saved;
+use crate::host::{blocking, in_background};
+use messages::command::Command;
+use messages::reply::Reply;
+use messages::start::StartRequest;
+use messages::state::State;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
+use tracing::{error, info, warn};
+use waiting::Waiting;
+
+/// Asks that may wait for the stable; a start beyond is answered `busy` by the bus.
+pub const MAILBOX: usize = 1024;
+
+/// Between two looks for old crashes (DEA: 10 s).
+const REAPER: Duration = Duration::from_secs(10);
+
+/// Between two looks for droplets that nobody uses (DEA: 60 s).
+const DROPLET_REAPER: Duration = Duration::from_secs(60);
+
+/// What a shutdown may take beyond the longest grace: kill, last bytes, last events.
+const SHUTDOWN_REST: Duration = Duration::from_secs(15);
+
+/// What a shutdown waits for a bus that is away, once every process is dead.
+const SHUTDOWN_WITHOUT_BUS: Duration = Duration::from_secs(2);
+
+/// How the agent goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Farewell {
+    /// Apps are stopped, nothing stays.
+    Shutdown,
+    /// Apps run on for the next agent.
+    Leave,
+}
+
+/// What the bus asks of the stable.
+#[derive(Debug)]
+pub enum Ask {
+    /// Do something, and answer once.
+    Command {
+        /// What.
+        command: Box<Command>,
+        /// The message as it came: a start is kept with its instance.
+        raw: serde_json::Value,
+        /// Where the one answer goes. A dropped one is an `internal` error there.
+        answer: oneshot::Sender<Reply>,
+    },
+    /// Answer as often as the protocol says.
+    Query {
+        /// What is asked.
+        command: Box<Command>,
+        /// Where the answers go, each a body; closed when there are no more.
+        answers: mpsc::Sender<Vec<u8>>,
+    },
+    /// Say something again.
+    Trigger(Command),
+    /// All subjects are subscribed to: this host can be asked.
+    Ready,
+}
+
+/// One instance as the stable sees it.
+#[derive(Debug)]
+struct Stall {
+    view: View,
+    reins: Reins,
+}
+
+/// The hello is said once in an agent's life, when it can be asked and heard.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Greeting {
+    TooEarly,
+    Owed,
+    Said,
+}
+
+/// See the module.
+pub struct Stable {
+    world: Arc<World>,
+    stalls: BTreeMap<String, Stall>,
+    /// The newest accepted start message of each app, for `scale`.
+    templates: HashMap<String, serde_json::Value>,
+    changed: mpsc::UnboundedReceiver<Change>,
+    tasks: JoinSet<()>,
+    waiting: Vec<Waiting>,
+    link: Link,
+    greeting: Greeting,
+}
+
+impl std::fmt::Debug for Stable {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Stable").field("instances", &self.stalls.len()).finish_non_exhaustive()
+    }
+}
+
+impl Stable {
+    /// Takes over what earlier lives of the agent left: adopts what lives, reports what died, removes
+    /// what is nobody's.
+    ///
+    /// # Errors
+    /// If the records cannot be listed, or the network of what lives cannot be rebuilt.
+    pub async fn open(
+        world: Arc<World>,
+        changed: mpsc::UnboundedReceiver<Change>,
+    ) -> Result<Self, Box<dyn std::error::Error>> {
+        let records = world.records.clone();
+        let found = blocking(move || records.load()).await?;
+        for (path, why) in &found.broken {
+            error!(path = %path.display(), why, "a record is broken and was put aside");
+        }
+        let saved: Vec<&Saved> =
+            found.records.iter().filter_map(|record| record.container.as_ref()).collect();
+        let known: HashSet<String> = saved.iter().map(|saved| saved.handle.clone()).collect();
+        world.engine.rebuild_network(&saved).await?;
+        let swept = world.engine.sweep(&known).await;
+        info!(adopted = found.records.len(), swept, "took over what was here");
+        let templates = commands::load_templates(&world.config.base).await;
+        let mut stable = Self {
+            world,
+            stalls: BTreeMap::new(),
+            templates,
+            changed,
+            tasks: JoinSet::new(),
+            waiting: Vec::new(),
+            link: Link { max_payload: 1 << 20, ..Link::default() },
+            greeting: Greeting::TooEarly,
+        };
+        for record in found.records {
+            stable.take_in(record);
+        }
+        Ok(stable)
+    }
+
+    fn take_in(&mut self, record: Record) {
+        match StartRequest::from_value(&record.start) {
+            Ok(message) => {
+                let (accepted, _) = oneshot::channel();
+                self.board(record, message, accepted);
+            }
+            Err(why) => {
+                error!(handle = record.handle, %why, "a kept start message is not understood");
+            }
+        }
+    }
+
+    /// Gives an instance its task and its stall.
+    fn board(
+        &mut self,
+        record: Record,
+        message: StartRequest,
+        accepted: oneshot::Sender<Result<(), String>>,
+    ) {
+        let handle = record.handle.clone();
+        let (instance, reins): (Instance, Reins) =
+            instance(Arc::clone(&self.world), record, message);
+        let view = instance.view();
+        self.tasks.spawn(instance.live(accepted));
+        self.stalls.insert(handle, Stall { view, reins });
+    }
+
+    /// Serves until the agent goes.
+    pub async fn run(
+        mut self,
+        mut inbox: mpsc::Receiver<Ask>,
+        mut link: watch::Receiver<Link>,
+        mut farewell: oneshot::Receiver<Farewell>,
+    ) {
+        let intervals = self.world.config.intervals.clone();
+        let mut heartbeat = ticks(intervals.heartbeat);
+        let mut advertise = ticks(intervals.advertise);
+        let mut routes = ticks(intervals.router_register);
+        let mut reaper = ticks(REAPER);
+        let mut droplet_reaper = ticks(DROPLET_REAPER);
+        let parting = loop {
+            tokio::select! {
+                // What the instances told first: every answer is made from it. Then the parting, which
+                // must not wait behind a flood of asks.
+                biased;
+                Some(change) = self.changed.recv() => self.change(change).await,
+                parting = &mut farewell => break parting.unwrap_or(Farewell::Leave),
+                Ok(()) = link.changed() => {
+                    let now = *link.borrow_and_update();
+                    self.link(now).await;
+                }
+                Some(_) = self.tasks.join_next() => {}
+                _ = heartbeat.tick() => self.heartbeat().await,
+                _ = advertise.tick() => self.advertise().await,
+                _ = routes.tick() => self.register_routes().await,
+                _ = reaper.tick() => self.reap(),
+                _ = droplet_reaper.tick() => self.reap_droplets(),
+                Some(ask) = inbox.recv() => self.hear(ask).await,
+            }
+        };
+        drop(inbox);
+        self.goodbye().await;
+        if parting == Farewell::Shutdown {
+            self.shut_down(link).await;
+        }
+    }
+
+    async fn hear(&mut self, ask: Ask) {
+        match ask {
+            Ask::Command { command, raw, answer } => self.command(*command, raw, answer).await,
+            Ask::Query { command, answers } => self.query(*command, answers),
+            Ask::Trigger(Command::Locate) => self.advertise().await,
+            Ask::Trigger(Command::HealthmanagerStart) => self.heartbeat().await,
+            Ask::Trigger(_) => self.register_routes().await,
+            Ask::Ready => {
+                self.greeting = Greeting::Owed;
+                self.link(self.link).await;
+            }
+        }
+    }
+
+    /// A new connection hears everything at once; so nobody waits an interval to know this host.
+    async fn link(&mut self, link: Link) {
+        self.link = link;
+        if link.up {
+            if self.greeting == Greeting::Owed {
+                self.greeting = Greeting::Said;
+                self.say_hello().await;
+            }
+            self.advertise().await;
+            self.heartbeat().await;
+            self.register_routes().await;
+        }
+    }
+
+    async fn change(&mut self, change: Change) {
+        match change {
+            Change::View(view) => {
+                let handle = view.record.handle.clone();
+                let Some(stall) = self.stalls.get_mut(&handle) else { return };
+                let old = std::mem::replace(&mut stall.view, *view);
+                let (old, new) = (&old.record, &stall.view.record);
+                let beat = old.state != new.state && new.state == State::Running
+                    || old.instance != new.instance
+                    || old.uris != new.uris;
+                let reserve = old.state != new.state || old.limits != new.limits;
+                self.tell_waiting(&handle);
+                if beat {
+                    self.heartbeat().await;
+                }
+                if reserve {
+                    self.advertise().await;
+                }
+            }
+            Change::Gone(handle) => {
+                self.stalls.remove(&handle);
+                self.tell_waiting(&handle);
+                self.advertise().await;
+            }
+        }
+    }
+
+    /// Of each app only the newest crash is kept; the instance itself knows when that is old.
+    fn reap(&mut self) {
+        let mut newest: HashMap<&str, (f64, &str)> = HashMap::new();
+        let mut old = Vec::new();
+        for (handle, stall) in &self.stalls {
+            let record = &stall.view.record;
+            if record.state != State::Crashed {
+                continue;
+            }
+            let this = (record.state_timestamp, handle.as_str());
+            match newest.insert(&stall.view.droplet, this) {
+                Some(other) if other.0 > this.0 => {
+                    newest.insert(&stall.view.droplet, other);
+                    old.push(handle.clone());
+                }
+                Some(other) => old.push(other.1.to_owned()),
+                None => {}
+            }
+        }
+        for handle in old {
+            self.want(&handle, |wants| wants.reap = true);
+        }
+    }
+
+    /// Keeps the droplets of what is here and of what may be scaled up again.
+    fn reap_droplets(&self) {
+        let starts = self.stalls.values().map(|stall| &stall.view.record.start);
+        let in_use: HashSet<String> = starts
+            .chain(self.templates.values())
+            .filter_map(|start| StartRequest::from_value(start).ok())
+            .filter_map(|start| start.sha256.or(start.sha1))
+            .filter_map(|hex| Digest::from_hex(&hex).ok())
+            .map(|digest| digest.to_string())
+            .collect();
+        let droplets = self.world.droplets.clone();
+        in_background(move || {
+            let removed = droplets.reap(&in_use);
+            if removed > 0 {
+                info!(removed, "removed droplets that nobody uses");
+            }
+        });
+    }
+
+    fn want(&self, handle: &str, change: impl FnOnce(&mut Wants)) {
+        if let Some(stall) = self.stalls.get(handle) {
+            stall.reins.wants.send_modify(change);
+        }
+    }
+
+    fn want_stop(&self, handle: &str, reason: StopReason) {
+        let grace = self.grace(handle);
+        self.want(handle, |wants| {
+            wants.stop.get_or_insert(Stopping { reason, grace: grace.as_secs_f64() });
+        });
+    }
+
+    fn grace(&self, handle: &str) -> Duration {
+        let own = self.stalls.get(handle).and_then(|stall| stall.view.stop_grace);
+        own.unwrap_or(self.world.config.instance.stop_grace)
+    }
+
+    /// Stops everything and waits until it is gone, with a deadline for all together.
+    async fn shut_down(mut self, link: watch::Receiver<Link>) {
+        let handles: Vec<String> = self.stalls.keys().cloned().collect();
+        let longest = handles.iter().map(|handle| self.grace(handle)).max().unwrap_or_default();
+        for handle in &handles {
+            self.want_stop(handle, StopReason::Shutdown);
+            self.want(handle, |wants| wants.reap = true);
+        }
+        let deadline = Instant::now() + longest + SHUTDOWN_REST;
+        let mut until = deadline;
+        while !self.stalls.is_empty() {
+            match timeout_at(until, self.changed.recv()).await {
+                Ok(Some(change)) => self.change(change).await,
+                Ok(None) | Err(_) => break,
+            }
+            let dead = |stall: &Stall| {
+                matches!(stall.view.record.state, State::Stopped | State::Crashed)
+            };
+            if !link.borrow().up && until == deadline && self.stalls.values().all(dead) {
+                until = deadline.min(Instant::now() + SHUTDOWN_WITHOUT_BUS);
+            }
+        }
+        if !self.stalls.is_empty() {
+            warn!(left = self.stalls.len(), "not everything was said in time; removing it all the same");
+        }
+        self.tasks.shutdown().await;
+        self.world.engine.sweep(&HashSet::new()).await;
+        for handle in self.stalls.into_keys() {
+            let records = self.world.records.clone();
+            if let Err(error) = blocking(move || records.remove(&handle)).await {
+                error!(%error, "a record stays");
+            }
+        }
+    }
+
+    async fn say(&self, message: Message) {
+        self.world.outlet.send(message).await;
+    }
+}
+
+fn ticks(period: Duration) -> tokio::time::Interval {
+    let mut ticks = interval(period);
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
+}

@@ -1,0 +1,161 @@
+//! Queries: answered as the protocol says, zero, one or many times, never with an error object.
+
+use super::commands::candidate;
+use super::{Duration, Instant, Query, Stable, Stall, now, timeout_at};
+use crate::instances::instance::{Measured, View};
+use messages::command::{Command, DiscoverRequest, discover_delay_ms};
+use messages::filter::Filter;
+use messages::outgoing::{
+    DropletStatus, FindReply, Hello, Stats, StatusReply, ToBytes, Usage, usage_time,
+};
+use messages::state::State;
+use tokio::sync::{mpsc, oneshot};
+
+/// How long a measurement may take; the DEA's callers wait 2 s for all answers.
+const MEASURE: Duration = Duration::from_secs(1);
+
+impl Stable {
+    pub(super) fn query(&self, command: Command, answers: mpsc::Sender<Vec<u8>>) {
+        match command {
+            Command::FindDroplet(request) => {
+                for stall in self.matching(&request.filter) {
+                    self.found(stall, request.include_stats, answers.clone());
+                }
+            }
+            Command::Status => self.status(answers),
+            Command::DropletStatus => self.droplet_status(&answers),
+            Command::Discover(request) => self.discover(&request, answers),
+            other => tracing::error!(?other, "no query"),
+        }
+    }
+
+    pub(super) fn matching<'a>(&'a self, filter: &'a Filter) -> impl Iterator<Item = &'a Stall> {
+        self.stalls.values().filter(move |stall| filter.matches(&candidate(stall)))
+    }
+
+    /// Answers for one instance; with stats, after its task has measured.
+    fn found(&self, stall: &Stall, include_stats: bool, answers: mpsc::Sender<Vec<u8>>) {
+        let reply = self.find_reply(&stall.view);
+        if !include_stats || stall.view.record.state != State::Running {
+            drop(answers.try_send(reply.to_bytes()));
+            return;
+        }
+        // A full mailbox: silence, as the protocol has no other word.
+        let Some(measured) = measure(stall) else { return };
+        let (view, host) = (stall.view.clone(), self.world.engine.local_ip().to_string());
+        tokio::spawn(async move {
+            let Ok(Ok(measured)) = timeout_at(Instant::now() + MEASURE, measured).await else { return };
+            let reply = FindReply { stats: Some(stats(&view, host, measured)), ..reply };
+            drop(answers.send(reply.to_bytes()).await);
+        });
+    }
+
+    pub(super) fn find_reply(&self, view: &View) -> FindReply {
+        FindReply {
+            dea: self.world.id.clone(),
+            droplet: view.droplet.clone(),
+            version: view.record.version.clone(),
+            instance: view.record.instance.clone(),
+            index: view.index,
+            state: view.record.state,
+            state_timestamp: view.record.state_timestamp,
+            staged: format!("/{}", view.record.instance),
+            stats: None,
+        }
+    }
+
+    fn hello(&self) -> Hello {
+        Hello {
+            id: self.world.id.clone(),
+            ip: self.world.engine.local_ip().to_string(),
+            version: crate::VERSION.into(),
+            port: None,
+        }
+    }
+
+    /// Says that this host is ready.
+    pub(super) async fn say_hello(&self) {
+        let body = self.hello().to_bytes();
+        self.say(super::Message::plain(messages::subjects::HELLO, body)).await;
+    }
+
+    /// Answers once every instance has measured, or not in time.
+    fn status(&self, answers: mpsc::Sender<Vec<u8>>) {
+        let mut reply = StatusReply {
+            hello: self.hello(),
+            max_memory: self.capacity().memory,
+            reserved_memory: self.reserved().memory,
+            used_memory: 0,
+            num_clients: None,
+        };
+        let measured: Vec<_> = self.stalls.values().filter_map(measure).collect();
+        tokio::spawn(async move {
+            let deadline = Instant::now() + MEASURE;
+            let mut bytes = 0;
+            for measured in measured {
+                if let Ok(Ok(measured)) = timeout_at(deadline, measured).await {
+                    bytes += measured.memory_bytes;
+                }
+            }
+            reply.used_memory = bytes >> 20;
+            drop(answers.send(reply.to_bytes()).await);
+        });
+    }
+
+    fn droplet_status(&self, answers: &mpsc::Sender<Vec<u8>>) {
+        for stall in self.stalls.values() {
+            let record = &stall.view.record;
+            if matches!(record.state, State::Starting | State::Running) {
+                let status =
+                    DropletStatus { name: stall.view.name.clone(), uris: record.uris.clone() };
+                drop(answers.try_send(status.to_bytes()));
+            }
+        }
+    }
+
+    fn discover(&self, request: &DiscoverRequest, answers: mpsc::Sender<Vec<u8>>) {
+        let wanted = crate::instances::ledger::Amount {
+            memory: request.memory,
+            disk: request.disk,
+        };
+        let (capacity, reserved) = (self.capacity(), self.reserved());
+        if crate::instances::ledger::admit(capacity, reserved, wanted).is_err() {
+            return;
+        }
+        let of_app = self.stalls.values().filter(|stall| stall.view.droplet == request.droplet);
+        let delay = discover_delay_ms(of_app.count() as u64, reserved.memory, capacity.memory);
+        let body = self.hello().to_bytes();
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(delay)).await;
+            drop(answers.send(body).await);
+        });
+    }
+}
+
+/// Asks a running instance to measure.
+fn measure(stall: &Stall) -> Option<oneshot::Receiver<Measured>> {
+    let (tell, told) = oneshot::channel();
+    let runs = stall.view.record.state == State::Running;
+    (runs && stall.reins.queries.try_send(Query::Usage(tell)).is_ok()).then_some(told)
+}
+
+fn stats(view: &View, host: String, measured: Measured) -> Stats {
+    let now = now();
+    let record = &view.record;
+    Stats {
+        name: view.name.clone(),
+        uris: record.uris.clone(),
+        host,
+        port: record.port.unwrap_or_default(),
+        uptime: crate::instances::world::whole_seconds(now - record.started_at),
+        mem_quota: record.limits.mem << 20,
+        disk_quota: record.limits.disk << 20,
+        fds_quota: record.limits.fds,
+        usage: Usage {
+            time: usage_time(crate::instances::world::whole_seconds(now)),
+            cpu: measured.cpu,
+            mem: measured.memory_bytes,
+            disk: 0,
+        },
+    }
+}

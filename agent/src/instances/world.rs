@@ -1,0 +1,43 @@
+//! What all instances share.
+
+use super::droplets::Droplets;
+use super::instance::Change;
+use super::outlet::Outlet;
+use super::record::Records;
+use crate::config::Config;
+use crate::engine::Engine;
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio::sync::mpsc;
+
+/// What all instances share.
+#[derive(Debug)]
+pub struct World {
+    /// The configuration.
+    pub config: Config,
+    /// The agent's id.
+    pub id: String,
+    /// The kernel's boot id.
+    pub boot_id: String,
+    /// Containers and jobs.
+    pub engine: Engine,
+    /// Downloads.
+    pub droplets: Droplets,
+    /// What is on disk.
+    pub records: Records,
+    /// The way to the bus.
+    pub outlet: Outlet,
+    /// The way to the stable.
+    pub changes: mpsc::UnboundedSender<Change>,
+}
+
+/// Seconds since the epoch.
+#[must_use]
+pub fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
+/// Whole seconds of a time or a span; 0 for a negative one (a clock that was set back).
+#[must_use]
+pub fn whole_seconds(seconds: f64) -> u64 {
+    std::time::Duration::try_from_secs_f64(seconds).unwrap_or_default().as_secs()
+}

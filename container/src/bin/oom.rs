@@ -1,0 +1,5 @@
+//! See `container::oom`.
+
+fn main() -> std::process::ExitCode {
+    container::oom::main()
+}

@@ -1,0 +1,7 @@
+//! Runs a program in a container: see `container::wsh`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    container::wsh::main()
+}

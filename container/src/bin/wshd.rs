@@ -1,0 +1,7 @@
+//! The init of a container: see `container::wshd`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    container::wshd::main()
+}

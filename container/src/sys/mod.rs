@@ -1,0 +1,16 @@
+//! The fence: the kernel's calls that `nix` does not make safe, one file for each family.
+//!
+//! Everything here is a thin, safe function; errors are [`SysError`](crate::fault::SysError) or the
+//! bare errno where the caller knows the argument better.
+#![allow(unsafe_code, reason = "the one room with unsafe; every block names its precondition")]
+
+pub mod fdpass;
+pub mod pidfd;
+pub mod caps;
+pub mod clone;
+pub mod mount;
+pub mod process;
+pub mod terminal;
+pub mod inherit;
+pub mod pages;
+pub mod pipe;

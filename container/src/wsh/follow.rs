@@ -1,0 +1,360 @@
+//! Waiting for a job's end, and copying for a terminal.
+
+use super::person::{Came, Signals};
+use crate::client::Client;
+use crate::fault::{Context, SysError};
+use crate::status::Status;
+use crate::sys::terminal as tty;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::{pipe2, read, write};
+use std::io::Write;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+/// How a wait ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// This became of the job.
+    Job(Status),
+    /// The init closed the connection without a word: it is dead.
+    ContainerGone,
+    /// Nobody reads the status pipe any more.
+    SupervisorGone,
+}
+
+/// The init: our connection, and where to make another for a signal.
+pub(super) struct Peer<'a> {
+    pub(super) client: &'a Client,
+    pub(super) socket: &'a Path,
+}
+
+/// How long the last output of a terminal is waited for when a background process keeps it open.
+const TAIL_MS: u16 = 100;
+
+/// Waits under a supervisor.
+pub(super) fn supervised(peer: &Peer<'_>, status: Option<&OwnedFd>) -> Result<End, SysError> {
+    loop {
+        let mut fds = vec![PollFd::new(peer.client.as_fd(), PollFlags::POLLIN)];
+        // No event asked for: POLLERR comes unasked when the pipe's last reader is gone.
+        fds.extend(status.map(|status| PollFd::new(status.as_fd(), PollFlags::empty())));
+        wait(&mut fds, PollTimeout::NONE)?;
+        let [connection, pipe] = [0, 1].map(|at| fds.get(at).is_some_and(seen));
+        if connection {
+            match Frame::read(peer)? {
+                Frame::End(end) => return Ok(end),
+                Frame::Started { .. } => {}
+            }
+        }
+        if pipe {
+            return Ok(End::SupervisorGone);
+        }
+    }
+}
+
+/// Waits for a job that has our own descriptors, and relays what it writes to a terminal of ours.
+pub(super) fn descriptors(
+    peer: &Peer<'_>,
+    signals: &Signals,
+    relays: &mut [Relay],
+) -> Result<End, SysError> {
+    let mut post = Post::default();
+    loop {
+        let mut fds = vec![
+            PollFd::new(peer.client.as_fd(), PollFlags::POLLIN),
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+        ];
+        fds.extend(relays.iter().filter_map(Relay::watched));
+        wait(&mut fds, PollTimeout::NONE)?;
+        let [connection, signalled] = [0, 1].map(|at| fds.get(at).is_some_and(seen));
+        relays.iter_mut().for_each(Relay::turn);
+        if connection {
+            match Frame::read(peer)? {
+                Frame::Started { job, .. } => post.address(peer, job),
+                Frame::End(end) => {
+                    relays.iter_mut().for_each(Relay::finish);
+                    return Ok(end);
+                }
+            }
+        }
+        while let Some(came) = signalled.then(|| signals.next()).flatten() {
+            if let Came::ForTheJob(signal) = came {
+                post.send(peer, signal);
+            }
+        }
+    }
+}
+
+/// Waits for a job that has a terminal of its own, and copies between it and ours.
+pub(super) fn terminal(peer: &Peer<'_>, signals: &Signals) -> Result<End, SysError> {
+    let (mut post, mut pump) = (Post::default(), Pump::default());
+    let stdin = std::io::stdin();
+    loop {
+        let mut fds = vec![
+            PollFd::new(peer.client.as_fd(), PollFlags::POLLIN),
+            PollFd::new(signals.as_fd(), PollFlags::POLLIN),
+        ];
+        if let Some(master) = &pump.master {
+            fds.push(PollFd::new(master.as_fd(), pump.wanted()));
+            if pump.keys.is_empty() {
+                fds.push(PollFd::new(stdin.as_fd(), PollFlags::POLLIN));
+            }
+        }
+        wait(&mut fds, PollTimeout::NONE)?;
+        let [connection, signalled, output, input] =
+            [0, 1, 2, 3].map(|at| fds.get(at).is_some_and(seen));
+        if output {
+            pump.turn();
+        }
+        if input {
+            pump.take_keys(stdin.as_fd());
+        }
+        while let Some(came) = signalled.then(|| signals.next()).flatten() {
+            match (came, &pump.master) {
+                (Came::ForTheJob(signal), _) => post.send(peer, signal),
+                (Came::Resized, Some(master)) => resize(master),
+                (Came::Resized, None) => {}
+            }
+        }
+        if connection {
+            match Frame::read(peer)? {
+                Frame::Started { job, terminal } => {
+                    post.address(peer, job);
+                    pump.begin(terminal)?;
+                }
+                Frame::End(end) => {
+                    pump.finish();
+                    return Ok(end);
+                }
+            }
+        }
+    }
+}
+
+fn wait(fds: &mut [PollFd<'_>], timeout: PollTimeout) -> Result<(), SysError> {
+    match poll(fds, timeout) {
+        // Stopped and continued.
+        Err(Errno::EINTR) => Ok(()),
+        other => other.map(drop).context("poll", "wsh"),
+    }
+}
+
+fn seen(fd: &PollFd<'_>) -> bool {
+    fd.revents().is_some_and(|events| !events.is_empty())
+}
+
+enum Frame {
+    Started { job: u32, terminal: Option<OwnedFd> },
+    End(End),
+}
+
+impl Frame {
+    fn read(peer: &Peer<'_>) -> Result<Self, SysError> {
+        Ok(match peer.client.read_status()? {
+            None => Self::End(End::ContainerGone),
+            Some(report) => match report.status {
+                Status::Started { job } => Self::Started {
+                    job,
+                    terminal: report.terminal,
+                },
+                end @ (Status::Exited(_) | Status::Signaled(_) | Status::Failed { .. }) => {
+                    Self::End(End::Job(end))
+                }
+            },
+        })
+    }
+}
+
+/// Signals on their way to the job; they wait until it has a number.
+#[derive(Default)]
+struct Post {
+    job: Option<u32>,
+    waiting: Vec<i32>,
+}
+
+impl Post {
+    fn address(&mut self, peer: &Peer<'_>, job: u32) {
+        self.job = Some(job);
+        for signal in std::mem::take(&mut self.waiting) {
+            self.send(peer, signal);
+        }
+    }
+
+    fn send(&mut self, peer: &Peer<'_>, signal: i32) {
+        match self.job {
+            // A job that just ended has no use for it, and its end is on the way.
+            Some(job) => {
+                drop(Client::connect(peer.socket).and_then(|init| init.signal(job, signal)))
+            }
+            None if !self.waiting.contains(&signal) => self.waiting.push(signal),
+            None => {}
+        }
+    }
+}
+
+/// Keys go in, output comes out. Never blocked by the job: it may stop reading while it writes.
+#[derive(Default)]
+struct Pump {
+    /// The job's terminal, from its start until either side hung up.
+    master: Option<OwnedFd>,
+    /// Read from ours and not yet written; nothing more is read meanwhile.
+    keys: Vec<u8>,
+}
+
+impl Pump {
+    fn begin(&mut self, master: Option<OwnedFd>) -> Result<(), SysError> {
+        if let Some(master) = &master {
+            let flags = FcntlArg::F_SETFL(OFlag::O_NONBLOCK);
+            fcntl(master, flags).context("fcntl", "O_NONBLOCK")?;
+            // It may have changed since the request.
+            resize(master);
+        }
+        self.master = master;
+        Ok(())
+    }
+
+    fn wanted(&self) -> PollFlags {
+        if self.keys.is_empty() {
+            PollFlags::POLLIN
+        } else {
+            PollFlags::POLLIN | PollFlags::POLLOUT
+        }
+    }
+
+    fn turn(&mut self) {
+        self.put_keys();
+        self.print();
+    }
+
+    /// Reads the person's keys; the end of them hangs the job's terminal up.
+    fn take_keys(&mut self, stdin: BorrowedFd<'_>) {
+        let mut buffer = [0; 4096];
+        match read(stdin, &mut buffer) {
+            Err(Errno::EINTR | Errno::EAGAIN) => {}
+            Ok(0) | Err(_) => self.master = None,
+            Ok(length) => {
+                self.keys.extend(buffer.get(..length).unwrap_or_default());
+                self.put_keys();
+            }
+        }
+    }
+
+    fn put_keys(&mut self) {
+        let Some(master) = &self.master else { return };
+        if let Ok(written) = write(master, &self.keys) {
+            self.keys.drain(..written.min(self.keys.len()));
+        }
+    }
+
+    /// Copies what there is; says whether there may be more later. The end is EIO: every process has
+    /// closed the terminal, and all its output was read (pty(7)).
+    fn print(&mut self) -> bool {
+        let more = self
+            .master
+            .as_ref()
+            .is_some_and(|master| copy(master, Output::Stdout));
+        if !more {
+            self.master = None;
+        }
+        more
+    }
+
+    /// The job is over: the rest of its output, without waiting for whoever keeps the terminal open.
+    fn finish(&mut self) {
+        while self
+            .master
+            .as_ref()
+            .is_some_and(|master| speaks(master, TAIL_MS))
+            && self.print()
+        {}
+        self.master = None;
+    }
+}
+
+/// One of our own outputs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Output {
+    Stdout,
+    Stderr,
+}
+
+/// A pipe in place of an output that is a terminal. The job does not get that one itself: it could read
+/// the person's keys from it.
+pub(super) struct Relay {
+    /// Until its end.
+    reader: Option<OwnedFd>,
+    to: Output,
+}
+
+impl Relay {
+    /// The relay, and what the job writes to.
+    pub(super) fn new(to: Output) -> Result<(Self, OwnedFd), SysError> {
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC).context("pipe2", "relay")?;
+        fcntl(&reader, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).context("fcntl", "O_NONBLOCK")?;
+        Ok((
+            Self {
+                reader: Some(reader),
+                to,
+            },
+            writer,
+        ))
+    }
+
+    fn watched(&self) -> Option<PollFd<'_>> {
+        self.reader
+            .as_ref()
+            .map(|reader| PollFd::new(reader.as_fd(), PollFlags::POLLIN))
+    }
+
+    fn turn(&mut self) {
+        if !self
+            .reader
+            .as_ref()
+            .is_some_and(|reader| copy(reader, self.to))
+        {
+            self.reader = None;
+        }
+    }
+
+    fn finish(&mut self) {
+        while self
+            .reader
+            .as_ref()
+            .is_some_and(|reader| speaks(reader, TAIL_MS))
+        {
+            self.turn();
+        }
+    }
+}
+
+/// Whether there is something to read, or its end, within this time.
+fn speaks(fd: &OwnedFd, milliseconds: u16) -> bool {
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    wait(&mut fds, PollTimeout::from(milliseconds)).is_ok() && fds.iter().any(seen)
+}
+
+/// Copies what there is without waiting for it; `false`: there will be no more, or nobody to print it to.
+fn copy(from: &OwnedFd, to: Output) -> bool {
+    let mut buffer = [0; 16 * 1024];
+    match read(from, &mut buffer) {
+        Err(Errno::EINTR | Errno::EAGAIN) => true,
+        Ok(0) | Err(_) => false,
+        Ok(length) => {
+            let bytes = buffer.get(..length).unwrap_or_default();
+            let (mut stdout, mut stderr) = (std::io::stdout(), std::io::stderr());
+            let out: &mut dyn Write = if to == Output::Stdout {
+                &mut stdout
+            } else {
+                &mut stderr
+            };
+            out.write_all(bytes).and_then(|()| out.flush()).is_ok()
+        }
+    }
+}
+
+fn resize(master: &OwnedFd) {
+    if let Ok(window) = tty::size(std::io::stdin()) {
+        let _ = tty::resize(master, window);
+    }
+}

@@ -1,0 +1,447 @@
+//! One host to test: a namespace, a bus, an agent.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+use std::{fs, process};
+
+use async_nats::{Client, Message};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::{
+    Body, Droplet, Files, Network, Output, Running, Tree, Watch, leftovers, patience, tool,
+};
+
+/// How a host differs from the usual one.
+#[derive(Debug, Default)]
+pub struct Setup<'a> {
+    /// Texts in the configuration and what stands there instead: see [`Host::start`].
+    pub config: &'a [(&'a str, &'a str)],
+    /// Commands to run in the namespace before the agent starts.
+    pub before: &'a [&'a [&'a str]],
+    /// More arguments for nats-server.
+    pub bus: &'a [&'a str],
+}
+
+/// A host under test. Dropping it ends it, and fails the test if anything is left on the machine.
+#[derive(Debug)]
+pub struct Host {
+    /// The agent's id, from its hello.
+    pub id: String,
+    /// Where its droplets are served.
+    pub files: Files,
+    /// Its network, and the outside.
+    pub network: Network,
+    /// Its base directory.
+    pub base: PathBuf,
+    nats: Client,
+    mark: String,
+    directory: PathBuf,
+    bus_arguments: Vec<String>,
+    // `None` while a test has ended them.
+    bus: Option<Running>,
+    agent: Option<Running>,
+}
+
+impl Host {
+    /// Where its nats-server listens, inside the namespace.
+    pub const BUS: &str = "127.0.0.1:4222";
+
+    /// A host with 4 GB for apps and all intervals at one second, ready: its hello has come.
+    pub async fn start() -> Self {
+        Self::with(Setup::default()).await
+    }
+
+    /// A host that differs from the usual one.
+    pub async fn with(setup: Setup<'_>) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let network = Network::enter();
+        // Short: socket paths below it have 108 bytes at most.
+        let mark = format!(
+            "ostler-test-{}-{}",
+            process::id(),
+            COUNT.fetch_add(1, Ordering::Relaxed)
+        );
+        let directory = Path::new("/tmp").join(&mark);
+        let base = directory.join("base");
+        fs::create_dir_all(&directory).expect("/tmp is writable");
+        fs::write(
+            directory.join("agent.toml"),
+            config(&base, &mark, setup.config),
+        )
+        .expect("just made");
+        for command in setup.before {
+            tool(command[0], &command[1..]);
+        }
+        let bus_arguments: Vec<String> = setup
+            .bus
+            .iter()
+            .map(|&argument| argument.to_owned())
+            .collect();
+        let bus = bus(&bus_arguments, &directory).await;
+        let options = async_nats::ConnectOptions::new()
+            .reconnect_delay_callback(|_| Duration::from_millis(20))
+            .subscription_capacity(1 << 20);
+        let nats = options.connect(Self::BUS).await.expect("it accepts");
+        let files = Files::serve().await;
+        let (bus, id) = (Some(bus), String::new());
+        let mut host = Self {
+            id,
+            files,
+            network,
+            base,
+            nats,
+            mark,
+            directory,
+            bus_arguments,
+            bus,
+            agent: None,
+        };
+        let _ = host.start_agent().await;
+        host
+    }
+
+    /// The connection that the test itself has to the bus.
+    #[must_use]
+    pub fn nats(&self) -> &Client {
+        &self.nats
+    }
+
+    /// `dea.<id>.<verb>`.
+    #[must_use]
+    pub fn subject(&self, verb: &str) -> String {
+        format!("dea.{}.{verb}", self.id)
+    }
+
+    /// Publishes `body`; the server has it when this returns.
+    pub async fn publish(&self, subject: &str, body: &Value) {
+        self.nats
+            .publish(subject.to_owned(), body.to_string().into())
+            .await
+            .expect("connected");
+        self.nats.flush().await.expect("connected");
+    }
+
+    /// Sends `body` and gives the first answer.
+    pub async fn request(&self, subject: &str, body: &Value) -> Value {
+        let answer = self.request_bytes(subject, &body.to_string()).await;
+        serde_json::from_slice(&answer.payload)
+            .unwrap_or_else(|error| panic!("{subject}: {error}: {:?}", answer.payload))
+    }
+
+    /// Sends `body`, which need not be JSON, and gives the first answer with its headers.
+    pub async fn request_bytes(&self, subject: &str, body: &str) -> Message {
+        let request = async_nats::Request::new()
+            .payload(body.to_owned().into())
+            .timeout(Some(patience()));
+        let answer = self.nats.send_request(subject.to_owned(), request).await;
+        answer.unwrap_or_else(|error| panic!("{subject} {body}: {error}\n{}", self.log()))
+    }
+
+    /// Sends `body` and gives all answers that come before `within` has passed without another one.
+    pub async fn request_all(&self, subject: &str, body: &Value, within: Duration) -> Vec<Value> {
+        let inbox = self.nats.new_inbox();
+        let mut answers = self.watch(&inbox).await;
+        let sent = self
+            .nats
+            .publish_with_reply(subject.to_owned(), inbox, body.to_string().into())
+            .await;
+        sent.expect("connected");
+        while timeout(within, answers.next()).await.is_ok() {}
+        answers.all().to_vec()
+    }
+
+    /// Subscribes to `subject`.
+    pub async fn watch(&self, subject: &str) -> Watch {
+        Watch::subscribe(&self.nats, subject).await
+    }
+
+    /// Reads the output of `droplet` from now on.
+    pub async fn output(&self, droplet: &str) -> Output {
+        Output::of(&self.nats, droplet).await
+    }
+
+    /// A start message for `package` under the id `droplet`: instance 0, 128 MB, no routes, no health check.
+    #[must_use]
+    pub fn message(&self, droplet: &str, package: &Droplet) -> Value {
+        let url = self
+            .files
+            .put(&format!("{droplet}.tgz"), Body::Bytes(package.0.clone()));
+        json!({
+            "droplet": droplet, "index": 0, "version": "v1", "name": droplet, "uris": [],
+            "executableUri": url, "sha1": package.sha1(),
+            "limits": {"mem": 128, "disk": 256, "fds": 1024},
+            "services": [], "env": [], "cc_partition": "default", "stack": "debian"
+        })
+    }
+
+    /// Starts an instance and waits until it runs: the answer, with its ids.
+    pub async fn run(&self, mut message: Value) -> Value {
+        message["wait"] = json!("running");
+        let answer = self.request(&self.subject("start"), &message).await;
+        assert_eq!(answer["ok"], true, "{message}\n{answer}\n{}", self.log());
+        answer
+    }
+
+    /// Stops all instances of `droplet` here and waits until they are gone.
+    pub async fn stop(&self, droplet: &str) {
+        let message = json!({"droplet": droplet, "wait": "stopped"});
+        let answer = self.request(&self.subject("stop"), &message).await;
+        assert_eq!(answer["ok"], true, "{answer}\n{}", self.log());
+    }
+
+    /// The agent and all processes of its base directory and its containers.
+    #[must_use]
+    pub fn tree(&self) -> Tree {
+        Tree::read(self.agent.as_ref().map(Running::pid), &self.mark)
+    }
+
+    /// The tree, once it is as `wanted`.
+    ///
+    /// # Panics
+    /// After the deadline, with the tree that there is.
+    pub async fn tree_until(&self, what: &str, wanted: impl Fn(&Tree) -> bool) -> Tree {
+        let deadline = Instant::now() + patience();
+        loop {
+            let tree = self.tree();
+            if wanted(&tree) {
+                return tree;
+            }
+            assert!(
+                Instant::now() < deadline,
+                "no {what}:\n{tree}\n{}",
+                self.log()
+            );
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// The agent, which must run.
+    #[must_use]
+    pub fn agent(&self) -> &Running {
+        self.agent.as_ref().expect("the test has not ended it")
+    }
+
+    /// The nats-server, which must run.
+    #[must_use]
+    pub fn bus(&self) -> &Running {
+        self.bus.as_ref().expect("the test has not ended it")
+    }
+
+    /// Kills the agent with SIGKILL.
+    pub async fn kill9(&mut self) {
+        let agent = self.agent.take().expect("it runs");
+        agent.signal(Signal::SIGKILL);
+        agent
+            .ended(patience())
+            .await
+            .expect("nothing survives SIGKILL");
+    }
+
+    /// Sends `signal` to the agent and waits for its end.
+    pub async fn end(&mut self, signal: Signal) -> ExitStatus {
+        let agent = self.agent.take().expect("it runs");
+        agent.signal(signal);
+        let ended = agent.ended(patience()).await;
+        ended.unwrap_or_else(|| panic!("the agent still runs after {signal}\n{}", self.log()))
+    }
+
+    /// Starts the agent, waits for its hello and gives it.
+    pub async fn start_agent(&mut self) -> Value {
+        let mut hellos = self.watch("dea.start").await;
+        self.spawn_agent();
+        let agent = self.agent.as_ref().expect("just started");
+        let hello = tokio::select! {
+            hello = hellos.next() => hello,
+            status = agent.ended(patience() * 2) => panic!("the agent ended: {status:?}\n{}", self.log()),
+        };
+        hello["id"]
+            .as_str()
+            .expect("the hello has an id")
+            .clone_into(&mut self.id);
+        hello
+    }
+
+    /// Starts the agent without waiting for anything.
+    pub fn spawn_agent(&mut self) {
+        self.spawn_agent_by(&[]);
+    }
+
+    /// [`Host::spawn_agent`] by a wrapper that executes its last arguments in its own place.
+    pub fn spawn_agent_by(&mut self, wrapper: &[&str]) {
+        let agent = self.agent_command("agent");
+        let mut words = wrapper
+            .iter()
+            .copied()
+            .chain(agent.iter().map(String::as_str));
+        let program = words.next().expect("at least the agent");
+        let arguments: Vec<&str> = words.chain(["--log", "text"]).collect();
+        self.agent = Some(Running::start(
+            Path::new(program),
+            &arguments,
+            &self.agent_log(),
+        ));
+    }
+
+    /// Runs `ostler clean` to its end.
+    pub async fn clean(&self) -> ExitStatus {
+        let clean = self.start_clean().ended(patience()).await;
+        clean.unwrap_or_else(|| panic!("`ostler clean` does not end\n{}", self.log()))
+    }
+
+    fn start_clean(&self) -> Running {
+        let command = self.agent_command("clean");
+        let arguments: Vec<&str> = command.iter().skip(1).map(String::as_str).collect();
+        Running::start(Path::new(&command[0]), &arguments, &self.agent_log())
+    }
+
+    /// `ostler <verb> --config <this host's>`.
+    fn agent_command(&self, verb: &str) -> [String; 4] {
+        let program = crate::path("OSTLER_AGENT", "target/debug/ostler")
+            .display()
+            .to_string();
+        let config = self.directory.join("agent.toml").display().to_string();
+        [program, verb.to_owned(), "--config".to_owned(), config]
+    }
+
+    fn agent_log(&self) -> PathBuf {
+        self.directory.join("agent.log")
+    }
+
+    /// SIGKILL and a new start; gives the hello.
+    pub async fn restart(&mut self) -> Value {
+        self.kill9().await;
+        self.start_agent().await
+    }
+
+    /// Takes the bus away.
+    pub async fn stop_bus(&mut self) {
+        let bus = self.bus.take().expect("it runs");
+        bus.signal(Signal::SIGKILL);
+        bus.ended(patience())
+            .await
+            .expect("nothing survives SIGKILL");
+    }
+
+    /// Brings the bus back; the test's own subscriptions are there again when this returns.
+    pub async fn start_bus(&mut self) {
+        self.bus = Some(bus(&self.bus_arguments, &self.directory).await);
+        let back = timeout(patience(), self.nats.flush()).await;
+        back.expect("reconnects").expect("connected");
+    }
+
+    /// What the agent has logged, its last lines.
+    #[must_use]
+    pub fn log(&self) -> String {
+        let log = fs::read_to_string(self.agent_log()).unwrap_or_default();
+        let lines: Vec<&str> = log.lines().collect();
+        let tail = lines.len().saturating_sub(60);
+        format!(
+            "--- the agent's log ({} lines):\n{}\n---",
+            lines.len(),
+            lines[tail..].join("\n")
+        )
+    }
+
+    /// What is on the machine of this host that a stopped agent must have removed; one line each.
+    #[must_use]
+    pub fn leftovers(&self) -> Vec<String> {
+        leftovers::find(&self.mark, &self.base)
+    }
+
+    /// Ends the agent as an operator does, or cleans up after one that a test has killed.
+    fn shut_down(&mut self) -> Result<(), String> {
+        let Some(agent) = self.agent.take() else {
+            let status = self
+                .start_clean()
+                .wait(patience())
+                .ok_or("`ostler clean` does not end")?;
+            return if status.success() {
+                Ok(())
+            } else {
+                Err(format!("`ostler clean`: {status}"))
+            };
+        };
+        agent.signal(Signal::SIGTERM);
+        let status = agent
+            .wait(patience())
+            .ok_or("the agent does not end after SIGTERM")?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(format!("after SIGTERM the agent ended with {status}"))
+        }
+    }
+}
+
+impl Drop for Host {
+    fn drop(&mut self) {
+        let mut complaints = Vec::from_iter(self.shut_down().err());
+        complaints.extend(
+            self.leftovers()
+                .into_iter()
+                .map(|what| format!("left over: {what}")),
+        );
+        let log = self.log();
+        leftovers::remove(&self.mark, &self.directory);
+        if std::thread::panicking() {
+            eprintln!("{log}\n{}", complaints.join("\n"));
+        } else {
+            assert!(complaints.is_empty(), "{}\n{log}", complaints.join("\n"));
+        }
+    }
+}
+
+fn config(base: &Path, mark: &str, changes: &[(&str, &str)]) -> String {
+    let helpers = crate::path("OSTLER_HELPERS", "target/x86_64-unknown-linux-gnu/helpers");
+    let mut config = format!(
+        r#"base = "{}"
+helpers = "{}"
+[nats]
+url = "nats://{}"
+[stacks]
+debian = "{}"
+[resources]
+memory_mb = 4096
+disk_mb = 16384
+[intervals]
+heartbeat = 1
+advertise = 1
+router_register = 1
+[network]
+pool = "10.254.0.0/16"
+[cgroup]
+parent = "{mark}"
+"#,
+        base.display(),
+        helpers.display(),
+        Host::BUS,
+        crate::stack().display(),
+    );
+    for (old, new) in changes {
+        assert!(config.contains(old), "the configuration has no {old:?}");
+        config = config.replace(old, new);
+    }
+    config
+}
+
+/// Starts a nats-server and waits until it accepts.
+async fn bus(arguments: &[String], directory: &Path) -> Running {
+    let (address, port) = Host::BUS.split_once(':').expect("an address and a port");
+    let mut all = vec!["--addr", address, "--port", port];
+    all.extend(arguments.iter().map(String::as_str));
+    let bus = Running::start(Path::new("nats-server"), &all, &directory.join("nats.log"));
+    let deadline = Instant::now() + patience();
+    while tokio::net::TcpStream::connect(Host::BUS).await.is_err() {
+        assert!(
+            Instant::now() < deadline,
+            "nats-server does not listen: see {}",
+            directory.display()
+        );
+        sleep(Duration::from_millis(5)).await;
+    }
+    bus
+}

@@ -1,0 +1,358 @@
+//! What bad input gets: an answer or an exit that says what was wrong and where, and an unharmed agent.
+
+use serde_json::{Value, json};
+use std::time::Duration;
+use tar_entry::{DEVICE, DIRECTORY, FILE, LINK, SYMLINK};
+use tests::{Body, Droplet, Host};
+
+/// Kinds of tar entries, by the letters of the format.
+mod tar_entry {
+    pub(super) const FILE: u8 = b'0';
+    pub(super) const LINK: u8 = b'1';
+    pub(super) const SYMLINK: u8 = b'2';
+    pub(super) const DEVICE: u8 = b'3';
+    pub(super) const DIRECTORY: u8 = b'5';
+}
+
+/// Sends a start that must be refused; gives the error's code and message.
+async fn refused(host: &Host, message: &str) -> (String, String) {
+    let answer = host.request_bytes(&host.subject("start"), message).await;
+    let body: Value = serde_json::from_slice(&answer.payload).unwrap();
+    assert_eq!(body["ok"], false, "{message}: {body}");
+    let error = &body["error"];
+    assert!(error["retryable"].is_boolean(), "{body}");
+    let headers = answer.headers.expect("an error has headers");
+    let code: u16 = headers
+        .get("Nats-Service-Error-Code")
+        .unwrap()
+        .as_str()
+        .parse()
+        .unwrap();
+    assert!((400..600).contains(&code), "{code}");
+    assert!(
+        !headers
+            .get("Nats-Service-Error")
+            .unwrap()
+            .as_str()
+            .is_empty()
+    );
+    (
+        error["code"].as_str().unwrap().to_owned(),
+        error["message"].as_str().unwrap().to_owned(),
+    )
+}
+
+#[tokio::test]
+async fn a_bad_start_message_is_refused_with_the_reason() {
+    let host = Host::start().await;
+    let good = host.message("good", &Droplet::sample("sleeper"));
+    for broken in ["", "{", "[]", "7", "\u{0}", "{\"droplet\":"] {
+        let (code, message) = refused(&host, broken).await;
+        assert!(!code.is_empty() && !message.is_empty(), "{broken:?}");
+    }
+    for required in [
+        "droplet",
+        "index",
+        "version",
+        "name",
+        "limits",
+        "services",
+        "cc_partition",
+    ] {
+        let mut bad = good.clone();
+        bad.as_object_mut().unwrap().remove(required);
+        let (_, message) = refused(&host, &bad.to_string()).await;
+        assert!(
+            message.contains(required),
+            "{required} is missing: {message}"
+        );
+    }
+    for (field, value, word) in [
+        ("droplet", json!("a.b"), "droplet"),
+        ("droplet", json!(""), "droplet"),
+        ("droplet", json!("x".repeat(129)), "droplet"),
+        ("droplet", json!("*"), "droplet"),
+        ("droplet", json!([]), "droplet"),
+        ("index", json!("0"), "index"),
+        ("index", json!(-1), "index"),
+        ("uris", json!("a.example.net"), "uris"),
+        ("limits", json!({"mem": 128, "disk": 256}), "fds"),
+        (
+            "limits",
+            json!({"mem": "128", "disk": 256, "fds": 1024}),
+            "mem",
+        ),
+        ("limits", json!({"mem": 0, "disk": 256, "fds": 1024}), "mem"),
+        ("services", json!({}), "services"),
+        ("services", json!([{"label": "no name"}]), "name"),
+        ("env", json!("A=b"), "env"),
+        ("stack", json!("cflinuxfs2"), "cflinuxfs2"),
+        ("sha1", json!("../../etc/passwd"), "sha1"),
+    ] {
+        let mut bad = good.clone();
+        bad[field] = value.clone();
+        let (_, message) = refused(&host, &bad.to_string()).await;
+        assert!(message.contains(word), "{field} = {value}: {message}");
+    }
+    // Nothing of all that is there, and the agent works.
+    let found = host
+        .request_all(
+            "dea.find.droplet",
+            &json!({"droplet": "good"}),
+            Duration::from_millis(300),
+        )
+        .await;
+    assert_eq!(found, Vec::<Value>::new());
+    host.run(good).await;
+    host.stop("good").await;
+}
+
+#[tokio::test]
+async fn a_start_without_room_is_refused_and_told() {
+    let host = Host::with(tests::Setup {
+        config: &[("memory_mb = 4096", "memory_mb = 300")],
+        ..Default::default()
+    })
+    .await;
+    let sleeper = Droplet::sample("sleeper");
+    let mut exits = host.watch("droplet.exited").await;
+    host.run(host.message("first", &sleeper)).await;
+    host.run(host.message("second", &sleeper)).await;
+    let (code, message) = refused(&host, &host.message("third", &sleeper).to_string()).await;
+    assert_eq!(code, "not_enough_memory");
+    assert!(message.contains("44"), "how much there is: {message}");
+    let exit = exits.next().await;
+    assert_eq!(exit["droplet"], "third");
+    assert_eq!(exit["reason"], "CRASHED");
+    assert_eq!(exit["exit_status"], -1);
+    assert_eq!(
+        exit["exit_description"],
+        "Not enough memory resource available."
+    );
+    let mut big = host.message("big", &sleeper);
+    big["limits"]["mem"] = json!(16);
+    big["limits"]["disk"] = json!(99999);
+    assert_eq!(refused(&host, &big.to_string()).await.0, "not_enough_disk");
+    assert_eq!(
+        exits.next().await["exit_description"],
+        "Not enough disk resource available."
+    );
+    // What fits exactly fits; what is freed is free.
+    let mut rest = host.message("rest", &sleeper);
+    rest["limits"]["mem"] = json!(44);
+    host.run(rest).await;
+    host.stop("first").await;
+    host.run(host.message("third", &sleeper)).await;
+    for droplet in ["second", "third", "rest"] {
+        host.stop(droplet).await;
+    }
+}
+
+#[tokio::test]
+async fn empty_pools_refuse_one_start_and_harm_no_other() {
+    let pools = ("[network]", "[network]\nports = \"61001-61002\"");
+    let host = Host::with(tests::Setup {
+        config: &[pools],
+        ..Default::default()
+    })
+    .await;
+    let sleeper = Droplet::sample("sleeper");
+    host.run(host.message("first", &sleeper)).await;
+    host.run(host.message("second", &sleeper)).await;
+    let mut message = host.message("third", &sleeper);
+    message["wait"] = json!("running");
+    let (_, why) = refused(&host, &message.to_string()).await;
+    assert!(why.contains("port"), "{why}");
+    let found = host
+        .request_all(
+            "dea.find.droplet",
+            &json!({"droplet": "first"}),
+            Duration::from_millis(300),
+        )
+        .await;
+    assert_eq!(found[0]["state"], "RUNNING");
+    host.stop("first").await;
+    host.stop("second").await;
+}
+
+/// Starts `message`, which is accepted and then fails; gives `exit_description`.
+async fn fails(host: &Host, message: &Value) -> String {
+    let mut exits = host.watch("droplet.exited").await;
+    host.publish(&host.subject("start"), message).await;
+    let exit = exits
+        .until("exit of it", |exit| exit["droplet"] == message["droplet"])
+        .await;
+    assert_eq!(exit["reason"], "CRASHED", "{exit}");
+    assert!(exit["crash_timestamp"].is_u64(), "{exit}");
+    host.tree_until("empty machine", |tree| tree.named("wshd").is_empty())
+        .await;
+    exit["exit_description"].as_str().unwrap().to_owned()
+}
+
+#[tokio::test]
+async fn a_droplet_that_cannot_be_had_is_a_crash_that_says_why() {
+    let limits = [(
+        "[network]",
+        "[droplets]\ninactivity = 1\ntotal = 3\nmax_mb = 1\n[network]",
+    )];
+    let host = Host::with(tests::Setup {
+        config: &limits,
+        ..Default::default()
+    })
+    .await;
+    let sleeper = Droplet::sample("sleeper");
+    for (name, body, words) in [
+        ("absent", Body::Status(404), "404"),
+        ("broken", Body::Status(500), "500"),
+        ("silent", Body::Silent, "1 s"),
+        ("endless", Body::Endless, "1 MB"),
+        (
+            "slow",
+            Body::Slow(sleeper.0.clone(), Duration::from_secs(60)),
+            "3 s",
+        ),
+    ] {
+        let mut message = host.message(name, &sleeper);
+        message["executableUri"] = json!(host.files.put(name, body));
+        let why = fails(&host, &message).await;
+        assert!(why.contains(words), "{name}: {why}");
+    }
+    let mut nobody = host.message("nobody", &sleeper);
+    nobody["executableUri"] = json!("http://127.0.0.1:9/x.tgz");
+    assert!(fails(&host, &nobody).await.contains("127.0.0.1:9"));
+    for (name, url, word) in [
+        ("nowhere", json!(null), "executableUri"),
+        ("strange", json!("gopher://x/y"), "gopher"),
+    ] {
+        let mut message = host.message(name, &sleeper);
+        message["executableUri"] = url;
+        let why = fails(&host, &message).await;
+        assert!(why.contains(word), "{why}");
+    }
+    let mut wrong = host.message("wrong", &sleeper);
+    wrong["sha1"] = json!("3f786850e387550fdab836ed7e6dc881de23001b");
+    let why = fails(&host, &wrong).await;
+    assert!(
+        why.contains("3f786850e387550fdab836ed7e6dc881de23001b") && why.contains(&sleeper.sha1()),
+        "{why}"
+    );
+    let noise = Droplet(b"this is no gzip".to_vec());
+    assert!(
+        !fails(&host, &host.message("noise", &noise))
+            .await
+            .is_empty()
+    );
+    let torn = Droplet(sleeper.0[..sleeper.0.len() / 2].to_vec());
+    assert!(!fails(&host, &host.message("torn", &torn)).await.is_empty());
+    host.run(host.message("fine", &sleeper)).await;
+    host.stop("fine").await;
+}
+
+#[tokio::test]
+async fn a_hostile_droplet_writes_nowhere() {
+    let host = Host::start().await;
+    let target = "/tmp/ostler-planted";
+    for (name, kind, path, link) in [
+        ("dots", FILE, "../../../../../../tmp/ostler-planted", ""),
+        ("absolute", FILE, "/tmp/ostler-planted", ""),
+        (
+            "middle",
+            FILE,
+            "./app/../../../../../../tmp/ostler-planted",
+            "",
+        ),
+        ("device", DEVICE, "./app/null", ""),
+        ("hard", LINK, "./app/shadow", "/etc/shadow"),
+        ("hard-up", LINK, "./app/shadow", "../../../../etc/shadow"),
+        ("folder", DIRECTORY, "../../outside", ""),
+    ] {
+        let droplet = Droplet::with_entry(kind, path, link);
+        let why = fails(&host, &host.message(name, &droplet)).await;
+        assert!(
+            why.contains(path.rsplit('/').next().unwrap()),
+            "{name}: it names the entry: {why}"
+        );
+        assert!(!std::path::Path::new(target).exists(), "{name} got out");
+    }
+    // A link may point anywhere; writing through it may not.
+    let through = Droplet::of_entries(&[
+        (SYMLINK, "./app/out", "/tmp"),
+        (FILE, "./app/out/ostler-planted", ""),
+    ]);
+    fails(&host, &host.message("through", &through)).await;
+    assert!(!std::path::Path::new(target).exists());
+}
+
+#[tokio::test]
+async fn an_app_that_cannot_run_is_a_crash_that_says_why() {
+    let host = Host::start().await;
+    let mut absent = host.message("absent", &Droplet::sample("sleeper"));
+    absent["start_command"] = json!("exec /no/such/program");
+    assert!(!fails(&host, &absent).await.is_empty());
+    let silent =
+        Droplet::of_entries(&[(DIRECTORY, "./app/", ""), (FILE, "./staging_info.yml", "")]);
+    assert_eq!(
+        fails(&host, &host.message("silent", &silent)).await,
+        "missing start command"
+    );
+}
+
+#[tokio::test]
+async fn a_stop_for_nobody_is_answered() {
+    let host = Host::start().await;
+    for subject in ["dea.stop".to_owned(), host.subject("stop")] {
+        let answer = host.request(&subject, &json!({"droplet": "nobody"})).await;
+        assert_eq!(answer["ok"], true, "{answer}");
+    }
+    for broken in [
+        "{",
+        "[]",
+        "{\"droplet\":\"a\",\"indices\":7}",
+        "{\"droplet\":\"a\",\"states\":[\"FLYING\"]}",
+    ] {
+        let answer = host.request_bytes(&host.subject("stop"), broken).await;
+        let body: Value = serde_json::from_slice(&answer.payload).unwrap();
+        assert_eq!(body["ok"], false, "{broken}: {body}");
+    }
+    // Broadcasts that nobody can read harm nobody.
+    for subject in [
+        "dea.stop",
+        "dea.find.droplet",
+        "dea.update",
+        "router.start",
+        "dea.status",
+        "dea.discover",
+    ] {
+        host.nats()
+            .publish(subject, "{\"droplet\":".into())
+            .await
+            .unwrap();
+    }
+    host.run(host.message("fine", &Droplet::sample("sleeper")))
+        .await;
+    host.stop("fine").await;
+}
+
+#[tokio::test]
+async fn a_repeated_request_acts_once() {
+    let mut host = Host::start().await;
+    let mut message = host.message("once", &Droplet::sample("sleeper"));
+    message["request_id"] = json!("r-1");
+    let first = host.run(message.clone()).await;
+    assert_eq!(
+        host.run(message.clone()).await["instance"],
+        first["instance"]
+    );
+    host.restart().await;
+    assert_eq!(
+        host.run(message.clone()).await["instance"],
+        first["instance"]
+    );
+    message["request_id"] = json!("r-2");
+    assert_ne!(
+        host.run(message).await["instance"],
+        first["instance"],
+        "without it a start is one more instance"
+    );
+    host.stop("once").await;
+}

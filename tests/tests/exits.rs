@@ -1,0 +1,299 @@
+//! Every way to end has its own words: `exit_status`, `signal`, `oom`, once per instance.
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+use tests::{Droplet, Host, rounds};
+
+/// Runs `script` under the id `droplet` until it ends by itself; gives its only exit message.
+async fn exit_of(host: &Host, droplet: &str, script: &str) -> Value {
+    let mut exits = host.watch("droplet.exited").await;
+    host.publish(
+        &host.subject("start"),
+        &host.message(droplet, &Droplet::shell(script)),
+    )
+    .await;
+    let exit = exits
+        .until("exit of it", |exit| exit["droplet"] == droplet)
+        .await;
+    host.tree_until("empty machine", |tree| tree.named("wshd").is_empty())
+        .await;
+    assert_eq!(exits.arrived(), Vec::<Value>::new(), "one exit for one end");
+    exit
+}
+
+#[tokio::test]
+async fn the_apps_own_end_comes_through() {
+    let host = Host::start().await;
+    for (droplet, script, status, signal) in [
+        ("zero", "exit 0", 0, json!(null)),
+        ("one", "exit 1", 1, json!(null)),
+        ("all-ones", "exit 255", 255, json!(null)),
+        ("term", "kill -TERM $$; sleep 60", 143, json!(15)),
+        ("kill", "kill -KILL $$; sleep 60", 137, json!(9)),
+        ("segv", "kill -SEGV $$; sleep 60", 139, json!(11)),
+        (
+            "perl",
+            "exec perl -e 'kill ABRT => $$; sleep 60'",
+            134,
+            json!(6),
+        ),
+    ] {
+        let exit = exit_of(&host, droplet, script).await;
+        assert_eq!(exit["reason"], "CRASHED", "{exit}");
+        assert_eq!(exit["exit_status"], status, "{exit}");
+        assert_eq!(exit["signal"], signal, "{exit}");
+        assert_ne!(exit["oom"], true, "{exit}");
+        assert_eq!(exit["exit_description"], "app instance exited", "{exit}");
+        assert_eq!(exit["cc_partition"], "default");
+        assert_eq!(exit["version"], "v1");
+        assert_eq!(exit["index"], 0);
+        assert_eq!(exit["instance"].as_str().unwrap().len(), 32);
+        assert!(exit["crash_timestamp"].is_u64());
+    }
+    // A crash stands in heartbeats and is found.
+    let mut heartbeats = host.watch("dea.heartbeat").await;
+    let beat = heartbeats.next().await;
+    let states: Vec<&Value> = beat["droplets"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|entry| &entry["state"])
+        .collect();
+    assert_eq!(states, vec!["CRASHED"; 7]);
+}
+
+#[tokio::test]
+async fn running_out_of_memory_is_told_before_the_exit() {
+    let host = Host::start().await;
+    // One subscription for both: the order is the bus's.
+    let mut events = host.watch("droplet.*").await;
+    let mut message = host.message("hog", &Droplet::sample("hog"));
+    message["limits"]["mem"] = json!(48);
+    let instance = host.run(message).await["instance"].clone();
+    let oom = events.next().await;
+    assert_eq!(oom["instance"], instance, "{oom}");
+    assert_eq!(oom["victim"]["comm"], "hog", "{oom}");
+    assert!(oom["victim"]["pid"].is_i64());
+    assert_eq!(oom["limit_bytes"], 50_331_648);
+    assert!(
+        oom["usage_bytes"].is_u64()
+            && oom["peak_bytes"]
+                .as_u64()
+                .is_some_and(|peak| peak > 40 << 20)
+    );
+    assert_eq!(oom["level"], "instance");
+    assert_eq!(oom["survived"], false);
+    assert_eq!(oom["dea"], host.id);
+    assert_eq!(oom["handle"].as_str().unwrap().len(), 11);
+    let exit = events.next().await;
+    assert_eq!(exit["instance"], instance, "{exit}");
+    assert_eq!(exit["reason"], "CRASHED");
+    assert_eq!(exit["exit_description"], "out of memory");
+    assert_eq!(exit["oom"], true, "{exit}");
+    host.tree_until("empty machine", |tree| tree.named("wshd").is_empty())
+        .await;
+    assert_eq!(events.arrived(), Vec::<Value>::new());
+}
+
+#[tokio::test]
+async fn an_end_while_the_agent_is_down_is_told_afterwards() {
+    let mut host = Host::start().await;
+    let mut exits = host.watch("droplet.exited").await;
+    host.run(host.message(
+        "app",
+        &Droplet::shell("exec perl -e '$0 = \"theapp\"; sleep 1000'"),
+    ))
+    .await;
+    let tree = host
+        .tree_until("app", |tree| !tree.named("theapp").is_empty())
+        .await;
+    host.kill9().await;
+    tree.one("theapp").signal(Signal::SIGSEGV);
+    host.tree_until("end of the app", |tree| tree.named("theapp").is_empty())
+        .await;
+    host.start_agent().await;
+    let exit = exits.next().await;
+    assert_eq!(
+        (&exit["exit_status"], &exit["signal"]),
+        (&json!(139), &json!(11)),
+        "{exit}"
+    );
+    assert_eq!(exit["exit_description"], "app instance exited");
+    host.restart().await;
+    let again = host.watch("droplet.exited").await.arrived();
+    assert_eq!(
+        again,
+        Vec::<Value>::new(),
+        "a restart announces no old crash"
+    );
+}
+
+#[tokio::test]
+async fn a_reboot_is_told_as_one() {
+    let mut host = Host::start().await;
+    let mut exits = host.watch("droplet.exited").await;
+    let instance = host
+        .run(host.message("app", &Droplet::sample("sleeper")))
+        .await["instance"]
+        .clone();
+    host.kill9().await;
+    // Everything dies, and the kernel that comes up has another boot id.
+    for process in host.tree().0 {
+        process.signal(Signal::SIGKILL);
+    }
+    host.tree_until("dark machine", |tree| tree.0.is_empty())
+        .await;
+    let id = host.base.join("boot_id");
+    std::fs::write(&id, "00000000-0000-4000-8000-000000000001\n").unwrap();
+    let script = format!(
+        "mount --bind {} /proc/sys/kernel/random/boot_id && exec \"$@\"",
+        id.display()
+    );
+    host.spawn_agent_by(&["unshare", "--mount", "bash", "-c", &script, "bash"]);
+    let exit = exits.next().await;
+    assert_eq!(exit["instance"], instance);
+    assert_eq!(exit["reason"], "CRASHED");
+    assert_eq!(exit["exit_description"], "host rebooted");
+}
+
+#[tokio::test]
+async fn a_container_killed_from_outside_is_a_crash() {
+    let host = Host::start().await;
+    let mut exits = host.watch("droplet.exited").await;
+    host.run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
+    host.tree().one("wshd").signal(Signal::SIGKILL);
+    let exit = exits.next().await;
+    assert_eq!(exit["reason"], "CRASHED");
+    assert!(
+        !exit["exit_description"].as_str().unwrap().is_empty(),
+        "{exit}"
+    );
+    host.tree_until("empty machine", |tree| tree.named("iomux-spawn").is_empty())
+        .await;
+}
+
+#[tokio::test]
+async fn a_background_child_delays_no_exit() {
+    let host = Host::start().await;
+    let start = Instant::now();
+    let exit = exit_of(&host, "parent", "sleep 1000 & echo early; exit 4").await;
+    assert_eq!(exit["exit_status"], 4);
+    assert!(start.elapsed() < Duration::from_secs(60));
+}
+
+#[tokio::test]
+async fn a_stop_is_no_crash_however_it_ends() {
+    let host = Host::with(tests::Setup {
+        config: &[("[network]", "[instance]\nstop_grace = 1\n[network]")],
+        ..Default::default()
+    })
+    .await;
+    let mut heartbeats = host.watch("dea.heartbeat").await;
+    let mut exits = host.watch("droplet.exited").await;
+    for (droplet, script) in [
+        ("willing", "trap 'exit 3' TERM; while :; do sleep 0.1; done"),
+        ("deaf", "trap '' TERM; while :; do sleep 0.1; done"),
+    ] {
+        host.run(host.message(droplet, &Droplet::shell(script)))
+            .await;
+        host.stop(droplet).await;
+        host.tree_until("empty machine", |tree| tree.named("wshd").is_empty())
+            .await;
+    }
+    heartbeats
+        .until("empty one", |beat| beat["droplets"] == json!([]))
+        .await;
+    for exit in exits.arrived() {
+        assert_eq!(exit["reason"], "STOPPED", "{exit}");
+    }
+}
+
+#[tokio::test]
+async fn term_reaches_each_process_of_a_job_once() {
+    let host = Host::start().await;
+    let mut output = host.output("family").await;
+    let child = r#"perl -e '$| = 1; $SIG{TERM} = sub { print "term '$name'\n" }; print "up\n"; sleep 1 while 1'"#;
+    let script = format!(
+        "for name in a b; do {} & done; trap 'sleep 0.5; exit 0' TERM; while :; do wait; done",
+        child.replace("'$name'", "'\"$name\"'")
+    );
+    host.run(host.message("family", &Droplet::shell(&script)))
+        .await;
+    output
+        .until("both", |output| {
+            output.text(0, "stdout").matches("up\n").count() == 2
+        })
+        .await;
+    host.stop("family").await;
+    output
+        .until("both told", |output| {
+            output.text(0, "stdout").matches("term ").count() >= 2
+        })
+        .await;
+    let text = output.text(0, "stdout");
+    assert_eq!(
+        (
+            text.matches("term a\n").count(),
+            text.matches("term b\n").count()
+        ),
+        (1, 1),
+        "{text}"
+    );
+}
+
+#[tokio::test]
+async fn the_last_bytes_before_an_end_all_arrive() {
+    let host = Host::start().await;
+    for round in 0..rounds() {
+        for readers in [0, 1, 3] {
+            let droplet = format!("last-{round}-{readers}");
+            let mut output = host.output(&droplet).await;
+            let mut exits = host.watch("droplet.exited").await;
+            let script = "trap 'head -c 1048576 /dev/zero | tr \"\\0\" x; echo; exit 3' USR1\necho up\nwhile :; do sleep 0.05; done";
+            host.run(host.message(&droplet, &Droplet::shell(script)))
+                .await;
+            output
+                .until("first line", |output| output.text(0, "stdout") == "up\n")
+                .await;
+
+            let tree = host.tree();
+            let job = tree.one("iomux-spawn").argv[1].clone();
+            let link =
+                std::path::Path::new(&tree.one("iomux-spawn").argv[2]).with_file_name("iomux-link");
+            let log = host.base.join("reader.log");
+            let readers: Vec<_> = (0..readers)
+                .map(|_| tests::Running::start(&link, &[&job], &log))
+                .collect();
+            if let [stopped, _, _] = readers.as_slice() {
+                stopped.signal(Signal::SIGSTOP);
+            }
+            tree.0
+                .iter()
+                .find(|process| process.title() == "bash main.sh")
+                .expect("the app")
+                .signal(Signal::SIGUSR1);
+            let exit = exits
+                .until("exit of it", |exit| exit["droplet"] == *droplet)
+                .await;
+            assert_eq!(exit["exit_status"], 3, "{exit}");
+            output
+                .until("all of it", |output| {
+                    output.stream(0, "stdout").next >= 3 + 1_048_577
+                })
+                .await;
+            let stream = output.stream(0, "stdout");
+            assert_eq!(
+                (stream.next, stream.dropped, stream.holes.len()),
+                (3 + 1_048_577, 0, 0)
+            );
+            for reader in readers {
+                reader.end();
+            }
+            let _ = std::fs::remove_file(log);
+            host.tree_until("empty machine", |tree| tree.named("wshd").is_empty())
+                .await;
+        }
+    }
+}

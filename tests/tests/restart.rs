@@ -1,0 +1,215 @@
+//! The agent may die at any moment; no instance, no byte and no reason is lost.
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+use std::collections::BTreeSet;
+use std::time::Duration;
+use tests::{Droplet, Host, Output, Process, Tree, numbered, rounds};
+
+/// Everything that must outlive an agent, by number and birth.
+fn survivors(tree: &Tree) -> BTreeSet<(i32, u64, String)> {
+    let mortal = ["ostler", "iomux-link", "oom"];
+    let lasting = tree
+        .0
+        .iter()
+        .filter(|process| !mortal.contains(&process.comm.as_str()));
+    lasting
+        .map(
+            |Process {
+                 pid, started, comm, ..
+             }| (*pid, *started, comm.clone()),
+        )
+        .collect()
+}
+
+/// Numbers that look random and are the same each time.
+struct Dice(u64);
+
+impl Dice {
+    fn milliseconds(&mut self, below: u64) -> Duration {
+        self.0 = self
+            .0
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        Duration::from_millis((self.0 >> 33) % below)
+    }
+}
+
+/// Ends the lines app and checks that every line of both streams arrived once, up to the announced end.
+async fn every_line_once(host: &Host, output: &mut Output) {
+    let mut exits = host.watch("droplet.exited").await;
+    host.tree().one("lines").signal(Signal::SIGKILL);
+    let exit = exits.next().await;
+    assert_eq!(exit["exit_status"], 137, "{exit}");
+    for (stream, word) in [("stdout", "out"), ("stderr", "err")] {
+        let end = exit["output"][stream]
+            .as_u64()
+            .unwrap_or_else(|| panic!("final offsets in {exit}"));
+        output
+            .until("the end", |output| output.stream(0, stream).next >= end)
+            .await;
+        let got = output.stream(0, stream);
+        assert_eq!(
+            (got.next, got.dropped, &got.holes[..]),
+            (end, 0, &[][..]),
+            "{stream}"
+        );
+        // It was killed: the last line may be torn.
+        let whole = got
+            .bytes
+            .iter()
+            .rposition(|byte| *byte == b'\n')
+            .map_or(0, |at| at + 1);
+        let lines = numbered(word, &got.bytes[..whole]).unwrap();
+        assert!(
+            lines > 0 && got.bytes.len() - whole < 100,
+            "{lines} lines of {word}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn numbered_lines_survive_kills_at_random_moments() {
+    let mut host = Host::start().await;
+    let mut output = host.output("lines").await;
+    let answer = host
+        .run(host.message("lines", &Droplet::sample("lines")))
+        .await;
+    let before = host
+        .tree_until("app", |tree| tree.named("lines").len() == 1)
+        .await;
+    let mut dice = Dice(2);
+    for round in 0..rounds() {
+        // Also in the midst of starting up: sometimes the hello is not waited for.
+        if round % 3 == 2 {
+            host.kill9().await;
+            host.spawn_agent();
+        } else {
+            host.restart().await;
+        }
+        let pause = tokio::time::Instant::now() + dice.milliseconds(400);
+        let _ = tokio::time::timeout_at(pause, output.until("anything else", |_| false)).await;
+    }
+    host.restart().await;
+    let after = host
+        .tree_until("followers", |tree| tree.named("iomux-link").len() == 1)
+        .await;
+    assert_eq!(survivors(&before), survivors(&after), "\n{before}\n{after}");
+    let mut heartbeats = host.watch("dea.heartbeat").await;
+    let beat = heartbeats
+        .until("RUNNING", |beat| beat["droplets"][0]["state"] == "RUNNING")
+        .await;
+    assert_eq!(beat["dea"], host.id);
+    assert_eq!(beat["droplets"][0]["instance"], answer["instance"]);
+    every_line_once(&host, &mut output).await;
+}
+
+#[tokio::test]
+async fn numbered_lines_survive_a_bus_that_comes_and_goes() {
+    let mut host = Host::start().await;
+    let mut output = host.output("lines").await;
+    let mut message = host.message("lines", &Droplet::sample("lines"));
+    // Slow enough that what is printed while the bus is away stays in the spool.
+    message["env"] = json!(["RATE=300000"]);
+    host.run(message).await;
+    let mut dice = Dice(3);
+    for round in 0..rounds() {
+        host.stop_bus().await;
+        if round % 2 == 1 {
+            host.kill9().await;
+            host.spawn_agent();
+        }
+        tokio::time::sleep(dice.milliseconds(300)).await;
+        host.start_bus().await;
+        let seen = output.stream(0, "stdout").next;
+        output
+            .until("more", |output| output.stream(0, "stdout").next > seen)
+            .await;
+    }
+    every_line_once(&host, &mut output).await;
+}
+
+#[tokio::test]
+async fn a_server_that_stops_to_read_loses_nothing() {
+    let host = Host::start().await;
+    let mut output = host.output("lines").await;
+    let mut message = host.message("lines", &Droplet::sample("lines"));
+    message["env"] = json!(["RATE=300000"]);
+    host.run(message).await;
+    output
+        .until("lines", |output| output.stream(0, "stdout").next > 1000)
+        .await;
+    host.bus().signal(Signal::SIGSTOP);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    host.bus().signal(Signal::SIGCONT);
+    every_line_once(&host, &mut output).await;
+}
+
+#[tokio::test]
+async fn hang_up_is_a_goodbye_that_leaves_the_apps() {
+    let mut host = Host::start().await;
+    host.run(host.message("sleeper", &Droplet::sample("sleeper")))
+        .await;
+    let before = survivors(&host.tree());
+    let status = host.end(Signal::SIGHUP).await;
+    assert!(status.success(), "{status}");
+    let alone = host
+        .tree_until("end of its followers", |tree| {
+            tree.named("iomux-link").is_empty()
+        })
+        .await;
+    assert_eq!(survivors(&alone), before);
+    host.start_agent().await;
+    host.stop("sleeper").await;
+}
+
+#[tokio::test]
+async fn a_stop_survives_the_agent() {
+    let mut host = Host::start().await;
+    let script = "trap '' TERM; echo up; while :; do sleep 0.1; done";
+    host.run(host.message("deaf", &Droplet::shell(script)))
+        .await;
+    let mut unregistered = host.watch("router.unregister").await;
+    host.publish("dea.stop", &json!({"droplet": "deaf"})).await;
+    unregistered.next().await;
+    host.restart().await;
+    host.tree_until("empty machine", |tree| tree.named("wshd").is_empty())
+        .await;
+}
+
+#[tokio::test]
+async fn a_start_is_accepted_for_good_or_leaves_nothing() {
+    let mut host = Host::start().await;
+    let sleeper = Droplet::sample("sleeper");
+    let mut dice = Dice(5);
+    for round in 0..rounds() {
+        let droplet = format!("app-{round}");
+        host.publish(&host.subject("start"), &host.message(&droplet, &sleeper))
+            .await;
+        tokio::time::sleep(dice.milliseconds(150)).await;
+        host.restart().await;
+        // Whatever came of it is in the heartbeat, alive or crashed; then it can be stopped.
+        let find = json!({"droplet": droplet});
+        let found = host
+            .request_all("dea.find.droplet", &find, Duration::from_millis(300))
+            .await;
+        assert!(found.len() <= 1, "{found:?}");
+        host.stop(&droplet).await;
+        host.tree_until("empty machine", |tree| tree.named("wshd").is_empty())
+            .await;
+    }
+}
+
+#[tokio::test]
+async fn clean_removes_what_a_killed_agent_left() {
+    let mut host = Host::start().await;
+    host.run(host.message("one", &Droplet::sample("sleeper")))
+        .await;
+    host.run(host.message("two", &Droplet::sample("lines")))
+        .await;
+    host.kill9().await;
+    assert!(!host.leftovers().is_empty());
+    let status = host.clean().await;
+    assert!(status.success(), "{status}\n{}", host.log());
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+}

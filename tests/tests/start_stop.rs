@@ -1,0 +1,473 @@
+//! From a command on the bus to a running app that answers, and back to an empty machine.
+
+use futures_util::StreamExt;
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use std::time::Duration;
+use tests::{Droplet, Host, Network, get, patience};
+
+/// The keys of a JSON object, sorted.
+fn keys(value: &Value) -> Vec<&str> {
+    let mut keys: Vec<&str> = value
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(String::as_str)
+        .collect();
+    keys.sort_unstable();
+    keys
+}
+
+/// An app that opens its port after two seconds, and says so when it is told to stop.
+fn slow_to_open() -> Droplet {
+    Droplet::shell(
+        r#"sleep 2
+exec perl -MIO::Socket::INET -e '
+  $| = 1;
+  $SIG{TERM} = sub { print "told to stop\n"; exit 0 };
+  my $listener = IO::Socket::INET->new(LocalPort => $ENV{PORT}, Listen => 9, ReuseAddr => 1) or die "bind: $!";
+  print "listening\n";
+  while (1) { my $client = $listener->accept or next; close $client }
+'
+"#,
+    )
+}
+
+#[tokio::test]
+async fn a_web_app_starts_answers_and_stops() {
+    let host = Host::start().await;
+    let mut heartbeats = host.watch("dea.heartbeat").await;
+    let mut registered = host.watch("router.register").await;
+    let mut unregistered = host.watch("router.unregister").await;
+    let mut output = host.output("sinatra").await;
+
+    let mut message = host.message("sinatra", &Droplet::sample("sinatra"));
+    message["uris"] = json!(["sinatra.example.net"]);
+    let answer = host.run(message).await;
+    assert_eq!(answer["instance"].as_str().unwrap().len(), 32);
+
+    let route = registered.next().await;
+    assert_eq!(
+        keys(&route),
+        [
+            "app",
+            "dea",
+            "host",
+            "port",
+            "private_instance_id",
+            "private_instance_index",
+            "tags",
+            "uris"
+        ]
+    );
+    assert_eq!(route["dea"], host.id);
+    assert_eq!(route["app"], "sinatra");
+    assert_eq!(route["uris"], json!(["sinatra.example.net"]));
+    assert_eq!(route["host"], Network::HOST);
+    assert_eq!(route["private_instance_index"], "0");
+    assert_eq!(route["private_instance_id"].as_str().unwrap().len(), 64);
+    assert!(
+        route["tags"]["component"]
+            .as_str()
+            .unwrap()
+            .starts_with("dea-")
+    );
+    let port = route["port"].as_u64().unwrap();
+
+    let beat = heartbeats
+        .until("RUNNING", |beat| beat["droplets"][0]["state"] == "RUNNING")
+        .await;
+    assert_eq!(keys(&beat), ["dea", "droplets"]);
+    assert_eq!(beat["dea"], host.id);
+    let entry = &beat["droplets"][0];
+    assert_eq!(
+        keys(entry),
+        [
+            "cc_partition",
+            "droplet",
+            "index",
+            "instance",
+            "state",
+            "state_timestamp",
+            "version"
+        ]
+    );
+    assert_eq!(entry["cc_partition"], "default");
+    assert_eq!(entry["droplet"], "sinatra");
+    assert_eq!(entry["version"], "v1");
+    assert_eq!(entry["index"], 0);
+    assert_eq!(entry["instance"], answer["instance"]);
+    assert!(entry["state_timestamp"].is_number());
+
+    // On the host's address, on loopback, and from another machine.
+    for address in [Network::HOST, "127.0.0.1"] {
+        let (status, body) = get(&format!("{address}:{port}"), "/").await.unwrap();
+        let facts: Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(status, 200);
+        assert_eq!(facts["index"], 0);
+        assert_eq!(facts["port"], port);
+        assert_eq!(facts["user"], 2000);
+        assert_eq!(facts["home"], "/home/vcap/app");
+        assert_eq!(facts["memory_limit"], "128m");
+        assert_eq!(facts["address"], format!("{}:{port}", Network::HOST));
+    }
+    assert_eq!(
+        host.network.get_from_outside(port, "/env/PORT"),
+        (200, port.to_string())
+    );
+
+    get(&format!("127.0.0.1:{port}"), "/lines/3").await.unwrap();
+    output
+        .until("lines on both streams", |output| {
+            output.text(0, "stdout").ends_with("out 1\nout 2\nout 3\n")
+                && output.text(0, "stderr").ends_with("err 1\nerr 2\nerr 3\n")
+        })
+        .await;
+    assert!(
+        output
+            .text(0, "stdout")
+            .contains("sinatra: instance 0 boots")
+    );
+
+    host.publish("dea.stop", &json!({"droplet": "sinatra"}))
+        .await;
+    let gone = unregistered.next().await;
+    for key in ["dea", "app", "uris", "host", "port", "private_instance_id"] {
+        assert_eq!(gone[key], route[key], "{key}");
+    }
+    heartbeats
+        .until("empty one", |beat| beat["droplets"] == json!([]))
+        .await;
+    let tree = host
+        .tree_until("empty machine", |tree| tree.named("wshd").is_empty())
+        .await;
+    assert_eq!(tree.named("iomux-spawn"), Vec::<&tests::Process>::new());
+    assert!(get(&format!("127.0.0.1:{port}"), "/").await.is_err());
+}
+
+#[tokio::test]
+async fn an_instance_is_starting_until_its_port_accepts() {
+    let host = Host::start().await;
+    let mut heartbeats = host.watch("dea.heartbeat").await;
+    let mut registered = host.watch("router.register").await;
+    let mut message = host.message("slow", &slow_to_open());
+    message["uris"] = json!(["slow.example.net"]);
+    let answer = host.request(&host.subject("start"), &message).await;
+    assert_eq!(answer["ok"], true, "{answer}");
+
+    heartbeats
+        .until("STARTING", |beat| {
+            beat["droplets"][0]["state"] == "STARTING"
+        })
+        .await;
+    assert_eq!(registered.arrived(), Vec::<Value>::new());
+    heartbeats
+        .until("RUNNING", |beat| beat["droplets"][0]["state"] == "RUNNING")
+        .await;
+    registered.next().await;
+    // And again, by its interval and when a router asks.
+    registered.next().await;
+    host.publish(
+        "router.start",
+        &json!({"id": "r1", "hosts": [], "minimumRegisterIntervalInSeconds": 20}),
+    )
+    .await;
+    registered.next().await;
+    host.stop("slow").await;
+}
+
+#[tokio::test]
+async fn a_port_that_never_opens_is_a_crash() {
+    let host = Host::start().await;
+    let mut exits = host.watch("droplet.exited").await;
+    let mut message = host.message("mute", &Droplet::shell("sleep infinity"));
+    message["uris"] = json!(["mute.example.net"]);
+    message["health_check_timeout"] = json!(1);
+    host.publish(&host.subject("start"), &message).await;
+    let exit = exits.next().await;
+    assert_eq!(exit["reason"], "CRASHED");
+    assert_eq!(
+        exit["exit_description"],
+        "failed to accept connections within health check timeout"
+    );
+    host.tree_until("end of the container", |tree| tree.named("wshd").is_empty())
+        .await;
+    assert_eq!(exits.arrived(), Vec::<Value>::new());
+}
+
+#[tokio::test]
+async fn a_route_goes_before_the_app_is_told_to_stop() {
+    let host = Host::start().await;
+    let mut message = host.message("slow", &slow_to_open());
+    message["uris"] = json!(["slow.example.net"]);
+    host.run(message).await;
+
+    let mut everything = host.nats().subscribe(">").await.unwrap();
+    host.nats().flush().await.unwrap();
+    host.publish("dea.stop", &json!({"droplet": "slow"})).await;
+    let mut unregistered = false;
+    loop {
+        let message = tokio::time::timeout(patience(), everything.next())
+            .await
+            .unwrap()
+            .unwrap();
+        unregistered |= message.subject.as_str() == "router.unregister";
+        if message
+            .payload
+            .windows(12)
+            .any(|words| words == b"told to stop")
+        {
+            break;
+        }
+    }
+    assert!(
+        unregistered,
+        "the app was told to stop while the router still knew it"
+    );
+    host.tree_until("empty machine", |tree| tree.named("wshd").is_empty())
+        .await;
+}
+
+#[tokio::test]
+async fn commands_without_a_reply_work_as_ever() {
+    let host = Host::start().await;
+    let mut heartbeats = host.watch("dea.heartbeat").await;
+    let sleeper = Droplet::sample("sleeper");
+    for index in [0, 1, 2] {
+        let mut message = host.message("sleeper", &sleeper);
+        message["index"] = json!(index);
+        host.publish(&host.subject("start"), &message).await;
+    }
+    let three = heartbeats
+        .until("three RUNNING", |beat| {
+            let droplets = beat["droplets"].as_array().unwrap();
+            droplets.len() == 3 && droplets.iter().all(|entry| entry["state"] == "RUNNING")
+        })
+        .await;
+    assert_eq!(
+        host.files.requests("sleeper.tgz"),
+        1,
+        "one download for all who wait"
+    );
+
+    // By index, by instance id, an empty list (nothing!), then the rest.
+    host.publish(
+        "dea.stop",
+        &json!({"droplet": "sleeper", "version": "v1", "indices": [2]}),
+    )
+    .await;
+    let two = |beat: &Value| beat["droplets"].as_array().unwrap().len() == 2;
+    heartbeats.until("two", two).await;
+    host.publish("dea.stop", &json!({"droplet": "sleeper", "indices": []}))
+        .await;
+    host.publish("dea.stop", &json!({"droplet": "sleeper", "version": "v2"}))
+        .await;
+    host.publish("dea.stop", &json!({"droplet": "other"})).await;
+    let entries = three["droplets"].as_array().unwrap();
+    let first = entries.iter().find(|entry| entry["index"] == 0).unwrap();
+    host.publish(
+        "dea.stop",
+        &json!({"droplet": "sleeper", "instances": [first["instance"]]}),
+    )
+    .await;
+    let left = heartbeats
+        .until("one", |beat| {
+            beat["droplets"].as_array().unwrap().len() == 1
+        })
+        .await;
+    assert_eq!(left["droplets"][0]["index"], 1);
+    host.publish("dea.stop", &json!({"droplet": "sleeper"}))
+        .await;
+    heartbeats
+        .until("none", |beat| beat["droplets"] == json!([]))
+        .await;
+}
+
+#[tokio::test]
+async fn find_droplet_tells_one_answer_per_instance() {
+    let host = Host::start().await;
+    let sleeper = Droplet::sample("sleeper");
+    for index in [0, 1] {
+        let mut message = host.message("sleeper", &sleeper);
+        message["index"] = json!(index);
+        host.run(message).await;
+    }
+    let find = json!({"droplet": "sleeper", "states": ["running"], "include_stats": true});
+    let mut found = host
+        .request_all("dea.find.droplet", &find, Duration::from_secs(1))
+        .await;
+    found.sort_by_key(|answer| answer["index"].as_u64());
+    assert_eq!(found.len(), 2);
+    for (index, answer) in found.iter().enumerate() {
+        assert_eq!(answer["dea"], host.id);
+        assert_eq!(answer["droplet"], "sleeper");
+        assert_eq!(answer["version"], "v1");
+        assert_eq!(answer["index"], index);
+        assert_eq!(answer["state"], "RUNNING");
+        assert_eq!(
+            answer["staged"],
+            format!("/{}", answer["instance"].as_str().unwrap())
+        );
+        let stats = &answer["stats"];
+        assert_eq!(
+            keys(stats),
+            [
+                "disk_quota",
+                "fds_quota",
+                "host",
+                "mem_quota",
+                "name",
+                "port",
+                "uptime",
+                "uris",
+                "usage"
+            ]
+        );
+        assert_eq!(stats["name"], "sleeper");
+        assert_eq!(stats["uris"], json!([]));
+        assert_eq!(stats["host"], Network::HOST);
+        assert!(stats["port"].as_u64().is_some_and(|port| port > 1024));
+        assert!(stats["uptime"].as_u64().is_some());
+        assert_eq!(stats["mem_quota"], 134_217_728);
+        assert_eq!(stats["disk_quota"], 268_435_456);
+        assert_eq!(stats["fds_quota"], 1024);
+        assert_eq!(keys(&stats["usage"]), ["cpu", "disk", "mem", "time"]);
+        assert!(
+            stats["usage"]["mem"]
+                .as_u64()
+                .is_some_and(|bytes| bytes > 100_000)
+        );
+        // "2016-08-16 12:41:30 +0000"
+        assert_eq!(stats["usage"]["time"].as_str().unwrap().len(), 25);
+    }
+    for (filter, expected) in [
+        (json!({"droplet": "sleeper"}), 2),
+        (json!({"droplet": "sleeper", "indices": [1]}), 1),
+        (json!({"droplet": "sleeper", "indices": []}), 2),
+        (json!({"droplet": "sleeper", "states": ["CRASHED"]}), 0),
+        (json!({"droplet": "sleeper", "version": "v9"}), 0),
+        (json!({"droplet": "nobody"}), 0),
+        (json!({}), 0),
+    ] {
+        let found = host
+            .request_all("dea.find.droplet", &filter, Duration::from_millis(500))
+            .await;
+        assert_eq!(found.len(), expected, "{filter}");
+    }
+    host.stop("sleeper").await;
+}
+
+#[tokio::test]
+async fn an_agent_tells_of_itself() {
+    let mut host = Host::start().await;
+    let mut advertised = host.watch("dea.advertise").await;
+    let mut goodbyes = host.watch("dea.shutdown").await;
+    let advertisement = advertised.next().await;
+    for key in [
+        "app_id_to_count",
+        "available_disk",
+        "available_memory",
+        "id",
+        "placement_properties",
+        "stacks",
+    ] {
+        assert!(advertisement.get(key).is_some(), "{key}: {advertisement}");
+    }
+    assert_eq!(advertisement["id"], host.id);
+    assert_eq!(advertisement["available_memory"], 4096);
+    assert_eq!(advertisement["available_disk"], 16384);
+    assert_eq!(advertisement["stacks"], json!(["debian"]));
+    assert_eq!(advertisement["app_id_to_count"], json!({}));
+    assert_eq!(advertisement["placement_properties"]["zone"], "default");
+
+    host.run(host.message("sleeper", &Droplet::sample("sleeper")))
+        .await;
+    let taken = advertised
+        .until("less memory", |one| one["available_memory"] != 4096)
+        .await;
+    assert_eq!(taken["available_memory"], 4096 - 128);
+    assert_eq!(taken["available_disk"], 16384 - 256);
+    assert_eq!(taken["app_id_to_count"], json!({"sleeper": 1}));
+
+    let hello = host.restart().await;
+    assert_eq!(hello["id"], advertisement["id"], "the id is durable");
+    assert_eq!(hello["ip"], Network::HOST);
+    assert!(hello["version"].is_string());
+
+    // SIGTERM: the apps stop, the agent says goodbye.
+    let status = host.end(Signal::SIGTERM).await;
+    assert!(status.success(), "{status}");
+    let goodbye = goodbyes.next().await;
+    assert_eq!(keys(&goodbye), ["app_id_to_count", "id", "ip", "version"]);
+    assert_eq!(goodbye["id"], host.id);
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn an_agent_waits_for_a_bus_that_is_absent() {
+    let mut host = Host::start().await;
+    host.run(host.message("sleeper", &Droplet::sample("sleeper")))
+        .await;
+    let wshd = host.tree().one("wshd").clone();
+    host.kill9().await;
+    host.stop_bus().await;
+    host.spawn_agent();
+    host.tree_until("linker of an agent without a bus", |tree| {
+        tree.named("iomux-link").len() == 1
+    })
+    .await;
+    host.start_bus().await;
+    let mut heartbeats = host.watch("dea.heartbeat").await;
+    let beat = heartbeats.next().await;
+    assert_eq!(beat["dea"], host.id);
+    assert_eq!(beat["droplets"][0]["state"], "RUNNING");
+    assert!(wshd.lives());
+    host.stop("sleeper").await;
+}
+
+#[tokio::test]
+async fn an_app_finds_what_the_dea_gave() {
+    let host = Host::start().await;
+    let mut output = host.output("env").await;
+    let mut message = host.message("env", &Droplet::shell("pwd; umask; id -u; id -G; hostname; env -0 | sort -z | tr '\\0' '\\n'; echo end; sleep infinity"));
+    message["env"] = json!(["GREETING=hello = world", "EMPTY"]);
+    message["vcap_application"] = json!({"name": "env", "space_name": "prod"});
+    message["services"] = json!([{"name": "db", "label": "pg-9", "plan": "small", "credentials": {"uri": "postgres://u:$x@h/db"}}]);
+    host.run(message).await;
+    output
+        .until("the environment", |output| {
+            output.text(0, "stdout").ends_with("end\n")
+        })
+        .await;
+    let text = output.text(0, "stdout");
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[..4], ["/home/vcap/app", "0077", "2000", "2000"]);
+    let variable = |name: &str| {
+        let start = format!("{name}=");
+        lines
+            .iter()
+            .find_map(|line| line.strip_prefix(&start))
+            .unwrap_or_else(|| panic!("no {name} in {text}"))
+    };
+    assert_eq!(variable("GREETING"), "hello = world");
+    assert_eq!(variable("EMPTY"), "");
+    assert_eq!(variable("HOME"), "/home/vcap/app");
+    assert_eq!(variable("TMPDIR"), "/home/vcap/tmp");
+    assert_eq!(variable("MEMORY_LIMIT"), "128m");
+    assert_eq!(variable("VCAP_APP_HOST"), "0.0.0.0");
+    assert_eq!(variable("VCAP_APP_PORT"), variable("PORT"));
+    assert_eq!(variable("CF_INSTANCE_INDEX"), "0");
+    assert_eq!(variable("CF_INSTANCE_IP"), Network::HOST);
+    assert_eq!(variable("DATABASE_URL"), "postgres://u:$x@h/db");
+    let application: Value = serde_json::from_str(variable("VCAP_APPLICATION")).unwrap();
+    assert_eq!(application["application_id"], "env");
+    assert_eq!(application["space_name"], "prod");
+    assert_eq!(application["instance_index"], 0);
+    assert_eq!(application["host"], "0.0.0.0");
+    let services: Value = serde_json::from_str(variable("VCAP_SERVICES")).unwrap();
+    assert_eq!(
+        services["pg-9"][0]["credentials"]["uri"],
+        "postgres://u:$x@h/db"
+    );
+    host.stop("env").await;
+}
