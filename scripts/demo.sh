@@ -18,26 +18,25 @@ tell() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 fail() { printf '\033[31mdemo: %s\033[0m\n' "$*" >&2; exit 1; }
 field() { sed -n "s/.*\"$1\":\"\{0,1\}\([^,\"}]*\).*/\1/p" | head -n 1; }
 pids() { pgrep --full "$1" | xargs; }
+# Our containers' inits: other agents' (a test may run) are none of ours.
+inits() { find "$here/base/containers" -mindepth 1 -maxdepth 1 -printf '%f\n' | sort | while read -r handle; do pgrep --full --exact "wshd: $handle"; done | xargs; }
 
 # Waits for a message on $1 that holds $2; prints it.
 until_said() { "$say" sub 60 "$2" "$1" 2>/dev/null | tail -n 1 | cut -d' ' -f2- | grep -F -- "$2" || fail "no $2 on $1 within 60 s; the log: $here/agent.log"; }
 
-# Does what follows once a reader of subject $1 is there; prints what the reader had by the time it saw $2.
-hear() {
-  local subject=$1 text=$2; shift 2
-  coproc READER { "$say" raw 60 "$text" "$subject" 2>&1; }
-  local reader=$READER_PID from=${READER[0]}
-  exec {heard}<&"$from"
-  read -r -u $heard # `ready`
-  "$@"
-  cat <&$heard
-  exec {heard}<&-
-  wait "$reader" || fail "no $text on $subject within 60 s; the log: $here/agent.log"
+# Starts a reader in the background, which writes what it hears to the file $1; returns once it listens. `heard` waits.
+listen() { # file, mode (sub, raw), text at which to stop, subjects
+  local file=$here/$1 mode=$2 text=$3; shift 3
+  "$say" "$mode" 60 "$text" "$@" >"$file" 2>"$file.err" &
+  readers[${file##*/}]=$!
+  until grep -q ready "$file.err"; do sleep 0.02; done
 }
+declare -A readers
+heard() { wait "${readers[$1]}" || fail "waited 60 s for $1 in vain: see $here"; }
 
 # The agent's processes, and those of the containers, children below their parents; long paths cut.
 tree() {
-  ps -eo pid=,ppid=,args= --sort=pid | sed "s|$here/base/containers|…|g; s|$helpers/||g" | awk -v agent="$(pids "$agent agent")" '
+  ps -eo pid=,ppid=,args= --sort=pid | sed "s|$here/base/containers|…|g; s|$helpers/||g" | awk -v agent="$(pids "$agent agent")" -v inits=" $(inits) " '
     { pid = $1; parent[pid] = $2; $1 = $2 = ""; title[pid] = substr($0, 3); order[NR] = pid; below[parent[pid]] = below[parent[pid]] " " pid }
     function show(p, depth,    n, i, all) {
       printf "  %7d %*s%s\n", p, 3 * depth, "", substr(title[p], 1, 110)
@@ -45,7 +44,7 @@ tree() {
     }
     END {
       if (agent != "") show(agent, 0)
-      for (i = 1; i <= NR; i++) { p = order[i]; if (parent[p] == 1 && title[p] ~ /^(wshd: |iomux-spawn |.*\/iomux-spawn )/) show(p, 0) }
+      for (i = 1; i <= NR; i++) { p = order[i]; if (parent[p] == 1 && (index(inits, " " p " ") || title[p] ~ /^iomux-spawn …/)) show(p, 0) }
     }'
 }
 
@@ -53,7 +52,7 @@ message() { # droplet, mem in MB, uris, env
   printf '{"droplet":"%s","index":0,"version":"1","name":"%s","uris":[%s],"executableUri":"%s/%s.tgz","sha1":"%s","limits":{"mem":%s,"disk":256,"fds":1024},"services":[],"env":[%s],"cc_partition":"default","stack":"debian"}' \
     "$1" "$1" "$3" "$files" "$1" "$(sha1sum <"$here/files/$1.tgz" | cut -d' ' -f1)" "$2" "$4"
 }
-order() { echo "> $1 $2"; "$say" req "$1" "$2" 60 | tee "$here/answer"; grep -q '"ok":true' "$here/answer" || fail "refused"; }
+order() { echo "> $1 $2"; "$say" req "$1" "$2" 60 | tee "$here/answer"; cat "$here/answer" >>"$here/answers"; grep -q '"ok":true' "$here/answer" || fail "refused"; }
 
 start_agent() { "$agent" agent --config "$here/agent.toml" >>"$here/agent.log" 2>&1 & }
 
@@ -102,50 +101,57 @@ echo "dea.advertise $advertisement"
 tree
 
 tell "2. A web app: one message"
-"$say" sub 60 '"RUNNING"' dea.heartbeat >"$here/beats" 2>/dev/null & beats=$!
-"$say" sub 60 sinatra.example.net router.register >"$here/routes" 2>/dev/null & routes=$!
-begin() { order "dea.$id.start" "$(message sinatra 128 '"sinatra.example.net"' '')"; echo "its output:"; }
-hear 'droplet.output.sinatra.>' 'Listening' begin | sed '/^Puma\|^\*/s/^/  /; s/^sinatra/  &/'
-wait $beats $routes
-awk '{ s = gsub(/STARTING/, "&"); r = gsub(/RUNNING/, "&"); line = r "/1 instances: " (r ? r " running" : s " starting"); if (s + r && line != last) print line; last = line }' "$here/beats"
-tail -n 1 "$here/routes"
-route=$(cut -d' ' -f2- "$here/routes" | tail -n 1)
+listen beats sub '"RUNNING"' dea.heartbeat
+listen route sub sinatra.example.net router.register
+listen output raw Listening 'droplet.output.sinatra.>'
+order "dea.$id.start" "$(message sinatra 128 '"sinatra.example.net"' '')"
+"$say" pub healthmanager.start '{}' # whoever asks so gets a heartbeat at once
+heard beats
+awk '{ s = gsub(/STARTING/, "&"); r = gsub(/RUNNING/, "&"); line = r + 0 "/1 instances: 1 " (r ? "running" : "starting"); if (s + r && line != last) print line; last = line }' "$here/beats"
+heard route
+cat "$here/route"
+route=$(cut -d' ' -f2- "$here/route" | tail -n 1)
 port=$(field port <<<"$route")
-for address in "$(field host <<<"$route")" 127.0.0.1; do echo "http://$address:$port/ $(curl -sS --max-time 10 "http://$address:$port/")"; done
+for address in "$(field host <<<"$route")" 127.0.0.1; do
+  answer=$(curl -sS --max-time 10 "http://$address:$port/") || fail "no answer from $address:$port"
+  echo "http://$address:$port/ $answer"
+done
+heard output
+echo "droplet.output.sinatra.>:"
+sed 's/^/  | /' "$here/output"
 tree
 
 tell "3. A second instance"
-first=$(pids '^wshd: ')
+first=$(inits)
 order "dea.$id.scale" '{"droplet":"sinatra","instances":2,"wait":"running"}'
 tree
 kill -0 "$first" || fail "index 0 was not left alone"
 echo "index 0 is still the one in wshd $first"
 
 tell "4. An app that eats memory"
-hog() { order "dea.$id.start" "$(message hog 64 '' '')"; }
-"$say" sub 60 'out of memory' droplet.exited droplet.oom >"$here/ends" 2>"$here/ready" & ends=$!
-until grep -q ready "$here/ready"; do sleep 0.05; done
-hog
-wait $ends || fail "nobody told of the end"
+listen ends sub 'out of memory' droplet.oom droplet.exited
+order "dea.$id.start" "$(message hog 64 '' '')"
+heard ends
 cat "$here/ends"
 grep -q '^droplet.oom .*"hog"' "$here/ends" || fail "the victim was not named"
 
 tell "5. The agent is killed while an app prints numbered lines"
-"$say" raw 60 'out 000008000' 'droplet.output.lines.0.*.stdout' >"$here/lines" 2>"$here/ready" & reader=$!
-until grep -q ready "$here/ready"; do sleep 0.05; done
+listen lines raw 'out 000008000' 'droplet.output.lines.0.*.stdout'
 order "dea.$id.start" "$(message lines 64 '' '"RATE=200000","LINES=8000"')"
 until [[ $(wc -l <"$here/lines") -gt 1000 ]]; do sleep 0.05; done
-before=$(pids '^wshd: ')
+before=$(inits)
 echo "kill -9 $(pids "$agent agent"), after line $(tail -n 1 "$here/lines" | cut -d' ' -f2)"
-kill -9 "$(pids "$agent agent")"
-sleep 0.3
+killed=$(pids "$agent agent")
+{ kill -9 "$killed"; wait "$killed" || true; } 2>/dev/null
+# Its followers end when they see it gone.
+until [[ -z $(pgrep --full "^[^ ]*iomux-link $here/") ]]; do sleep 0.02; done
 tree
 start_agent
 beat=$(until_said dea.heartbeat '"RUNNING"')
 [[ $(field dea <<<"$beat") == "$id" ]] || fail "another agent id"
-[[ $(pids '^wshd: ') == "$before" ]] || fail "other containers"
+[[ $(inits) == "$before" ]] || fail "other containers"
 echo "the agent is back as $id, with the same wshd: $before"
-wait $reader || fail "not all lines came"
+heard lines
 awk '$1 != "out" || $2 + 0 != NR { print "line " NR " is " $0; exit 1 }' "$here/lines" || fail "a line is missing or twice"
 echo "$(wc -l <"$here/lines") lines, each there once"
 
@@ -165,7 +171,7 @@ order "dea.$id.stop" '{"droplet":"sinatra","wait":"stopped"}'
 kill -TERM "$(pids "$agent agent")"
 until [[ -z $(pids "$agent agent") ]]; do sleep 0.05; done
 left=$(
-  { pgrep --list-full '^(wshd|wsh|iomux-spawn|iomux-link|oom|ostler)$' || true
+  { pgrep --list-full --full "$here|^wshd: ($(sed -n 's/.*"handle":"\([^"]*\)".*/\1/p' "$here/answers" | paste -sd'|'))\$" | grep -vE 'nats-server|httpd' || true
     grep -F "$here" /proc/self/mountinfo || true
     find /sys/fs/cgroup -name 'ostler-demo*'
     ip -oneline link | grep ' os-' || true

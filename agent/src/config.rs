@@ -162,7 +162,10 @@ pub struct Droplets {
 
 impl Default for Nats {
     fn default() -> Self {
-        Self { url: "nats://127.0.0.1:4222".into(), creds: None }
+        Self {
+            url: "nats://127.0.0.1:4222".into(),
+            creds: None,
+        }
     }
 }
 
@@ -282,7 +285,11 @@ impl Default for WrittenResources {
 
 impl Default for WrittenIntervals {
     fn default() -> Self {
-        Self { heartbeat: 10, advertise: 5, router_register: 20 }
+        Self {
+            heartbeat: 10,
+            advertise: 5,
+            router_register: 20,
+        }
     }
 }
 
@@ -317,7 +324,12 @@ impl Default for WrittenNetwork {
 
 impl Default for WrittenDroplets {
     fn default() -> Self {
-        Self { inactivity: 30, total: 600, max_mb: 2048, max_unpacked_mb: 8192 }
+        Self {
+            inactivity: 30,
+            total: 600,
+            max_mb: 2048,
+            max_unpacked_mb: 8192,
+        }
     }
 }
 
@@ -329,7 +341,9 @@ impl Default for WrittenOutput {
 
 impl Default for WrittenCgroup {
     fn default() -> Self {
-        Self { parent: "ostler".into() }
+        Self {
+            parent: "ostler".into(),
+        }
     }
 }
 
@@ -347,8 +361,10 @@ pub struct Overrides {
 /// # Errors
 /// The first thing that is wrong, with its key or line and what would be right.
 pub fn load(path: &Path, overrides: Overrides, host_memory_mb: u64) -> Result<Config, ConfigError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| ConfigError::Unreadable { path: path.into(), source })?;
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable {
+        path: path.into(),
+        source,
+    })?;
     parse(path, &text, overrides, host_memory_mb)
 }
 
@@ -368,8 +384,11 @@ fn parse(
     if let Some(base) = overrides.base {
         written.base = base;
     }
-    check(written, host_memory_mb)
-        .map_err(|(key, problem)| ConfigError::Invalid { path: path.into(), key, problem })
+    check(written, host_memory_mb).map_err(|(key, problem)| ConfigError::Invalid {
+        path: path.into(),
+        key,
+        problem,
+    })
 }
 
 type Problem = (&'static str, String);
@@ -385,14 +404,25 @@ fn check(written: Written, host_memory_mb: u64) -> Result<Config, Problem> {
         nats: written.nats,
         stacks: stacks(written.stacks)?,
         resources: Resources {
-            memory_mb: scaled("resources.memory_overcommit_factor", memory, resources.memory_overcommit_factor)?,
-            disk_mb: scaled("resources.disk_overcommit_factor", resources.disk_mb, resources.disk_overcommit_factor)?,
+            memory_mb: scaled(
+                "resources.memory_overcommit_factor",
+                memory,
+                resources.memory_overcommit_factor,
+            )?,
+            disk_mb: scaled(
+                "resources.disk_overcommit_factor",
+                resources.disk_mb,
+                resources.disk_overcommit_factor,
+            )?,
             instances: resources.instances,
         },
         intervals: Intervals {
             heartbeat: seconds("intervals.heartbeat", written.intervals.heartbeat)?,
             advertise: seconds("intervals.advertise", written.intervals.advertise)?,
-            router_register: seconds("intervals.router_register", written.intervals.router_register)?,
+            router_register: seconds(
+                "intervals.router_register",
+                written.intervals.router_register,
+            )?,
         },
         instance: instance(written.instance)?,
         network: network(&written.network)?,
@@ -400,7 +430,10 @@ fn check(written: Written, host_memory_mb: u64) -> Result<Config, Problem> {
             inactivity: seconds("droplets.inactivity", written.droplets.inactivity)?,
             total: seconds("droplets.total", written.droplets.total)?,
             max_bytes: megabytes("droplets.max_mb", written.droplets.max_mb)?,
-            max_unpacked_bytes: megabytes("droplets.max_unpacked_mb", written.droplets.max_unpacked_mb)?,
+            max_unpacked_bytes: megabytes(
+                "droplets.max_unpacked_mb",
+                written.droplets.max_unpacked_mb,
+            )?,
         },
         spool_bytes: megabytes("output.spool_mb", written.output.spool_mb)?,
         cgroup_parent: cgroup_parent(written.cgroup.parent)?,
@@ -413,11 +446,21 @@ fn base(base: PathBuf) -> Result<PathBuf, Problem> {
     if length > BASE_MAX {
         return Err((
             "base",
-            format!("has {length} bytes; sockets stand below it, so at most {BASE_MAX} are possible"),
+            format!(
+                "has {length} bytes; sockets stand below it, so at most {BASE_MAX} are possible"
+            ),
         ));
     }
-    if base.as_os_str().as_encoded_bytes().iter().any(|byte| b":,\\".contains(byte)) {
-        return Err(("base", "holds one of `:`, `,`, `\\`, which overlayfs takes apart".into()));
+    if base
+        .as_os_str()
+        .as_encoded_bytes()
+        .iter()
+        .any(|byte| b":,\\".contains(byte))
+    {
+        return Err((
+            "base",
+            "holds one of `:`, `,`, `\\`, which overlayfs takes apart".into(),
+        ));
     }
     Ok(base)
 }
@@ -426,7 +469,13 @@ fn absolute(key: &'static str, path: PathBuf) -> Result<PathBuf, Problem> {
     if path.is_absolute() {
         return Ok(path);
     }
-    Err((key, format!("is {:?}; it must be an absolute path", path.display().to_string())))
+    Err((
+        key,
+        format!(
+            "is {:?}; it must be an absolute path",
+            path.display().to_string()
+        ),
+    ))
 }
 
 fn stacks(stacks: BTreeMap<String, PathBuf>) -> Result<BTreeMap<String, PathBuf>, Problem> {
@@ -437,7 +486,13 @@ fn stacks(stacks: BTreeMap<String, PathBuf>) -> Result<BTreeMap<String, PathBuf>
             if path.is_dir() {
                 return Ok((name, path));
             }
-            Err(("stacks", format!("names {} for `{name}`, which is no directory", path.display())))
+            Err((
+                "stacks",
+                format!(
+                    "names {} for `{name}`, which is no directory",
+                    path.display()
+                ),
+            ))
         })
         .collect()
 }
@@ -459,37 +514,55 @@ fn seconds(key: &'static str, value: u64) -> Result<Duration, Problem> {
     if (1..=86_400).contains(&value) {
         return Ok(Duration::from_secs(value));
     }
-    Err((key, format!("is {value}; it must be from 1 to 86400 seconds")))
+    Err((
+        key,
+        format!("is {value}; it must be from 1 to 86400 seconds"),
+    ))
 }
 
 fn megabytes(key: &'static str, value: u64) -> Result<u64, Problem> {
     if (1..=1 << 30).contains(&value) {
         return Ok(value << 20);
     }
-    Err((key, format!("is {value}; it must be from 1 to {} megabytes", 1 << 30)))
+    Err((
+        key,
+        format!("is {value}; it must be from 1 to {} megabytes", 1 << 30),
+    ))
 }
 
 fn instance(written: WrittenInstance) -> Result<Instance, Problem> {
     if written.memory_to_cpu_share_ratio == 0 {
-        return Err(("instance.memory_to_cpu_share_ratio", "is 0; it must be at least 1".into()));
+        return Err((
+            "instance.memory_to_cpu_share_ratio",
+            "is 0; it must be at least 1".into(),
+        ));
     }
     if written.min_cpu_shares == 0 || written.min_cpu_shares > written.max_cpu_shares {
         return Err((
             "instance.min_cpu_shares",
-            format!("is {}; it must be from 1 to max_cpu_shares", written.min_cpu_shares),
+            format!(
+                "is {}; it must be from 1 to max_cpu_shares",
+                written.min_cpu_shares
+            ),
         ));
     }
     if written.pids < 8 {
         return Err((
             "instance.pids",
-            format!("is {}; the container's own processes need at least 8", written.pids),
+            format!(
+                "is {}; the container's own processes need at least 8",
+                written.pids
+            ),
         ));
     }
     Ok(Instance {
         pids: written.pids,
         memory_to_cpu_share_ratio: written.memory_to_cpu_share_ratio,
         cpu_shares: written.min_cpu_shares..=written.max_cpu_shares,
-        health_check_timeout: seconds("instance.health_check_timeout", written.health_check_timeout)?,
+        health_check_timeout: seconds(
+            "instance.health_check_timeout",
+            written.health_check_timeout,
+        )?,
         stop_grace: seconds("instance.stop_grace", written.stop_grace)?,
         crash_lifetime: seconds("instance.crash_lifetime", written.crash_lifetime)?,
         user: written.user,
@@ -518,7 +591,10 @@ fn pool(text: &str) -> Result<(Ipv4Addr, u8), Problem> {
         aligned.then_some((address, prefix))
     });
     parsed.ok_or_else(|| {
-        ("network.pool", format!("is {text:?}; write a network with /8 to /30, as 10.254.0.0/16"))
+        (
+            "network.pool",
+            format!("is {text:?}; write a network with /8 to /30, as 10.254.0.0/16"),
+        )
     })
 }
 
@@ -528,7 +604,10 @@ fn ports(text: &str) -> Result<RangeInclusive<u16>, Problem> {
         (*range.start() >= 1024 && !range.is_empty()).then_some(range)
     });
     parsed.ok_or_else(|| {
-        ("network.ports", format!("is {text:?}; write first-last above 1023, as 61001-65000"))
+        (
+            "network.ports",
+            format!("is {text:?}; write first-last above 1023, as 61001-65000"),
+        )
     })
 }
 
@@ -537,12 +616,17 @@ fn cgroup_parent(parent: String) -> Result<String, Problem> {
         !part.is_empty()
             && part != "."
             && part != ".."
-            && part.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+            && part
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
     });
     if clean {
         return Ok(parent);
     }
-    Err(("cgroup.parent", format!("is {parent:?}; write names of letters, digits, `-`, `_`, `.` with `/` between")))
+    Err((
+        "cgroup.parent",
+        format!("is {parent:?}; write names of letters, digits, `-`, `_`, `.` with `/` between"),
+    ))
 }
 
 #[cfg(test)]
@@ -563,11 +647,21 @@ mod tests {
 
     #[test]
     fn flags_win_over_the_file() {
-        let overrides =
-            Overrides { nats_url: Some("nats://b:1".into()), base: Some("/b".into()) };
-        let config =
-            parse(Path::new("x"), "base = '/a'\n[nats]\nurl = 'nats://a:1'", overrides, 1).unwrap();
-        assert_eq!((config.nats.url.as_str(), config.base.as_path()), ("nats://b:1", Path::new("/b")));
+        let overrides = Overrides {
+            nats_url: Some("nats://b:1".into()),
+            base: Some("/b".into()),
+        };
+        let config = parse(
+            Path::new("x"),
+            "base = '/a'\n[nats]\nurl = 'nats://a:1'",
+            overrides,
+            1,
+        )
+        .unwrap();
+        assert_eq!(
+            (config.nats.url.as_str(), config.base.as_path()),
+            ("nats://b:1", Path::new("/b"))
+        );
     }
 
     #[test]
@@ -585,7 +679,10 @@ mod tests {
             ("[instance]\npids = 2", "`instance.pids`"),
             ("[cgroup]\nparent = '../x'", "`cgroup.parent`"),
             ("[stacks]\ndebian = '/does/not/exist'", "`debian`"),
-            ("[resources]\nmemory_overcommit_factor = -1.0", "memory_overcommit_factor"),
+            (
+                "[resources]\nmemory_overcommit_factor = -1.0",
+                "memory_overcommit_factor",
+            ),
         ] {
             let error = read(text).unwrap_err();
             assert!(error.contains(words), "{text:?} gave {error:?}");

@@ -48,15 +48,31 @@ pub fn clean(path: &Path, overrides: Overrides) -> Outcome<()> {
         Outcome::Ok(swept)
     })?;
     drop(lock);
-    for name in ["instances", "containers", "droplets", "crashes", "answers", "templates", "trash", "lock"] {
+    for name in [
+        "instances",
+        "containers",
+        "droplets",
+        "crashes",
+        "answers",
+        "templates",
+        "trash",
+        "lock",
+    ] {
         remove(&config.base.join(name))?;
     }
-    println!("removed {swept} containers and everything below {} but the host's id", config.base.display());
+    println!(
+        "removed {swept} containers and everything below {} but the host's id",
+        config.base.display()
+    );
     Ok(())
 }
 
 fn remove(path: &Path) -> Outcome<()> {
-    let result = if path.is_dir() { std::fs::remove_dir_all(path) } else { std::fs::remove_file(path) };
+    let result = if path.is_dir() {
+        std::fs::remove_dir_all(path)
+    } else {
+        std::fs::remove_file(path)
+    };
     match result {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(format!("cannot remove {}: {error}", path.display()).into())
@@ -66,7 +82,10 @@ fn remove(path: &Path) -> Outcome<()> {
 }
 
 fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread().worker_threads(WORKERS).enable_all().build()
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(WORKERS)
+        .enable_all()
+        .build()
 }
 
 /// Makes the base directory and takes it for this process.
@@ -76,10 +95,17 @@ fn prepare(base: &Path) -> Outcome<Flock<File>> {
     }
     make_private(base)?;
     let path = base.join("lock");
-    let file = File::options().create(true).truncate(false).write(true).open(&path)?;
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)?;
     Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
-        format!("another agent holds {} ({errno}): give this one a base directory of its own", path.display())
-            .into()
+        format!(
+            "another agent holds {} ({errno}): give this one a base directory of its own",
+            path.display()
+        )
+        .into()
     })
 }
 
@@ -202,7 +228,9 @@ fn host_memory_mb() -> u64 {
     std::fs::read_to_string("/proc/meminfo")
         .ok()
         .and_then(|text| {
-            let line = text.lines().find_map(|line| line.strip_prefix("MemTotal:"))?;
+            let line = text
+                .lines()
+                .find_map(|line| line.strip_prefix("MemTotal:"))?;
             line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
         })
         .map_or(8192, |kilobytes| kilobytes / 1024)

@@ -81,11 +81,23 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().verb {
         Verb::Agent { common, nats, log } => {
             start_log(log);
-            daemon::agent(&common.config, config::Overrides { nats_url: nats, base: common.base })
+            daemon::agent(
+                &common.config,
+                config::Overrides {
+                    nats_url: nats,
+                    base: common.base,
+                },
+            )
         }
         Verb::Clean { common } => {
             start_log(LogFormat::Text);
-            daemon::clean(&common.config, config::Overrides { nats_url: None, base: common.base })
+            daemon::clean(
+                &common.config,
+                config::Overrides {
+                    nats_url: None,
+                    base: common.base,
+                },
+            )
         }
     };
     match result {
@@ -113,7 +125,9 @@ fn chain(error: &dyn std::error::Error) -> String {
 
 fn start_log(format: LogFormat) {
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
     match format {
         LogFormat::Text => log.with_ansi(false).with_target(false).init(),
         LogFormat::Json => log.json().init(),

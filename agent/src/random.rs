@@ -13,7 +13,10 @@ pub fn hex(bytes: usize) -> String {
 pub fn handle() -> String {
     let mut random = [0; 11];
     fill(&mut random);
-    random.iter().filter_map(|byte| char::from_digit(u32::from(byte % 32), 32)).collect()
+    random
+        .iter()
+        .filter_map(|byte| char::from_digit(u32::from(byte % 32), 32))
+        .collect()
 }
 
 /// An RFC 4122 version 4 UUID, with dashes.
@@ -24,7 +27,8 @@ pub fn uuid() -> String {
     let number = u128::from_be_bytes(random);
     let number = number & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
     let text = format!("{number:032x}");
-    let parts = [0..8, 8..12, 12..16, 16..20, 20..32].map(|range| text.get(range).unwrap_or_default());
+    let parts =
+        [0..8, 8..12, 12..16, 16..20, 20..32].map(|range| text.get(range).unwrap_or_default());
     parts.join("-")
 }
 
@@ -54,7 +58,11 @@ mod tests {
         assert!("89ab".contains(uuid.chars().nth(19).unwrap()), "{uuid}");
         let handle = super::handle();
         assert_eq!(handle.len(), 11);
-        assert!(handle.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'v').contains(&b)));
+        assert!(
+            handle
+                .bytes()
+                .all(|b| b.is_ascii_digit() || (b'a'..=b'v').contains(&b))
+        );
         assert_eq!(super::hex(16).len(), 32);
         assert_ne!(super::handle(), handle);
     }

@@ -1,5 +1,5 @@
-//! The numbers with which the helpers beside a container end. `iomux-link` for a person ends with the
-//! job's own code instead, as `wsh` does.
+//! The numbers with which the helpers beside a container end. `iomux-link` for a person ends with
+//! the job's own code instead, as `wsh` does.
 
 /// Everything was done.
 pub const DONE: u8 = 0;
@@ -7,8 +7,8 @@ pub const DONE: u8 = 0;
 pub const FAILED: u8 = 1;
 /// The arguments were not understood.
 pub const USAGE: u8 = 2;
-/// What was being followed is gone: of `iomux-link`, the supervisor died before the job's end was recorded (start
-/// another with `--takeover`); of `oom`, the memory group was removed.
+/// What was being followed is gone: of `iomux-link`, the supervisor died before the job's end was
+/// recorded (start another with `--takeover`); of `oom`, the memory group was removed.
 pub const GONE: u8 = 3;
 /// The agent hung up.
 pub const HUNG_UP: u8 = 4;

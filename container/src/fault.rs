@@ -30,7 +30,11 @@ pub trait Context<T> {
 
 impl<T> Context<T> for nix::Result<T> {
     fn context(self, call: &'static str, on: impl fmt::Display) -> Result<T, SysError> {
-        self.map_err(|errno| SysError { call, on: on.to_string(), errno })
+        self.map_err(|errno| SysError {
+            call,
+            on: on.to_string(),
+            errno,
+        })
     }
 }
 

@@ -1,7 +1,7 @@
 //! Records of a spool on their way to the agent: what `iomux-link` writes with `IOMUX_FRAMES=1`.
 //!
-//! A frame is the cursor behind the record (three `u64`, little-endian: position, stdout, stderr), then the
-//! record as it stands in the spool. Border for border the same however often it is sent.
+//! A frame is the cursor behind the record (three `u64`, little-endian: position, stdout, stderr),
+//! then the record as it stands in the spool. Border for border the same however often it is sent.
 
 use crate::{
     fault::SysError,

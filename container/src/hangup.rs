@@ -1,4 +1,5 @@
-//! The end of whoever started a helper: what must die with the agent holds the read end of a pipe from it.
+//! The end of whoever started a helper: what must die with the agent holds the read end of a pipe
+//! from it.
 
 use crate::{
     fault::{Context, SysError},
@@ -32,7 +33,8 @@ pub(crate) struct Hangup {
 }
 
 impl Hangup {
-    /// Takes over the descriptor in `OSTLER_HANGUP_FD`. Without one only standard output is watched.
+    /// Takes over the descriptor in `OSTLER_HANGUP_FD`. Without one only standard output is
+    /// watched.
     pub(crate) fn inherit() -> Result<Self, SysError> {
         Ok(Self {
             pipe: inherit::descriptor("OSTLER_HANGUP_FD")?,

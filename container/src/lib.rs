@@ -4,20 +4,20 @@
 //! No runtime, no threads, no JSON, no NATS; `nix` is the only dependency, and `sys` the only room with
 //! `unsafe`.
 
-pub mod fault;
-pub mod status;
 pub mod client;
-pub mod fields;
-pub mod job;
-pub mod request;
-pub mod sys;
-pub mod launch;
 pub mod exit;
+pub mod fault;
+pub mod fields;
 pub mod frames;
-pub mod spool;
-pub mod wshd;
-pub mod iomux_spawn;
-pub mod wsh;
-pub mod iomux_link;
-pub mod oom;
 mod hangup;
+pub mod iomux_link;
+pub mod iomux_spawn;
+pub mod job;
+pub mod launch;
+pub mod oom;
+pub mod request;
+pub mod spool;
+pub mod status;
+pub mod sys;
+pub mod wsh;
+pub mod wshd;

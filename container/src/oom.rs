@@ -1,7 +1,8 @@
-//! `oom`: tells how many processes of a memory group the kernel has killed for want of memory, as soon as it is one more.
+//! `oom`: tells how many processes of a memory group the kernel has killed for want of memory, as
+//! soon as it is one more.
 //!
-//! A wake-up only means "read again": on cgroup v1 the event comes before the kill is counted, and also to
-//! groups that only stand beside; on v2 it comes for every counter of `memory.events`.
+//! A wake-up only means "read again": on cgroup v1 the event comes before the kill is counted, and
+//! also to groups that only stand beside; on v2 it comes for every counter of `memory.events`.
 
 use crate::{
     exit,
@@ -37,8 +38,8 @@ OSTLER_HANGUP_FD is a pipe whose end ends this process.
 Exit: 3 the group is gone; 4 hang-up; 1 failure; 2 usage
 ";
 
-/// Longest pause, in ms, between two looks at whether v1 has counted the kill that it announced; all pauses together
-/// are twice that.
+/// Longest pause, in ms, between two looks at whether v1 has counted the kill that it announced;
+/// all pauses together are twice that.
 const COUNT_WAIT_MS: u16 = 512;
 
 /// The program.
@@ -176,8 +177,8 @@ impl Group {
         }
     }
 
-    /// What is counted now. v1 announces a kill before it counts it, so there a count that has not moved is
-    /// read again, at growing distances.
+    /// What is counted now. v1 announces a kill before it counts it, so there a count that has not
+    /// moved is read again, at growing distances.
     fn settle(&self, known: &Count, hangup: &Hangup) -> Result<Settled, SysError> {
         let mut pause_ms = 1;
         loop {

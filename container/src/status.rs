@@ -110,10 +110,14 @@ impl Status {
     /// Reads a frame back; `None` if the bytes are none of ours.
     #[must_use]
     pub fn decode(bytes: [u8; Self::SIZE]) -> Option<Self> {
-        let [kind, step, 0, 0, a, b, c, d] = bytes else { return None };
+        let [kind, step, 0, 0, a, b, c, d] = bytes else {
+            return None;
+        };
         let value = i32::from_le_bytes([a, b, c, d]);
         match kind {
-            1 => Some(Self::Started { job: value.cast_unsigned() }),
+            1 => Some(Self::Started {
+                job: value.cast_unsigned(),
+            }),
             2 => u8::try_from(value).ok().map(Self::Exited),
             3 => Some(Self::Signaled(value)),
             4 => Step::from_number(step).map(|step| Self::Failed { step, errno: value }),
@@ -128,7 +132,10 @@ mod tests {
 
     #[test]
     fn every_status_survives_its_frame() {
-        let mut all = vec![Status::Started { job: 1 }, Status::Started { job: u32::MAX }];
+        let mut all = vec![
+            Status::Started { job: 1 },
+            Status::Started { job: u32::MAX },
+        ];
         all.extend((0..=255).map(Status::Exited));
         all.extend((1..=64).map(Status::Signaled));
         all.extend(Step::ALL.map(|step| Status::Failed { step, errno: 2 }));
@@ -139,9 +146,18 @@ mod tests {
 
     #[test]
     fn foreign_bytes_are_no_status() {
-        for bytes in [[0; 8], [9, 0, 0, 0, 0, 0, 0, 0], [4, 99, 0, 0, 2, 0, 0, 0], [2, 0, 1, 0, 0, 0, 0, 0]] {
+        for bytes in [
+            [0; 8],
+            [9, 0, 0, 0, 0, 0, 0, 0],
+            [4, 99, 0, 0, 2, 0, 0, 0],
+            [2, 0, 1, 0, 0, 0, 0, 0],
+        ] {
             assert_eq!(Status::decode(bytes), None);
         }
-        assert_eq!(Status::decode([2, 0, 0, 0, 0, 1, 0, 0]), None, "an exit code above 255");
+        assert_eq!(
+            Status::decode([2, 0, 0, 0, 0, 1, 0, 0]),
+            None,
+            "an exit code above 255"
+        );
     }
 }

@@ -328,9 +328,17 @@ impl Host {
 
     /// Brings the bus back; the test's own subscriptions are there again when this returns.
     pub async fn start_bus(&mut self) {
+        // What an agent publishes before anybody has subscribed again reaches nobody and is no loss of
+        // its own: it is held until the test is connected.
+        self.agent
+            .iter()
+            .for_each(|agent| agent.signal(Signal::SIGSTOP));
         self.bus = Some(bus(&self.bus_arguments, &self.directory).await);
         let back = timeout(patience(), self.nats.flush()).await;
         back.expect("reconnects").expect("connected");
+        self.agent
+            .iter()
+            .for_each(|agent| agent.signal(Signal::SIGCONT));
     }
 
     /// What the agent has logged, its last lines.

@@ -120,7 +120,10 @@ async fn a_start_without_room_is_refused_and_told() {
     host.run(host.message("second", &sleeper)).await;
     let (code, message) = refused(&host, &host.message("third", &sleeper).to_string()).await;
     assert_eq!(code, "not_enough_memory");
-    assert!(message.contains("44"), "how much there is: {message}");
+    assert!(
+        message.contains("256 of 300 MB"),
+        "how much there is: {message}"
+    );
     let exit = exits.next().await;
     assert_eq!(exit["droplet"], "third");
     assert_eq!(exit["reason"], "CRASHED");
@@ -204,12 +207,12 @@ async fn a_droplet_that_cannot_be_had_is_a_crash_that_says_why() {
     for (name, body, words) in [
         ("absent", Body::Status(404), "404"),
         ("broken", Body::Status(500), "500"),
-        ("silent", Body::Silent, "1 s"),
-        ("endless", Body::Endless, "1 MB"),
+        ("silent", Body::Silent, "0 bytes"),
+        ("endless", Body::Endless, "1048576 bytes"),
         (
             "slow",
             Body::Slow(sleeper.0.clone(), Duration::from_secs(60)),
-            "3 s",
+            "3s",
         ),
     ] {
         let mut message = host.message(name, &sleeper);

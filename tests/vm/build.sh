@@ -62,7 +62,7 @@ chmod 755 initrd/init
 mkdir out
 mv kernel/boot/vmlinuz-* out/vmlinuz
 mv initrd.gz out/initrd
-mkfs.ext4 -q -d root -L root out/root.img.new 3G
+mkfs.ext4 -q -d root -L root out/root.img.new 3G >/dev/null
 mv out/root.img.new out/root.img
 rm -rf "$dir"
 mv out "$dir"

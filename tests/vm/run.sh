@@ -57,7 +57,7 @@ RUN
 } >"$work/payload/run"
 chmod 755 "$work/payload/run"
 size=$(($(du -sm "$work/payload" | cut -f1) * 5 / 4 + 16))
-mkfs.ext4 -q -O ^has_journal -d "$work/payload" "$work/payload.img" "${size}M" 2>/dev/null
+mkfs.ext4 -q -O ^has_journal -d "$work/payload" "$work/payload.img" "${size}M" >/dev/null 2>&1
 
 # snapshot=on: what the machine writes to its root lies in an unnamed file and is gone with it.
 timeout --foreground "$deadline" qemu-system-x86_64 -accel tcg,thread=multi -cpu max -smp 2 -m 2048 \

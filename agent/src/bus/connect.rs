@@ -55,15 +55,23 @@ pub async fn connect(
             std::future::ready(())
         });
     if let Some(path) = &settings.creds {
-        options = options.credentials_file(path).await.map_err(|source| {
-            ConnectError::Credentials { path: path.display().to_string(), source }
-        })?;
+        options =
+            options
+                .credentials_file(path)
+                .await
+                .map_err(|source| ConnectError::Credentials {
+                    path: path.display().to_string(),
+                    source,
+                })?;
     }
     let addresses: Vec<&str> = settings.url.split(',').map(str::trim).collect();
-    let client = options.connect(addresses).await.map_err(|source| ConnectError::Address {
-        url: without_secrets(&settings.url),
-        source,
-    })?;
+    let client = options
+        .connect(addresses)
+        .await
+        .map_err(|source| ConnectError::Address {
+            url: without_secrets(&settings.url),
+            source,
+        })?;
     tokio::spawn(watch_link(client.clone(), occurred, link));
     Ok(client)
 }
@@ -80,14 +88,21 @@ async fn watch_link(
                 let connects = client.statistics().connects.load(Ordering::Relaxed);
                 let max_payload = client.max_payload();
                 info!(connects, max_payload, "connected to the bus");
-                link.send_replace(Link { up: true, connects, max_payload });
+                link.send_replace(Link {
+                    up: true,
+                    connects,
+                    max_payload,
+                });
             }
             Event::Disconnected | Event::Closed => {
                 warn!("the bus is away; apps run on, and the agent keeps trying");
                 link.send_modify(|link| link.up = false);
             }
             Event::SlowConsumer(subscription) => {
-                warn!(subscription, "messages were dropped: this host reads too slowly");
+                warn!(
+                    subscription,
+                    "messages were dropped: this host reads too slowly"
+                );
             }
             Event::ServerError(error) => warn!(%error, "the bus reported an error"),
             Event::ClientError(error) => warn!(%error, "the bus client reported an error"),
@@ -98,7 +113,9 @@ async fn watch_link(
 
 /// Full jitter: anything up to a bound that doubles from 100 ms to the cap.
 fn delay(attempt: usize) -> Duration {
-    let bound = 100_u64.checked_shl(u32::try_from(attempt).unwrap_or(u32::MAX)).unwrap_or(u64::MAX);
+    let bound = 100_u64
+        .checked_shl(u32::try_from(attempt).unwrap_or(u32::MAX))
+        .unwrap_or(u64::MAX);
     let bound = bound.clamp(100, RECONNECT_CAP_MS);
     let random = u64::from(crate::random::u32());
     Duration::from_millis(random * bound >> 32)

@@ -60,7 +60,12 @@ async fn send(client: &Client, message: Message) {
     let max = client.max_payload();
     if message.body.len() > max {
         // The server would close the connection.
-        warn!(subject = message.subject, bytes = message.body.len(), max, "too large for the bus");
+        warn!(
+            subject = message.subject,
+            bytes = message.body.len(),
+            max,
+            "too large for the bus"
+        );
         return;
     }
     let result = if message.headers.is_empty() {
@@ -70,7 +75,9 @@ async fn send(client: &Client, message: Message) {
         for (header, value) in &message.headers {
             headers.insert(*header, value.as_str());
         }
-        client.publish_with_headers(message.subject, headers, message.body.into()).await
+        client
+            .publish_with_headers(message.subject, headers, message.body.into())
+            .await
     };
     if let Err(error) = result {
         debug!(%error, "not published");
@@ -98,7 +105,9 @@ impl Barriers {
     }
 
     fn answer(&mut self, body: &[u8], connects: u64) {
-        let number = std::str::from_utf8(body).ok().and_then(|text| text.parse().ok());
+        let number = std::str::from_utf8(body)
+            .ok()
+            .and_then(|text| text.parse().ok());
         if let Some(answer) = number.and_then(|number: u64| self.waiting.remove(&number)) {
             // Whoever waited may have left.
             let _gone = answer.send(connects);

@@ -46,7 +46,11 @@ pub async fn receive(client: Client, world: Arc<World>, asks: mpsc::Sender<Ask>)
         }
     }
     let mut messages = select_all(subscribers);
-    let desk = Arc::new(Desk { world, asks, replay: Mutex::new(replay) });
+    let desk = Arc::new(Desk {
+        world,
+        asks,
+        replay: Mutex::new(replay),
+    });
     desk.ask(Ask::Ready).await;
     while let Some(message) = messages.next().await {
         let span = info_span!(parent: None, "request", subject = %message.subject);
@@ -141,16 +145,24 @@ async fn command_to(
             }
         }
     }
-    let may_be_busy = matches!(command, Command::Start(_) | Command::Scale(_) | Command::FindHere(_));
+    let may_be_busy = matches!(
+        command,
+        Command::Start(_) | Command::Scale(_) | Command::FindHere(_)
+    );
     let (answer, answered) = oneshot::channel();
-    let ask = Ask::Command { command: Box::new(command), raw: raw.clone(), answer };
+    let ask = Ask::Command {
+        command: Box::new(command),
+        raw: raw.clone(),
+        answer,
+    };
     tokio::spawn(answer_later(Arc::clone(desk), id, answered, reply_to));
     if !may_be_busy {
         // Stops and updates are never refused: here they wait.
         return desk.ask(ask).await;
     }
-    if let Err(mpsc::error::TrySendError::Full(Ask::Command { command, answer, .. })) =
-        desk.asks.try_send(ask)
+    if let Err(mpsc::error::TrySendError::Full(Ask::Command {
+        command, answer, ..
+    })) = desk.asks.try_send(ask)
     {
         let busy = Reply::error(ErrorCode::Busy, "too many commands at once: send it again");
         if matches!(*command, Command::Start(_)) {
@@ -168,7 +180,10 @@ async fn answer_later(
     reply_to: Option<String>,
 ) {
     let reply = answered.await.unwrap_or_else(|_| {
-        Reply::error(ErrorCode::Internal, "the agent lost this request: send it again")
+        Reply::error(
+            ErrorCode::Internal,
+            "the agent lost this request: send it again",
+        )
     });
     if let Some(id) = id {
         let keep = desk.replay.lock().await.answered(&id, &reply);
@@ -186,7 +201,10 @@ async fn query_to(desk: &Arc<Desk>, command: Command, reply_to: Option<String>) 
     // Nobody to answer: nothing to do.
     let Some(reply_to) = reply_to else { return };
     let (answers, mut answered) = mpsc::channel::<Vec<u8>>(ANSWERS);
-    let ask = Ask::Query { command: Box::new(command), answers };
+    let ask = Ask::Query {
+        command: Box::new(command),
+        answers,
+    };
     if desk.asks.try_send(ask).is_err() {
         debug!("too busy for a query");
         return;
@@ -207,7 +225,11 @@ impl Desk {
 
     async fn answer(&self, reply_to: Option<String>, reply: &Reply) {
         let Some(subject) = reply_to else { return };
-        let message = Outgoing { subject, headers: reply.headers(), body: reply.body() };
+        let message = Outgoing {
+            subject,
+            headers: reply.headers(),
+            body: reply.body(),
+        };
         self.world.outlet.send(message).await;
     }
 

@@ -53,8 +53,16 @@ impl Replay {
             .collect();
         found.sort_by_key(|(time, ..)| *time);
         let order = found.iter().map(|(_, name, _)| name.clone()).collect();
-        let answered = found.into_iter().map(|(_, name, reply)| (name, reply)).collect();
-        Ok(Self { dir, pending: HashMap::new(), answered, order })
+        let answered = found
+            .into_iter()
+            .map(|(_, name, reply)| (name, reply))
+            .collect();
+        Ok(Self {
+            dir,
+            pending: HashMap::new(),
+            answered,
+            order,
+        })
     }
 
     /// Looks `id` up, and marks it as being acted on if it is fresh.
@@ -85,11 +93,20 @@ impl Replay {
         }
         self.answered.insert(name.clone(), reply.clone());
         self.order.push_back(name.clone());
-        let forget = if self.order.len() > KEPT { self.order.pop_front() } else { None };
+        let forget = if self.order.len() > KEPT {
+            self.order.pop_front()
+        } else {
+            None
+        };
         if let Some(oldest) = &forget {
             self.answered.remove(oldest);
         }
-        Some(Keep { dir: self.dir.clone(), name, body: reply.body(), forget })
+        Some(Keep {
+            dir: self.dir.clone(),
+            name,
+            body: reply.body(),
+            forget,
+        })
     }
 }
 
@@ -117,5 +134,8 @@ impl Keep {
 
 /// A file name for any id.
 fn name(id: &str) -> String {
-    Sha256::digest(id).iter().map(|byte| format!("{byte:02x}")).collect()
+    Sha256::digest(id)
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }

@@ -1,5 +1,6 @@
 //! One container that this agent holds: its jobs, signals, limits, and its end.
 
+use super::oom::Victims;
 use super::{EngineError, Limits, Saved, Shared, Usage, blocking, destroy, lock, owned};
 use crate::host::cgroups::{CgroupError, Group};
 use crate::host::depot::Directory;
@@ -37,6 +38,8 @@ pub(super) struct Inner {
     pub(super) ports: Mutex<Vec<(u16, u16)>>,
     /// The supervisors that this agent started, by job.
     pub(super) supervisors: Mutex<BTreeMap<u32, Child>>,
+    /// Whose deaths for memory were told.
+    pub(super) victims: Mutex<Victims>,
     /// Held while it is being destroyed, and while a supervisor is being started.
     pub(super) destroyed: tokio::sync::Mutex<Destroyed>,
     init: AsyncFd<OwnedFd>,
@@ -70,6 +73,7 @@ impl Container {
             lease,
             ports: Mutex::new(ports),
             supervisors: Mutex::default(),
+            victims: Mutex::default(),
             destroyed: tokio::sync::Mutex::new(Destroyed::No),
             init,
             pid,

@@ -23,7 +23,7 @@ mod sweep;
 #[cfg(test)]
 mod tests;
 
-pub use adopt::Adopted;
+pub use adopt::{Adopted, REBOOTED};
 pub use container::Container;
 pub use error::EngineError;
 pub use follow::Followed;
@@ -175,7 +175,7 @@ impl Engine {
     }
 
     /// Removes what no record knows: processes, control groups, links and directories that bear a
-    /// handle which is not in `known`. `known` must name every container that is, or is being, made.
+    /// handle which is not in `known`. (Their set elements go with [`Self::rebuild_network`].) `known` must name every container that is, or is being, made.
     /// Returns how many handles were cleared; what resists is logged.
     pub async fn sweep(&self, known: &std::collections::HashSet<String>) -> usize {
         sweep::sweep(&self.shared, known).await

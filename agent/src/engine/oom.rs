@@ -5,10 +5,12 @@
 //! kernel's log, which is asked afterwards ([`log`]).
 
 mod log;
+mod victims;
 
 pub(super) use log::KillLog;
+pub(super) use victims::Victims;
 
-use super::{Container, blocking};
+use super::{Container, blocking, lock};
 use crate::host::helpers::{Child, Command, Ended, HelperError, Leash};
 use crate::host::kmsg::OomKill;
 use container::exit;
@@ -29,7 +31,8 @@ pub struct OomReport {
     pub count: u64,
     /// Whose memory had run out.
     pub level: Level,
-    /// Who was killed; `None`: the kernel's log does not say.
+    /// Who was killed; `None`: the kernel's log does not say. It says it of ten kills in five seconds on
+    /// the whole host.
     pub victim: Option<Victim>,
     /// The container's limit, in bytes.
     pub limit_bytes: Option<u64>,
@@ -105,55 +108,39 @@ impl Container {
 
     /// One report for each kill after `known`, up to `total`.
     async fn reports(&self, known: u64, total: u64) -> Vec<OomReport> {
+        let known = known.max(total.saturating_sub(MOST_REPORTS));
         if total <= known {
             return Vec::new();
         }
         let handle = self.handle();
-        let (records, complete) = self.inner.shared.kills.of(handle, total).await;
+        let (wanted, after) = lock(&self.inner.victims).expected(total);
+        let (records, complete) = self.inner.shared.kills.of(handle, wanted, after).await;
+        let victims = lock(&self.inner.victims).decide(&records, complete, known, total);
         let group = self.inner.group.clone();
         let (limit_bytes, peak_bytes, usage_bytes) = blocking(move || {
             let usage = group.usage().ok().map(|usage| usage.memory_bytes);
             (group.memory_limit(), group.memory_peak(), usage)
         })
         .await;
-        let first = known.max(total.saturating_sub(MOST_REPORTS)) + 1;
-        let reports = (first..=total).map(|count| {
-            let record = record_of(&records, complete, count, total);
-            let at_limit = limit_bytes
-                .zip(peak_bytes)
-                .is_some_and(|(limit, peak)| peak >= limit);
-            let victim = record.map(|record| Victim {
-                pid: record.pid,
-                comm: record.comm.clone(),
-            });
-            let level = level(record, handle, at_limit);
-            OomReport {
+        let at_limit = limit_bytes
+            .zip(peak_bytes)
+            .is_some_and(|(limit, peak)| peak >= limit);
+        let reports = victims
+            .into_iter()
+            .zip(known + 1..)
+            .map(|(record, count)| OomReport {
                 count,
-                level,
-                victim,
+                level: level(record.as_ref(), handle, at_limit),
+                victim: record.map(|record| Victim {
+                    pid: record.pid,
+                    comm: record.comm,
+                }),
                 limit_bytes,
                 peak_bytes,
                 usage_bytes,
-            }
-        });
+            });
         reports.collect()
     }
-}
-
-/// The record of a group's kill number `count` (from 1) of `total`. A complete log holds them from the
-/// first one on; one that has lost its beginning is counted from its end, unless it is too long for that.
-fn record_of(
-    records: &[OomKill],
-    complete: log::Complete,
-    count: u64,
-    total: u64,
-) -> Option<&OomKill> {
-    let length = u64::try_from(records.len()).unwrap_or(u64::MAX);
-    let index = match complete {
-        log::Complete::Yes => count.checked_sub(1),
-        log::Complete::No => (length + count).checked_sub(total + 1),
-    };
-    records.get(usize::try_from(index?).ok()?)
 }
 
 fn level(record: Option<&OomKill>, handle: &str, at_limit: bool) -> Level {
@@ -270,8 +257,7 @@ fn total_of(line: &str) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
-    use super::log::Complete;
-    use super::{Level, level, record_of, total_of};
+    use super::{Level, level, total_of};
     use crate::host::kmsg::OomKill;
 
     const HANDLE: &str = "0123456789v";
@@ -287,27 +273,6 @@ mod tests {
             pid,
             uid: 0,
         }
-    }
-
-    #[test]
-    fn each_kill_has_its_own_record() {
-        let records = [kill(1, "", ""), kill(2, "", ""), kill(3, "", "")];
-        let pid = |complete, count, total| {
-            record_of(&records, complete, count, total).map(|record| record.pid)
-        };
-        assert_eq!(
-            [1, 2, 3].map(|n| pid(Complete::Yes, n, 3)),
-            [Some(1), Some(2), Some(3)]
-        );
-        // The kernel counted more than it logged.
-        assert_eq!([3, 4].map(|n| pid(Complete::Yes, n, 4)), [Some(3), None]);
-        // The log has lost its beginning.
-        assert_eq!(
-            [5, 6, 7, 8].map(|n| pid(Complete::No, n, 8)),
-            [None, Some(1), Some(2), Some(3)]
-        );
-        assert_eq!(pid(Complete::No, 0, 3), None);
-        assert_eq!(record_of(&[], Complete::Yes, 1, 1), None);
     }
 
     #[test]

@@ -25,8 +25,18 @@ pub enum Short {
 /// The sum of what instances in these records hold.
 pub fn reserved<'a>(records: impl Iterator<Item = &'a Record>) -> Amount {
     records.fold(Amount::default(), |sum, record| Amount {
-        memory: sum.memory + if holds_memory(record.state) { record.limits.mem } else { 0 },
-        disk: sum.disk + if holds_disk(record) { record.limits.disk } else { 0 },
+        memory: sum.memory
+            + if holds_memory(record.state) {
+                record.limits.mem
+            } else {
+                0
+            },
+        disk: sum.disk
+            + if holds_disk(record) {
+                record.limits.disk
+            } else {
+                0
+            },
     })
 }
 
@@ -36,7 +46,9 @@ pub fn reserved<'a>(records: impl Iterator<Item = &'a Record>) -> Amount {
 /// What is missing.
 pub fn admit(capacity: Amount, reserved: Amount, wanted: Amount) -> Result<(), Short> {
     let fits = |capacity: u64, reserved: u64, wanted: u64| {
-        reserved.checked_add(wanted).is_some_and(|sum| sum <= capacity)
+        reserved
+            .checked_add(wanted)
+            .is_some_and(|sum| sum <= capacity)
     };
     if !fits(capacity.disk, reserved.disk, wanted.disk) {
         return Err(Short::Disk);
@@ -63,14 +75,29 @@ mod tests {
 
     #[test]
     fn equality_fits_and_disk_is_named_first() {
-        let capacity = Amount { memory: 100, disk: 100 };
-        let half = Amount { memory: 50, disk: 50 };
+        let capacity = Amount {
+            memory: 100,
+            disk: 100,
+        };
+        let half = Amount {
+            memory: 50,
+            disk: 50,
+        };
         assert_eq!(admit(capacity, half, half), Ok(()));
-        let more = Amount { memory: 51, disk: 50 };
+        let more = Amount {
+            memory: 51,
+            disk: 50,
+        };
         assert_eq!(admit(capacity, half, more), Err(Short::Memory));
-        let both = Amount { memory: 51, disk: 51 };
+        let both = Amount {
+            memory: 51,
+            disk: 51,
+        };
         assert_eq!(admit(capacity, half, both), Err(Short::Disk));
-        let huge = Amount { memory: u64::MAX, disk: 1 };
+        let huge = Amount {
+            memory: u64::MAX,
+            disk: 1,
+        };
         assert_eq!(admit(capacity, half, huge), Err(Short::Memory));
     }
 }

@@ -22,7 +22,11 @@ impl Message {
     /// A message without headers.
     #[must_use]
     pub fn plain(subject: impl Into<String>, body: Vec<u8>) -> Self {
-        Self { subject: subject.into(), headers: Vec::new(), body }
+        Self {
+            subject: subject.into(),
+            headers: Vec::new(),
+            body,
+        }
     }
 }
 
@@ -105,7 +109,9 @@ impl Outlet {
         if !mark.up() || self.requests.send(Request::Barrier(answer)).await.is_err() {
             return false;
         }
-        answered.await.is_ok_and(|connects| connects == mark.0.connects)
+        answered
+            .await
+            .is_ok_and(|connects| connects == mark.0.connects)
     }
 
     /// Says it until the server has it. Waits for a connection as long as it takes.
@@ -147,14 +153,22 @@ mod tests {
     #[tokio::test]
     async fn a_confirmation_counts_only_on_the_connection_of_its_mark() {
         let (outlet, mut asked, tell) = outlet();
-        tell.send_replace(Link { up: true, connects: 1, max_payload: 1 << 20 });
+        tell.send_replace(Link {
+            up: true,
+            connects: 1,
+            max_payload: 1 << 20,
+        });
         let mark = outlet.mark();
         let bus = async {
             for connects in [1, 2] {
-                let Some(Request::Barrier(answer)) = asked.recv().await else { panic!("no barrier") };
+                let Some(Request::Barrier(answer)) = asked.recv().await else {
+                    panic!("no barrier")
+                };
                 answer.send(connects).unwrap();
             }
-            let Some(Request::Barrier(dropped)) = asked.recv().await else { panic!("no barrier") };
+            let Some(Request::Barrier(dropped)) = asked.recv().await else {
+                panic!("no barrier")
+            };
             drop(dropped);
         };
         let reader = async {
@@ -170,11 +184,19 @@ mod tests {
         let (outlet, mut asked, tell) = outlet();
         let message = Message::plain("droplet.exited", b"{}".to_vec());
         let bus = async {
-            tell.send_replace(Link { up: true, connects: 1, max_payload: 1 << 20 });
+            tell.send_replace(Link {
+                up: true,
+                connects: 1,
+                max_payload: 1 << 20,
+            });
             for round in 1..=3 {
-                let Some(Request::Publish(said)) = asked.recv().await else { panic!("no message") };
+                let Some(Request::Publish(said)) = asked.recv().await else {
+                    panic!("no message")
+                };
                 assert_eq!(said.subject, "droplet.exited");
-                let Some(Request::Barrier(answer)) = asked.recv().await else { panic!("no barrier") };
+                let Some(Request::Barrier(answer)) = asked.recv().await else {
+                    panic!("no barrier")
+                };
                 if round == 3 {
                     answer.send(1).unwrap();
                 }

@@ -9,9 +9,9 @@ use super::outlet::{Mark, Message, Outlet};
 use crate::engine::{Container, Followed};
 use container::spool::{Cursor, Record, Stream};
 use container::status::Status;
-use messages::output::{DROPPED, INSTANCE, OFFSET, TIME};
 use futures_util::FutureExt;
 use futures_util::future::{Fuse, FusedFuture};
+use messages::output::{DROPPED, INSTANCE, OFFSET, TIME};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
@@ -73,8 +73,12 @@ impl CursorFile {
     /// # Errors
     /// As `open(2)`.
     pub fn open(path: &Path) -> std::io::Result<(Self, Cursor)> {
-        let file =
-            File::options().read(true).write(true).create(true).truncate(false).open(path)?;
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)?;
         let mut text = [0; CURSOR_BYTES];
         let length = file.read_at(&mut text, 0)?;
         let cursor = std::str::from_utf8(text.get(..length).unwrap_or_default())
@@ -106,8 +110,14 @@ pub async fn pump(
     loop {
         let mark = outlet.mark();
         let mut follow = container.follow(1, confirmed);
-        let mut flight = Flight { confirmed, sent: confirmed, mark };
-        let why = flight.fly(&mut follow, &outlet, &source, &file, &view).await;
+        let mut flight = Flight {
+            confirmed,
+            sent: confirmed,
+            mark,
+        };
+        let why = flight
+            .fly(&mut follow, &outlet, &source, &file, &view)
+            .await;
         drop(follow);
         confirmed = flight.confirmed;
         match why {
@@ -196,7 +206,12 @@ impl Flight {
 
     async fn publish(&self, record: &Record, outlet: &Outlet, source: &Source) {
         match record {
-            Record::Output { stream, offset, time_ns, bytes } => {
+            Record::Output {
+                stream,
+                offset,
+                time_ns,
+                bytes,
+            } => {
                 let most = self.mark.max_payload().saturating_sub(HEADROOM).max(1);
                 let mut offset = *offset;
                 for piece in bytes.chunks(most) {
@@ -205,8 +220,15 @@ impl Flight {
                     offset += piece.len() as u64;
                 }
             }
-            Record::Gap { stream, offset, bytes, certain } => {
-                outlet.send(source.dropped(*stream, *offset, *bytes, *certain)).await;
+            Record::Gap {
+                stream,
+                offset,
+                bytes,
+                certain,
+            } => {
+                outlet
+                    .send(source.dropped(*stream, *offset, *bytes, *certain))
+                    .await;
             }
             Record::Started { .. } | Record::Exit { .. } | Record::End { .. } => {}
         }
@@ -233,9 +255,16 @@ impl Source {
             (INSTANCE, self.instance.borrow().clone()),
             (OFFSET, offset.to_string()),
             (TIME, messages::output::time(time_ns)),
-            ("Nats-Msg-Id", format!("{}:{stream}:{offset}+{}", self.handle, bytes.len())),
+            (
+                "Nats-Msg-Id",
+                format!("{}:{stream}:{offset}+{}", self.handle, bytes.len()),
+            ),
         ];
-        Message { subject: format!("{}.{stream}", self.subject), headers, body: bytes.to_vec() }
+        Message {
+            subject: format!("{}.{stream}", self.subject),
+            headers,
+            body: bytes.to_vec(),
+        }
     }
 
     /// A hole as a message: never an empty body, which readers show as nothing.
@@ -245,10 +274,17 @@ impl Source {
             (INSTANCE, self.instance.borrow().clone()),
             (OFFSET, offset.to_string()),
             (DROPPED, bytes.to_string()),
-            ("Nats-Msg-Id", format!("{}:{stream}:{offset}-{bytes}", self.handle)),
+            (
+                "Nats-Msg-Id",
+                format!("{}:{stream}:{offset}-{bytes}", self.handle),
+            ),
         ];
         let body = format!("[ostler: {about}{bytes} bytes of {stream} are missing here]\n");
-        Message { subject: format!("{}.{stream}", self.subject), headers, body: body.into_bytes() }
+        Message {
+            subject: format!("{}.{stream}", self.subject),
+            headers,
+            body: body.into_bytes(),
+        }
     }
 }
 
@@ -262,8 +298,19 @@ mod tests {
         let path = std::env::temp_dir().join(format!("ostler-cursor-{}", std::process::id()));
         let (file, fresh) = CursorFile::open(&path).unwrap();
         assert_eq!(fresh, Cursor::default());
-        let long = Cursor { position: u64::MAX, stdout: u64::MAX, stderr: u64::MAX };
-        for cursor in [long, Cursor { position: 1, stdout: 2, stderr: 3 }] {
+        let long = Cursor {
+            position: u64::MAX,
+            stdout: u64::MAX,
+            stderr: u64::MAX,
+        };
+        for cursor in [
+            long,
+            Cursor {
+                position: 1,
+                stdout: 2,
+                stderr: 3,
+            },
+        ] {
             file.keep(cursor).await;
             assert_eq!(CursorFile::open(&path).unwrap().1, cursor);
         }

@@ -191,9 +191,11 @@ impl Records {
     pub fn remove(&self, handle: &str) -> Result<(), RecordError> {
         let dir = self.dir(handle);
         match std::fs::remove_dir_all(&dir) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(RecordError { act: "remove", path: dir, source: error })
-            }
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(RecordError {
+                act: "remove",
+                path: dir,
+                source: error,
+            }),
             _ => Ok(()),
         }
     }
@@ -204,7 +206,11 @@ impl Records {
     /// # Errors
     /// If the directory cannot be listed.
     pub fn load(&self) -> Result<Found, RecordError> {
-        let failed = |source| RecordError { act: "list", path: self.dir.clone(), source };
+        let failed = |source| RecordError {
+            act: "list",
+            path: self.dir.clone(),
+            source,
+        };
         let mut found = Found::default();
         for entry in std::fs::read_dir(&self.dir).map_err(failed)? {
             let dir = entry.map_err(failed)?.path();
@@ -231,10 +237,20 @@ impl Records {
 fn understand(bytes: &[u8]) -> Result<Record, String> {
     let record: Record = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
     if record.format != FORMAT {
-        return Err(format!("format {}, and this agent reads format {FORMAT}", record.format));
+        return Err(format!(
+            "format {}, and this agent reads format {FORMAT}",
+            record.format
+        ));
     }
-    let handles = [Some(&record.handle), record.container.as_ref().map(|saved| &saved.handle)];
-    if let Some(handle) = handles.into_iter().flatten().find(|handle| !is_handle(handle)) {
+    let handles = [
+        Some(&record.handle),
+        record.container.as_ref().map(|saved| &saved.handle),
+    ];
+    if let Some(handle) = handles
+        .into_iter()
+        .flatten()
+        .find(|handle| !is_handle(handle))
+    {
         // Directories and control groups are found by it: nothing else may stand there.
         return Err(format!("{handle:?} is no handle"));
     }
@@ -251,7 +267,11 @@ pub fn make_private(dir: &Path) -> Result<(), RecordError> {
         .recursive(true)
         .mode(0o700)
         .create(dir)
-        .map_err(|source| RecordError { act: "make", path: dir.into(), source })
+        .map_err(|source| RecordError {
+            act: "make",
+            path: dir.into(),
+            source,
+        })
 }
 
 /// Replaces `dir/name` by `bytes`: temporary file, fsync, rename, fsync of the directory. Blocks.
@@ -260,7 +280,11 @@ pub fn make_private(dir: &Path) -> Result<(), RecordError> {
 /// What the file system says; the old file then still stands.
 pub fn write_durably(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), RecordError> {
     let temporary = dir.join(format!("{name}.new"));
-    let failed = |source| RecordError { act: "write", path: dir.join(name), source };
+    let failed = |source| RecordError {
+        act: "write",
+        path: dir.join(name),
+        source,
+    };
     let write = || {
         let mut file = std::fs::OpenOptions::new()
             .write(true)
@@ -292,7 +316,11 @@ mod tests {
             private_instance: "p".into(),
             version: "v".into(),
             uris: vec!["u".into()],
-            limits: Limits { mem: 1, disk: 2, fds: 3 },
+            limits: Limits {
+                mem: 1,
+                disk: 2,
+                fds: 3,
+            },
             state: State::Running,
             state_timestamp: 1.5,
             started_at: 1.0,
@@ -303,7 +331,10 @@ mod tests {
             out_of_memory: false,
             stopping: None,
             exit: None,
-            unsent: vec![Event { subject: "s".into(), body: serde_json::json!(1) }],
+            unsent: vec![Event {
+                subject: "s".into(),
+                body: serde_json::json!(1),
+            }],
         }
     }
 
@@ -315,8 +346,18 @@ mod tests {
         records.save(&record("00000000001")).unwrap();
         for (handle, text) in [
             ("00000000002", "{\"half\":".to_owned()),
-            ("00000000003", serde_json::to_string(&record("../../etc00")).unwrap()),
-            ("00000000004", serde_json::to_string(&Record { format: 99, ..record("00000000004") }).unwrap()),
+            (
+                "00000000003",
+                serde_json::to_string(&record("../../etc00")).unwrap(),
+            ),
+            (
+                "00000000004",
+                serde_json::to_string(&Record {
+                    format: 99,
+                    ..record("00000000004")
+                })
+                .unwrap(),
+            ),
         ] {
             std::fs::create_dir(records.dir(handle)).unwrap();
             std::fs::write(records.dir(handle).join("record.json"), text).unwrap();
@@ -328,7 +369,10 @@ mod tests {
             assert_eq!(found.records[0].unsent, record("x").unsent);
             assert_eq!(found.broken.len(), if round == 0 { 3 } else { 0 });
         }
-        assert!(!records.dir("00000000005").exists(), "a start that was never accepted");
+        assert!(
+            !records.dir("00000000005").exists(),
+            "a start that was never accepted"
+        );
         records.remove("00000000001").unwrap();
         records.remove("00000000001").unwrap();
         std::fs::remove_dir_all(&base).unwrap();

@@ -17,10 +17,18 @@ pub fn plan(have: &[(u64, String)], wanted: u64) -> Plan {
     have.sort();
     let count = have.len() as u64;
     let surplus = usize::try_from(count.saturating_sub(wanted)).unwrap_or(usize::MAX);
-    let stop = have.iter().rev().take(surplus).map(|(_, handle)| handle.clone()).collect();
+    let stop = have
+        .iter()
+        .rev()
+        .take(surplus)
+        .map(|(_, handle)| handle.clone())
+        .collect();
     let free = (0..).filter(|index| !have.iter().any(|(taken, _)| taken == index));
     let missing = usize::try_from(wanted.saturating_sub(count)).unwrap_or(usize::MAX);
-    Plan { start: free.take(missing).collect(), stop }
+    Plan {
+        start: free.take(missing).collect(),
+        stop,
+    }
 }
 
 #[cfg(test)]
@@ -28,7 +36,11 @@ mod tests {
     use super::plan;
 
     fn have(indices: &[u64]) -> Vec<(u64, String)> {
-        indices.iter().enumerate().map(|(n, index)| (*index, format!("h{n}"))).collect()
+        indices
+            .iter()
+            .enumerate()
+            .map(|(n, index)| (*index, format!("h{n}")))
+            .collect()
     }
 
     #[test]

@@ -33,11 +33,16 @@ pub struct World {
 /// Seconds since the epoch.
 #[must_use]
 pub fn now() -> f64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs_f64()
 }
 
 /// Whole seconds of a time or a span; 0 for a negative one (a clock that was set back).
 #[must_use]
 pub fn whole_seconds(seconds: f64) -> u64 {
-    std::time::Duration::try_from_secs_f64(seconds).unwrap_or_default().as_secs()
+    std::time::Duration::try_from_secs_f64(seconds)
+        .unwrap_or_default()
+        .as_secs()
 }

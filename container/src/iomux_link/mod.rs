@@ -1,7 +1,8 @@
 //! `iomux-link`: follows one job's output, for a person or for the agent.
 //!
-//! Reads the spool by itself; the supervisor's `link.sock` only says when to look again, and by closing that the
-//! supervisor is gone. Whatever happens to this process costs nobody anything: a successor goes on at the cursor.
+//! Reads the spool by itself; the supervisor's `link.sock` only says when to look again, and by
+//! closing that the supervisor is gone. Whatever happens to this process costs nobody anything: a
+//! successor goes on at the cursor.
 
 mod sink;
 

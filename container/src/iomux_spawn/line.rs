@@ -7,8 +7,9 @@ pub(super) enum Patience {
     Spent,
 }
 
-/// How many of the bytes at the front of a pipe to take now: up to the last line's end; all of them if no line
-/// ends here and it is not worth waiting (`hold_max` bytes, or patience is spent); else none.
+/// How many of the bytes at the front of a pipe to take now: up to the last line's end; all of them
+/// if no line ends here and it is not worth waiting (`hold_max` bytes, or patience is spent); else
+/// none.
 pub(super) fn cut(waiting: &[u8], hold_max: usize, patience: Patience) -> Option<usize> {
     match waiting.iter().rposition(|byte| *byte == b'\n') {
         Some(end) => Some(end + 1),

@@ -1,5 +1,6 @@
-//! `iomux-spawn`: the supervisor of one job. Owns the read ends of its stdout and stderr and its status pipe,
-//! and writes all three into the job's spool. It outlives the agent; when it is killed, another takes over.
+//! `iomux-spawn`: the supervisor of one job. Owns the read ends of its stdout and stderr and its
+//! status pipe, and writes all three into the job's spool. It outlives the agent; when it is
+//! killed, another takes over.
 //!
 //! ```text
 //! app ──stdout──▶┐                             ┌─▶ spool.*   records
@@ -10,7 +11,8 @@
 //!    └──── status pipe closed without one (the container's init died), both pipes closed ──▶ End
 //! ```
 //!
-//! Readers only ever get wake-ups, and those without waiting: a reader that was stopped stops nobody.
+//! Readers only ever get wake-ups, and those without waiting: a reader that was stopped stops
+//! nobody.
 
 mod line;
 mod readers;
@@ -137,7 +139,8 @@ fn parse(args: Vec<OsString>) -> Option<Args> {
 
 fn run(job_dir: &Path, mode: &Mode) -> Result<ExitCode, SysError> {
     let job_fd = inherit::descriptor("IOMUX_JOB_FD")?;
-    // A person's shell has made this process the leader of its group, and then it stays in its session.
+    // A person's shell has made this process the leader of its group, and then it stays in its
+    // session.
     let _ = setsid();
     inherit::reap_by_kernel()?;
     let cap = std::env::var("IOMUX_SPOOL_BYTES")
@@ -205,7 +208,8 @@ fn lock(dir: &OwnedFd) -> Result<Option<File>, SysError> {
     }
 }
 
-/// Tells whoever waits at the other end of standard output that the lock is held and readers can connect.
+/// Tells whoever waits at the other end of standard output that the lock is held and readers can
+/// connect.
 fn ready() -> Result<(), SysError> {
     let null = open(
         "/dev/null",
@@ -216,8 +220,8 @@ fn ready() -> Result<(), SysError> {
     dup2_stdout(null).context("dup2", "stdout")
 }
 
-/// Gets the pipes of a running job from its init. `None`: the init is dead or knows no such job, and
-/// what the pipes held is gone with it, which the log then says.
+/// Gets the pipes of a running job from its init. `None`: the init is dead or knows no such job,
+/// and what the pipes held is gone with it, which the log then says.
 fn take_over(
     spool: &mut SpoolWriter,
     socket: &Path,

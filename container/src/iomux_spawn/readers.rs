@@ -1,4 +1,5 @@
-//! The readers of a job, as far as its supervisor knows them: sockets that get a byte when there is more.
+//! The readers of a job, as far as its supervisor knows them: sockets that get a byte when there is
+//! more.
 
 use crate::fault::{Context, SysError};
 use nix::{
@@ -63,7 +64,8 @@ impl Readers {
             let reader = match self.listener.accept() {
                 Ok((reader, _)) => reader,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
-                // It went away again (accept(2), "Error handling"), or descriptors are short: it will be back.
+                // It went away again (accept(2), "Error handling"), or descriptors are short: it
+                // will be back.
                 Err(_) => return Ok(()),
             };
             let Some((slot, token)) = self
@@ -78,6 +80,9 @@ impl Readers {
             epoll
                 .add(&reader, EpollEvent::new(EpollFlags::EPOLLRDHUP, token))
                 .context("epoll_ctl", "reader")?;
+            // It may have read to the end before a record that came before this moment, when nobody
+            // could tell it yet.
+            tell(&reader, MORE);
             *slot = Some(reader);
         }
     }
@@ -111,7 +116,8 @@ pub(crate) fn path_in(dir: &OwnedFd) -> String {
     format!("/proc/self/fd/{}/{SOCKET}", dir.as_raw_fd())
 }
 
-/// Whatever fails is of no interest: a full socket holds wake-ups enough, and a closed one reports itself.
+/// Whatever fails is of no interest: a full socket holds wake-ups enough, and a closed one reports
+/// itself.
 fn tell(reader: &UnixStream, byte: u8) {
     let _ = send(
         reader.as_raw_fd(),

@@ -19,9 +19,9 @@ use std::{
 /// How long the beginning of a line waits for its end.
 const LINE_WAIT: Duration = Duration::from_millis(20);
 
-/// Longest beginning that may wait. The app must not be stopped by it: a pipe of 16 pages holds at least half of
-/// its 64 KiB when it is full, however the app cuts its writes (pipe(7); the kernel fills up a page as long as
-/// the next write fits).
+/// Longest beginning that may wait. The app must not be stopped by it: a pipe of 16 pages holds at
+/// least half of its 64 KiB when it is full, however the app cuts its writes (pipe(7); the kernel
+/// fills up a page as long as the next write fits).
 const HOLD_MAX: usize = 32 * 1024;
 
 /// Records taken from one pipe before the other has its turn.
@@ -74,7 +74,8 @@ impl Source {
         })
     }
 
-    /// Moves whole lines, and beginnings that have waited long enough, to the spool. True if anything was.
+    /// Moves whole lines, and beginnings that have waited long enough, to the spool. True if
+    /// anything was.
     pub(super) fn pump(
         &mut self,
         spool: &mut SpoolWriter,

@@ -23,8 +23,9 @@ use std::{
     },
 };
 
-/// Starts `program` (searched for in PATH) with /dev/null, the two pipes, `WSH_STATUS_FD` and `WSH_JOB_FD`, and
-/// returns the read ends. An exec that failed is an error here and not a child that ended.
+/// Starts `program` (searched for in PATH) with /dev/null, the two pipes, `WSH_STATUS_FD` and
+/// `WSH_JOB_FD`, and returns the read ends. An exec that failed is an error here and not a child
+/// that ended.
 pub(super) fn start(program: &[CString], job: Option<OwnedFd>) -> Result<Pipes, SysError> {
     let null = open(
         "/dev/null",
@@ -42,7 +43,8 @@ pub(super) fn start(program: &[CString], job: Option<OwnedFd>) -> Result<Pipes, 
 
     let mut actions = PosixSpawnFileActions::init().context("posix_spawn", "file actions")?;
     let standard = [&null, &out, &err].into_iter().zip(0..);
-    // A descriptor duplicated onto itself loses its close-on-exec mark (posix_spawn_file_actions_adddup2(3p)).
+    // A descriptor duplicated onto itself loses its close-on-exec mark
+    // (posix_spawn_file_actions_adddup2(3p)).
     let same = kept.iter().flatten().map(|(_, fd)| (*fd, fd.as_raw_fd()));
     for (fd, number) in standard.chain(same) {
         actions

@@ -77,7 +77,8 @@ impl Supervisor {
                 (Stream::Stdout, pipes.stdout),
                 (Stream::Stderr, pipes.stderr),
             ] {
-                // By edges: the beginning of a line stays in its pipe and must not be reported again and again.
+                // By edges: the beginning of a line stays in its pipe and must not be reported
+                // again and again.
                 watch(
                     &pipe,
                     EpollFlags::EPOLLIN | EpollFlags::EPOLLET,
@@ -172,7 +173,8 @@ impl Supervisor {
         Ok(None)
     }
 
-    /// Output waits in the pipes until the status pipe has spoken, so that the log begins with `Started`.
+    /// Output waits in the pipes until the status pipe has spoken, so that the log begins with
+    /// `Started`.
     fn has_begun(&self) -> bool {
         self.status.is_none() || self.spool.tail().started()
     }
@@ -221,7 +223,8 @@ enum Heard {
 }
 
 impl StatusPipe {
-    /// The next frame. What is no frame is treated as the end: nothing after it could be understood.
+    /// The next frame. What is no frame is treated as the end: nothing after it could be
+    /// understood.
     fn next(&mut self) -> Result<Heard, SysError> {
         loop {
             let rest = self.frame.get_mut(self.filled..).unwrap_or_default();

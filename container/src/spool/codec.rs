@@ -139,8 +139,8 @@ impl Header {
     }
 }
 
-/// Appends a record's bytes to `out`. An output's bytes beyond [`MAX_PAYLOAD`] are the caller's mistake
-/// and make a record that nobody reads.
+/// Appends a record's bytes to `out`. An output's bytes beyond [`MAX_PAYLOAD`] are the caller's
+/// mistake and make a record that nobody reads.
 pub(crate) fn encode(record: &Record<&[u8]>, out: &mut Vec<u8>) {
     match *record {
         Record::Started => out.extend(Header::plain(Kind::Started, 0).encode()),
@@ -204,7 +204,8 @@ pub(crate) fn encode(record: &Record<&[u8]>, out: &mut Vec<u8>) {
     }
 }
 
-/// Reads a record back; `None` for a [`Kind::Head`] and for a payload that does not suit its header.
+/// Reads a record back; `None` for a [`Kind::Head`] and for a payload that does not suit its
+/// header.
 pub(crate) fn decode<'a>(header: &Header, mut payload: &'a [u8]) -> Option<Record<&'a [u8]>> {
     let Header {
         stream,
@@ -293,8 +294,8 @@ impl Head {
     }
 }
 
-/// FNV-1a over a header without its check. It tells a whole header from a torn or absent one; it is no
-/// guard against a failing disk.
+/// FNV-1a over a header without its check. It tells a whole header from a torn or absent one; it is
+/// no guard against a failing disk.
 fn check(header: &[u8; HEADER_BYTES]) -> u32 {
     header
         .iter()

@@ -8,8 +8,8 @@
 //!      4  the same of stderr
 //! ```
 //!
-//! A killed process has done a system call wholly or not at all as far as the page cache can tell, so
-//! plain stores before and after each call are enough.
+//! A killed process has done a system call wholly or not at all as far as the page cache can tell,
+//! so plain stores before and after each call are enough.
 
 use super::{Stream, files};
 use crate::{fault::SysError, sys::pages::SharedPage};
@@ -99,7 +99,8 @@ impl Marks {
         }
     }
 
-    /// Bytes of a stream taken from its pipe; only of use where larger than what the log accounts for.
+    /// Bytes of a stream taken from its pipe; only of use where larger than what the log accounts
+    /// for.
     pub(super) fn taken(&self, stream: Stream) -> u64 {
         self.taken_word(stream).load(Ordering::Acquire)
     }

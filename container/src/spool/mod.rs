@@ -14,14 +14,16 @@
 //!   3  stream                                                                                bytes 0..28
 //! ```
 //!
-//! The writer moves an app's bytes from its pipe into the segment with `splice(2)`: the kernel takes from
-//! the pipe exactly what it put into the file, so a writer killed at any instruction has lost nothing and
-//! repeated nothing: its successor finds the bytes behind the last record, and in `state` whose they are.
-//! The header is written last and commits the record, so a reader sees whole records or none.
+//! The writer moves an app's bytes from its pipe into the segment with `splice(2)`: the kernel
+//! takes from the pipe exactly what it put into the file, so a writer killed at any instruction has
+//! lost nothing and repeated nothing: its successor finds the bytes behind the last record, and in
+//! `state` whose they are. The header is written last and commits the record, so a reader sees
+//! whole records or none.
 //!
-//! Readers hold no lock and are unknown to the writer. Old segments are deleted when the log is larger
-//! than its cap; every segment's head names the offsets of both streams, so a reader that was left behind
-//! can say exactly what it missed. The exit status rides along in every later head and cannot be lost.
+//! Readers hold no lock and are unknown to the writer. Old segments are deleted when the log is
+//! larger than its cap; every segment's head names the offsets of both streams, so a reader that
+//! was left behind can say exactly what it missed. The exit status rides along in every later head
+//! and cannot be lost.
 
 mod codec;
 mod files;
@@ -41,8 +43,8 @@ pub use reader::SpoolReader;
 pub use tail::Tail;
 pub use writer::SpoolWriter;
 
-/// Most bytes of output in one record: 63 KiB. With its header it stays below 64 KiB, so the record is
-/// moved in one piece from a pipe of the default size, and fits a bus message with its headers.
+/// Most bytes of output in one record: 63 KiB. With its header it stays below 64 KiB, so the record
+/// is moved in one piece from a pipe of the default size, and fits a bus message with its headers.
 pub const MAX_PAYLOAD: usize = 63 * 1024;
 
 /// How large a spool grows unless told otherwise: 16 MiB.
@@ -115,8 +117,8 @@ pub enum Record<B = Vec<u8>> {
         /// Bytes of stderr that the job wrote before it ended.
         stderr: u64,
     },
-    /// Both streams are closed: nothing follows. Without an `Exit` before it the container's init died,
-    /// or the job never began.
+    /// Both streams are closed: nothing follows. Without an `Exit` before it the container's init
+    /// died, or the job never began.
     End {
         /// All bytes of stdout.
         stdout: u64,
@@ -198,7 +200,8 @@ impl<B> Record<B> {
     }
 }
 
-/// How far a reader has come: a place in the log and the streams' offsets there. As text `position:stdout:stderr`.
+/// How far a reader has come: a place in the log and the streams' offsets there. As text
+/// `position:stdout:stderr`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Cursor {
     /// Log position of the next record.

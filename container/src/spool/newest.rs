@@ -39,7 +39,8 @@ pub(super) fn find(dir: BorrowedFd<'_>) -> Result<Found, SysError> {
                 tail,
             });
         }
-        // Its maker was killed before the head was whole, so it holds nothing: the one before is the newest.
+        // Its maker was killed before the head was whole, so it holds nothing: the one before is
+        // the newest.
         unlinkat(dir, files::name(start).as_str(), UnlinkatFlags::NoRemoveDir)
             .context("unlink", files::name(start))?;
         starts.pop_back();

@@ -40,8 +40,8 @@ enum Next {
 }
 
 impl SpoolReader {
-    /// Opens the spool in a job's directory at a place that a reader returned before, or at the beginning
-    /// ([`Cursor::default`]). `EINVAL` if the cursor is of another spool.
+    /// Opens the spool in a job's directory at a place that a reader returned before, or at the
+    /// beginning ([`Cursor::default`]). `EINVAL` if the cursor is of another spool.
     pub fn open(dir: &Path, cursor: Cursor) -> Result<Self, SysError> {
         let dir = files::open_dir(dir)?;
         let mut reader = Self {
@@ -54,8 +54,9 @@ impl SpoolReader {
         Ok(reader)
     }
 
-    /// The next record and the cursor behind it; `None` if there is nothing more now. Does not wait. Where records
-    /// were deleted before they were read, `Gap`s say what is missing of each stream.
+    /// The next record and the cursor behind it; `None` if there is nothing more now. Does not
+    /// wait. Where records were deleted before they were read, `Gap`s say what is missing of each
+    /// stream.
     #[expect(
         clippy::should_implement_trait,
         reason = "an Iterator cannot lend its buffer"
@@ -176,7 +177,8 @@ impl SpoolReader {
         }
     }
 
-    /// At the end of what the segment has: goes on to another if this one is finished. True: look again.
+    /// At the end of what the segment has: goes on to another if this one is finished. True: look
+    /// again.
     fn advance(&mut self, at: u64) -> Result<bool, SysError> {
         let Some(segment) = &self.segment else {
             return Ok(false);
@@ -208,7 +210,8 @@ impl SpoolReader {
         Ok(true)
     }
 
-    /// Makes the segment that starts there the present one; false, and nothing changed, if there is none.
+    /// Makes the segment that starts there the present one; false, and nothing changed, if there is
+    /// none.
     fn switch(&mut self, start: u64) -> Result<bool, SysError> {
         let Some(file) = files::read(self.dir.as_fd(), start)? else {
             return Ok(false);
@@ -219,7 +222,8 @@ impl SpoolReader {
     }
 }
 
-/// What a head knows and the reader does not: missing bytes, and the records that were deleted with them.
+/// What a head knows and the reader does not: missing bytes, and the records that were deleted with
+/// them.
 fn told(cursor: &mut Cursor, head: &Head) -> Option<Record<&'static [u8]>> {
     let gap = missed(cursor, Stream::Stdout, head.stdout)
         .or_else(|| missed(cursor, Stream::Stderr, head.stderr));

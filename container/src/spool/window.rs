@@ -31,7 +31,8 @@ impl Window {
         self.filled = 0;
     }
 
-    /// Whether a whole record is at this offset of the file. Reads only if the buffer does not know it.
+    /// Whether a whole record is at this offset of the file. Reads only if the buffer does not know
+    /// it.
     pub(super) fn has(&mut self, file: BorrowedFd<'_>, at: u64) -> Result<bool, SysError> {
         if self.get(at).is_some() {
             return Ok(true);
@@ -53,8 +54,8 @@ impl Window {
         Ok(self.get(at).is_some())
     }
 
-    /// The record at this offset, if the buffer has it whole. The writer puts the header in place after the
-    /// payload, so a valid header means a valid payload.
+    /// The record at this offset, if the buffer has it whole. The writer puts the header in place
+    /// after the payload, so a valid header means a valid payload.
     pub(super) fn get(&self, at: u64) -> Option<(Header, &[u8])> {
         let skip = usize::try_from(at.checked_sub(self.from)?).ok()?;
         let bytes = self.buffer.get(..self.filled)?.get(skip..)?;

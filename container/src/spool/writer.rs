@@ -54,8 +54,8 @@ const RESERVE: i64 = 2 * BLOCK;
 const BLOCK: i64 = 4096;
 
 impl SpoolWriter {
-    /// Opens the spool in a job's directory, or begins one, and puts in order what a killed writer left. `cap` is
-    /// in bytes, at least [`MIN_CAP`]; the log never takes more.
+    /// Opens the spool in a job's directory, or begins one, and puts in order what a killed writer
+    /// left. `cap` is in bytes, at least [`MIN_CAP`]; the log never takes more.
     pub fn open(dir: &Path, cap: u64) -> Result<Self, SysError> {
         let dir = files::open_dir(dir)?;
         let null = open(
@@ -98,9 +98,10 @@ impl SpoolWriter {
         &self.tail
     }
 
-    /// Moves up to `bytes` (at most [`MAX_PAYLOAD`]) from a stream's pipe to the log, as one record, and tells how
-    /// many. 0 if the pipe has none. Does not wait for the pipe. If the disk stays full even without the older
-    /// segments, the bytes are thrown away and a gap is recorded as soon as it fits.
+    /// Moves up to `bytes` (at most [`MAX_PAYLOAD`]) from a stream's pipe to the log, as one
+    /// record, and tells how many. 0 if the pipe has none. Does not wait for the pipe. If the disk
+    /// stays full even without the older segments, the bytes are thrown away and a gap is recorded
+    /// as soon as it fits.
     pub fn take(
         &mut self,
         stream: Stream,
@@ -172,7 +173,8 @@ impl SpoolWriter {
         fdatasync(&self.segment).context("fdatasync", "spool segment")
     }
 
-    /// Moves bytes behind the place that the header will have. Leaves the mark: they count from now on.
+    /// Moves bytes behind the place that the header will have. Leaves the mark: they count from now
+    /// on.
     fn move_in(
         &mut self,
         stream: Stream,
@@ -365,7 +367,8 @@ impl SpoolWriter {
     }
 }
 
-/// Whether an error says that there is no room to write, or that writing fails, which older segments may mend.
+/// Whether an error says that there is no room to write, or that writing fails, which older
+/// segments may mend.
 fn is_full(error: &SysError) -> bool {
     matches!(
         error.errno,

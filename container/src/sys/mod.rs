@@ -2,15 +2,18 @@
 //!
 //! Everything here is a thin, safe function; errors are [`SysError`](crate::fault::SysError) or the
 //! bare errno where the caller knows the argument better.
-#![allow(unsafe_code, reason = "the one room with unsafe; every block names its precondition")]
+#![allow(
+    unsafe_code,
+    reason = "the one room with unsafe; every block names its precondition"
+)]
 
-pub mod fdpass;
-pub mod pidfd;
 pub mod caps;
 pub mod clone;
+pub mod fdpass;
+pub mod inherit;
 pub mod mount;
+pub mod pages;
+pub mod pidfd;
+pub mod pipe;
 pub mod process;
 pub mod terminal;
-pub mod inherit;
-pub mod pages;
-pub mod pipe;

@@ -19,19 +19,21 @@ pub const WORDS: usize = 512;
 const BYTES: NonZeroUsize = NonZeroUsize::new(WORDS * 8).unwrap();
 
 /// The first 4096 bytes of a file, mapped shared and writable until the process ends. A store costs
-/// no system call, and is in the page cache (so in the file, for whoever maps it next) at once: it outlives
-/// a SIGKILL, though not the host.
+/// no system call, and is in the page cache (so in the file, for whoever maps it next) at once: it
+/// outlives a SIGKILL, though not the host.
 #[derive(Debug)]
 pub struct SharedPage {
     words: &'static [AtomicU64; WORDS],
 }
 
 impl SharedPage {
-    /// Maps `file`, which must be open for reading and writing, after it was given 4096 bytes if it had fewer.
+    /// Maps `file`, which must be open for reading and writing, after it was given 4096 bytes if it
+    /// had fewer.
     pub fn map(file: BorrowedFd<'_>) -> Result<Self, SysError> {
         let size = fstat(file).context("fstat", "shared page")?.st_size;
         if size < i64::try_from(BYTES.get()).unwrap_or(i64::MAX) {
-            // Written, not truncated to length: the blocks are taken now, not by a store later (SIGBUS).
+            // Written, not truncated to length: the blocks are taken now, not by a store later
+            // (SIGBUS).
             pwrite(file, &[0; BYTES.get()], 0).context("pwrite", "shared page")?;
         }
         let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;

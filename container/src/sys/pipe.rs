@@ -8,8 +8,8 @@ use nix::{
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
-/// Copies up to `len` bytes from one pipe to another without taking them from the first, `tee(2)`; does not
-/// block. 0 means that `from` is empty and has no writer; empty with writers is `EAGAIN`.
+/// Copies up to `len` bytes from one pipe to another without taking them from the first, `tee(2)`;
+/// does not block. 0 means that `from` is empty and has no writer; empty with writers is `EAGAIN`.
 pub fn tee(from: BorrowedFd<'_>, to: BorrowedFd<'_>, len: usize) -> Result<usize> {
     // SAFETY: tee(2) takes no pointers; both descriptors are borrowed, hence open.
     let copied = unsafe {
@@ -23,8 +23,9 @@ pub fn tee(from: BorrowedFd<'_>, to: BorrowedFd<'_>, len: usize) -> Result<usize
     Errno::result(copied).map(isize::unsigned_abs)
 }
 
-/// Moves up to `len` bytes from a pipe to a file, at `offset` or (`None`) wherever it stands, `splice(2)`;
-/// does not wait for the pipe. What the file did not get stays in the pipe. 0 and `EAGAIN` as for [`tee`].
+/// Moves up to `len` bytes from a pipe to a file, at `offset` or (`None`) wherever it stands,
+/// `splice(2)`; does not wait for the pipe. What the file did not get stays in the pipe. 0 and
+/// `EAGAIN` as for [`tee`].
 pub fn splice(
     from: BorrowedFd<'_>,
     to: BorrowedFd<'_>,
@@ -38,8 +39,8 @@ pub fn splice(
         ptr::null_mut()
     };
     let (from, to, flags) = (from.as_raw_fd(), to.as_raw_fd(), libc::SPLICE_F_NONBLOCK);
-    // SAFETY: splice(2) reads and writes one off_t through `place`, which is null or points to a local that
-    // outlives the call; both descriptors are borrowed, hence open.
+    // SAFETY: splice(2) reads and writes one off_t through `place`, which is null or points to a
+    // local that outlives the call; both descriptors are borrowed, hence open.
     let moved = unsafe { libc::splice(from, ptr::null_mut(), to, place, len, flags) };
     Errno::result(moved).map(isize::unsigned_abs)
 }
@@ -47,7 +48,8 @@ pub fn splice(
 /// Bytes that wait in a pipe, `FIONREAD` (pipe(7)).
 pub fn waiting(pipe: BorrowedFd<'_>) -> Result<usize> {
     let mut bytes: c_int = 0;
-    // SAFETY: FIONREAD writes one int through the pointer, which is to a local that outlives the call.
+    // SAFETY: FIONREAD writes one int through the pointer, which is to a local that outlives the
+    // call.
     let done = unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
     Errno::result(done)?;
     Ok(usize::try_from(bytes).unwrap_or(0))

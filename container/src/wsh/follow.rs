@@ -41,14 +41,16 @@ pub(super) fn supervised(peer: &Peer<'_>, status: Option<&OwnedFd>) -> Result<En
         fds.extend(status.map(|status| PollFd::new(status.as_fd(), PollFlags::empty())));
         wait(&mut fds, PollTimeout::NONE)?;
         let [connection, pipe] = [0, 1].map(|at| fds.get(at).is_some_and(seen));
+        // First: a successor of the supervisor makes `wshd` drop this connection, and that must not
+        // look like the end of the container.
+        if pipe {
+            return Ok(End::SupervisorGone);
+        }
         if connection {
             match Frame::read(peer)? {
                 Frame::End(end) => return Ok(end),
                 Frame::Started { .. } => {}
             }
-        }
-        if pipe {
-            return Ok(End::SupervisorGone);
         }
     }
 }

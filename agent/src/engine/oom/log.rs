@@ -58,26 +58,31 @@ impl KillLog {
         }
     }
 
-    /// The records of a container's kills, oldest first. Waits a little if there are fewer than `total`
-    /// as yet.
-    pub(super) async fn of(&self, handle: &str, total: u64) -> (Vec<OomKill>, Complete) {
+    /// The records of a container's kills, oldest first. Waits a little until `wanted` of them are newer
+    /// than the one with the sequence number `after`.
+    pub(super) async fn of(
+        &self,
+        handle: &str,
+        wanted: u64,
+        after: Option<u64>,
+    ) -> (Vec<OomKill>, Complete) {
         let mut kills = self.kills.clone();
+        let own = |kill: &&OomKill| is_of(&kill.task_memcg, handle);
         let has_all = |kills: &Kills| {
-            let count = kills
+            let new = kills
                 .recent
                 .iter()
-                .filter(|kill| is_of(&kill.task_memcg, handle))
-                .count();
-            u64::try_from(count).is_ok_and(|count| count >= total)
+                .filter(own)
+                .filter(|kill| Some(kill.seq) > after);
+            u64::try_from(new.count()).is_ok_and(|count| count >= wanted)
         };
         // Whether they came, or nobody reads the log: what is there is the answer.
         let _late = timeout(PATIENCE, kills.wait_for(has_all)).await.is_err();
         let kills = self.kills.borrow();
-        let own = kills
-            .recent
-            .iter()
-            .filter(|kill| is_of(&kill.task_memcg, handle));
-        (own.cloned().collect(), kills.complete)
+        (
+            kills.recent.iter().filter(own).cloned().collect(),
+            kills.complete,
+        )
     }
 }
 

@@ -291,26 +291,32 @@ fn helpers_that_are_missing_or_broken_leave_nothing() {
         assert!(matches!(error, EngineError::Helper(_)), "{error}");
         world.nothing_left(&world.handle).await;
 
-        // An init that ends without a word.
-        let silent = world.stack.join("silent");
-        fs::create_dir(&silent).unwrap();
-        fs::write(silent.join("wshd"), "#!/bin/sh\nexit 3\n").unwrap();
-        fs::set_permissions(silent.join("wshd"), fs::Permissions::from_mode(0o755)).unwrap();
-        let mut config = world.config();
-        config.helpers = silent;
-        config.network.pool = (std::net::Ipv4Addr::new(10, 252, 0, 0), 22);
-        let other = super::Engine::open(config).await.unwrap();
-        let error = other.create(world.spec(&world.handle)).await.unwrap_err();
-        assert!(
-            matches!(
-                error,
-                EngineError::InitDied {
-                    launcher: Ended::Exited(3)
-                }
-            ),
-            "{error}"
-        );
-        world.nothing_left(&world.handle).await;
+        // An init that ends without a word, and one that says nothing.
+        for (number, script) in [(252, "exit 3"), (251, "exec sleep 1251")] {
+            let silent = world.stack.join(format!("silent{number}"));
+            fs::create_dir(&silent).unwrap();
+            fs::write(silent.join("wshd"), format!("#!/bin/sh\n{script}\n")).unwrap();
+            fs::set_permissions(silent.join("wshd"), fs::Permissions::from_mode(0o755)).unwrap();
+            let mut config = world.config();
+            config.helpers = silent.clone();
+            config.network.pool = (std::net::Ipv4Addr::new(10, number, 0, 0), 22);
+            let other = super::Engine::open(config).await.unwrap();
+            let error = other.create(world.spec(&world.handle)).await.unwrap_err();
+            let expected = match number {
+                252 => matches!(
+                    &error,
+                    EngineError::InitDied {
+                        launcher: Ended::Exited(3)
+                    }
+                ),
+                _ => matches!(&error, EngineError::Deadline { .. }),
+            };
+            assert!(expected, "{error}");
+            world.nothing_left(&world.handle).await;
+            while !processes("sleep 1251").is_empty() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
     });
 }
 

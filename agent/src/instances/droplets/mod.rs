@@ -172,16 +172,23 @@ impl Droplets {
     }
 
     /// Removes the droplets whose names ([`Digest`]'s `Display`) are not in `in_use`, and says how many.
-    /// Spares those that a task is working on. Blocks. One that cannot be removed is logged and tried
+    /// Spares those that a task is working on. Blocks, for seconds where much is to be removed. One that cannot be removed is logged and tried
     /// again by the next call or the next start.
     pub fn reap(&self, in_use: &HashSet<String>) -> usize {
         let names = names_in(&self.inner.dir).unwrap_or_else(|error| {
             tracing::warn!(error = cause(&error), "droplets could not be listed");
             Vec::new()
         });
-        let unused = names.into_iter().filter(|name| !name.starts_with('.'));
-        unused
-            .filter(|name| !in_use.contains(name) && self.remove(name))
+        // First all are moved out of the way, which is quick: `in_use` grows old while files are removed.
+        let unused = |name: &String| !name.starts_with('.') && !in_use.contains(name);
+        let moved: Vec<_> = names
+            .into_iter()
+            .filter(unused)
+            .filter_map(|n| self.trash(&n))
+            .collect();
+        moved
+            .iter()
+            .filter(|trash| logged(remove_tree(trash)).is_some())
             .count()
     }
 
@@ -239,32 +246,21 @@ impl Droplets {
         }
     }
 
-    /// Removes one droplet if nobody works on it.
-    fn remove(&self, name: &str) -> bool {
+    /// Takes the name of one droplet away, if nobody works on it, so that no task finds it any more.
+    fn trash(&self, name: &str) -> Option<PathBuf> {
         let trash = self.inner.dir.join(format!(".trash-{name}"));
         // Left by a removal that failed.
-        let moved = remove_tree(&trash).and_then(|()| {
-            let running = self.running();
-            if running
-                .keys()
-                .any(|wanted| wanted.digest.to_string() == name)
-            {
-                return Ok(false);
-            }
-            let path = self.inner.dir.join(name);
-            // From here on no task finds it, so the slow part needs no lock.
-            fs::rename(&path, &trash).map_err(|e| DropletError::disk("rename", &path, e))?;
-            Ok(true)
-        });
-        let removed = moved.and_then(|moved| remove_tree(&trash).map(|()| moved));
-        removed.unwrap_or_else(|error| {
-            tracing::warn!(
-                droplet = name,
-                error = cause(&error),
-                "unused droplet not removed"
-            );
-            false
-        })
+        logged(remove_tree(&trash))?;
+        let running = self.running();
+        if running
+            .keys()
+            .any(|wanted| wanted.digest.to_string() == name)
+        {
+            return None;
+        }
+        let path = self.inner.dir.join(name);
+        logged(fs::rename(&path, &trash).map_err(|e| DropletError::disk("rename", &path, e)))?;
+        Some(trash)
     }
 
     fn running(&self) -> MutexGuard<'_, HashMap<Wanted, Outcome>> {
@@ -362,6 +358,13 @@ async fn on_a_thread<T: Send + 'static>(
         .map_err(|_| DropletError::Abandoned("no thread could be started"))?;
     told.await
         .unwrap_or(Err(DropletError::Abandoned("its thread ended early")))
+}
+
+/// What a removal came to, which nobody waits for.
+fn logged<T>(removal: Result<T, DropletError>) -> Option<T> {
+    removal
+        .inspect_err(|error| tracing::warn!(error = cause(error), "unused droplet not removed"))
+        .ok()
 }
 
 /// For a log: with the causes below it.

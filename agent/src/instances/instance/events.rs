@@ -17,7 +17,11 @@ pub(crate) fn route(world: &World, record: &Record, view: &View, uris: Vec<Strin
         uris,
         host: world.engine.local_ip().to_string(),
         port: record.port.unwrap_or_default(),
-        tags: [("component".to_owned(), format!("dea-{}", world.config.index))].into(),
+        tags: [(
+            "component".to_owned(),
+            format!("dea-{}", world.config.index),
+        )]
+        .into(),
         private_instance_id: record.private_instance.clone(),
         private_instance_index: view.index.to_string(),
     }
@@ -127,5 +131,8 @@ fn level(level: Level) -> &'static str {
 
 fn event(subject: &str, body: &impl serde::Serialize) -> Event {
     // Plain structures of strings and numbers always become JSON.
-    Event { subject: subject.into(), body: serde_json::to_value(body).unwrap_or_default() }
+    Event {
+        subject: subject.into(),
+        body: serde_json::to_value(body).unwrap_or_default(),
+    }
 }

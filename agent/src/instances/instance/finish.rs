@@ -62,7 +62,11 @@ impl Instance {
     async fn stop(&mut self) {
         self.unroute().await;
         self.enter(Ask::Stop).await;
-        let grace = self.record.stopping.as_ref().map_or(0.0, |stopping| stopping.grace);
+        let grace = self
+            .record
+            .stopping
+            .as_ref()
+            .map_or(0.0, |stopping| stopping.grace);
         if let (Some(container), true) = (self.container.clone(), self.record.spawned) {
             if let Err(error) = container.signal(nix::libc::SIGTERM).await {
                 warn!(handle = self.record.handle, %error, "TERM could not be sent");
@@ -140,7 +144,9 @@ impl Instance {
 
     /// KILL to every process of the job: its init lives on and tells the status.
     async fn kill_job(&mut self) {
-        let Some(container) = self.container.clone() else { return };
+        let Some(container) = self.container.clone() else {
+            return;
+        };
         match container.signal(nix::libc::SIGKILL).await {
             Ok(()) => drop(self.job_ends_within(LAST_STATUS).await),
             Err(error) => warn!(handle = self.record.handle, %error, "KILL could not be sent"),
@@ -150,13 +156,18 @@ impl Instance {
     async fn last_bytes(&mut self) {
         let ended = job_is(&mut self.job, |job| job.end.is_some() || job.lost.is_some());
         if self.record.spawned && timeout(LAST_BYTES, ended).await.is_err() {
-            warn!(handle = self.record.handle, "the end of the output is unknown");
+            warn!(
+                handle = self.record.handle,
+                "the end of the output is unknown"
+            );
         }
     }
 
     /// Kills that were counted but not told yet: they are the reason of the end that follows.
     async fn report_late_kills(&mut self) {
-        let Some(container) = self.container.clone() else { return };
+        let Some(container) = self.container.clone() else {
+            return;
+        };
         for report in container.oom_now(self.record.oom_kills).await {
             self.out_of_memory(report).await;
         }
@@ -166,7 +177,10 @@ impl Instance {
     async fn settle(&mut self) {
         let lifetime = self.world.config.instance.crash_lifetime;
         if timeout(lifetime, self.everything_said()).await.is_err() {
-            warn!(handle = self.record.handle, "given up: the bus did not come back in time");
+            warn!(
+                handle = self.record.handle,
+                "given up: the bus did not come back in time"
+            );
         }
     }
 
@@ -207,8 +221,14 @@ impl Instance {
 
     /// A crash stays in heartbeats until it is old or somebody wants it gone.
     async fn keep_for_asking(&mut self) {
-        let age = Duration::try_from_secs_f64(now() - self.record.state_timestamp).unwrap_or_default();
-        let rest = self.world.config.instance.crash_lifetime.saturating_sub(age);
+        let age =
+            Duration::try_from_secs_f64(now() - self.record.state_timestamp).unwrap_or_default();
+        let rest = self
+            .world
+            .config
+            .instance
+            .crash_lifetime
+            .saturating_sub(age);
         let reaped = async { self.wants.wait_for(|wants| wants.reap).await.is_ok() };
         drop(timeout(rest, reaped).await);
     }
@@ -219,19 +239,25 @@ impl Instance {
         if let Err(error) = crate::host::blocking(move || records.remove(&handle)).await {
             error!(handle = self.record.handle, %error, "the record could not be removed");
         }
-        drop(self.world.changes.send(super::Change::Gone(self.record.handle)));
+        drop(
+            self.world
+                .changes
+                .send(super::Change::Gone(self.record.handle)),
+        );
     }
 
     /// Routes are told once more on each step that needs them; the stable repeats them.
     pub(super) async fn route(&self) {
         let uris = self.record.uris.clone();
-        self.send(events::register(&self.world, &self.view(), uris)).await;
+        self.send(events::register(&self.world, &self.view(), uris))
+            .await;
     }
 
     async fn unroute(&self) {
         if self.record.state == State::Running && self.record.port.is_some() {
             let uris = self.record.uris.clone();
-            self.send(events::unregister(&self.world, &self.view(), uris)).await;
+            self.send(events::unregister(&self.world, &self.view(), uris))
+                .await;
         }
     }
 }
@@ -251,7 +277,14 @@ fn exit(job: &JobView, words: Option<String>, out_of_memory: bool, time: f64) ->
         Some(Status::Signaled(signal)) => (128 + signal, Some(signal), None),
         Some(Status::Failed { step, errno }) => {
             let errno = nix::errno::Errno::from_raw(errno);
-            (-1, None, Some(format!("failed to start: cannot {}: {errno}", step.describe())))
+            (
+                -1,
+                None,
+                Some(format!(
+                    "failed to start: cannot {}: {errno}",
+                    step.describe()
+                )),
+            )
         }
         Some(Status::Started { .. }) | None => (-1, None, None),
     };
@@ -268,7 +301,12 @@ fn exit(job: &JobView, words: Option<String>, out_of_memory: bool, time: f64) ->
         clippy::cast_sign_loss,
         reason = "seconds since the epoch are positive and far below 2^52"
     )]
-    Exit { status, signal, description, time: time as u64 }
+    Exit {
+        status,
+        signal,
+        description,
+        time: time as u64,
+    }
 }
 
 /// The signal behind a shell's status: 128+n (bash(1), "EXIT STATUS").
@@ -283,7 +321,10 @@ mod tests {
     use container::status::{Status, Step};
 
     fn of(status: Option<Status>, words: Option<&str>, oom: bool) -> (i32, Option<i32>, String) {
-        let job = JobView { exit: status, ..JobView::default() };
+        let job = JobView {
+            exit: status,
+            ..JobView::default()
+        };
         let exit = exit(&job, words.map(str::to_owned), oom, 1.5);
         (exit.status, exit.signal, exit.description)
     }
@@ -291,25 +332,52 @@ mod tests {
     #[test]
     fn every_end_has_its_numbers_and_words() {
         let ended = "app instance exited".to_owned();
-        assert_eq!(of(Some(Status::Exited(0)), None, false), (0, None, ended.clone()));
-        assert_eq!(of(Some(Status::Exited(255)), None, false), (255, None, ended.clone()));
-        assert_eq!(of(Some(Status::Exited(143)), None, false), (143, Some(15), ended.clone()));
-        assert_eq!(of(Some(Status::Signaled(11)), None, false), (139, Some(11), ended));
+        assert_eq!(
+            of(Some(Status::Exited(0)), None, false),
+            (0, None, ended.clone())
+        );
+        assert_eq!(
+            of(Some(Status::Exited(255)), None, false),
+            (255, None, ended.clone())
+        );
+        assert_eq!(
+            of(Some(Status::Exited(143)), None, false),
+            (143, Some(15), ended.clone())
+        );
+        assert_eq!(
+            of(Some(Status::Signaled(11)), None, false),
+            (139, Some(11), ended)
+        );
         assert_eq!(
             of(Some(Status::Exited(137)), None, true),
             (137, Some(9), "out of memory".to_owned())
         );
-        assert_eq!(of(None, Some("the host rebooted"), false), (-1, None, "the host rebooted".into()));
-        assert_eq!(of(None, None, false), (-1, None, "cannot be determined".into()));
-        let exec = Status::Failed { step: Step::Exec, errno: 2 };
+        assert_eq!(
+            of(None, Some("the host rebooted"), false),
+            (-1, None, "the host rebooted".into())
+        );
+        assert_eq!(
+            of(None, None, false),
+            (-1, None, "cannot be determined".into())
+        );
+        let exec = Status::Failed {
+            step: Step::Exec,
+            errno: 2,
+        };
         let (status, signal, words) = of(Some(exec), None, false);
         assert_eq!((status, signal), (-1, None));
-        assert!(words.contains("execute the program") && words.contains("ENOENT"), "{words}");
+        assert!(
+            words.contains("execute the program") && words.contains("ENOENT"),
+            "{words}"
+        );
     }
 
     #[test]
     fn a_failure_says_what_failed_in_bounded_words() {
-        assert_eq!(describe_failure("missing start command"), "missing start command");
+        assert_eq!(
+            describe_failure("missing start command"),
+            "missing start command"
+        );
         assert!(describe_failure(&"x".repeat(10_000)).len() < 600);
     }
 }

@@ -49,14 +49,16 @@ async fn looks_healthy(check: &Check) -> bool {
     match check {
         Check::None => true,
         Check::Port(address) => {
-            matches!(timeout(Duration::from_secs(1), TcpStream::connect(address)).await, Ok(Ok(_)))
+            matches!(
+                timeout(Duration::from_secs(1), TcpStream::connect(address)).await,
+                Ok(Ok(_))
+            )
         }
         Check::StateFile { upper, path } => {
             let (upper, path) = (upper.clone(), path.clone());
-            let read = crate::host::blocking(move || {
-                read_text(&upper, &path, Symlinks::Refused)
-            });
-            read.await.is_ok_and(|bytes| bytes.is_some_and(|bytes| says_running(&bytes)))
+            let read = crate::host::blocking(move || read_text(&upper, &path, Symlinks::Refused));
+            read.await
+                .is_ok_and(|bytes| bytes.is_some_and(|bytes| says_running(&bytes)))
         }
     }
 }
@@ -74,7 +76,13 @@ mod tests {
     #[test]
     fn only_running_is_running() {
         assert!(says_running(br#"{"state":"RUNNING"}"#));
-        for other in [&b"{"[..], b"[]", br#"{"state":"STARTING"}"#, br#"{"state":1}"#, b""] {
+        for other in [
+            &b"{"[..],
+            b"[]",
+            br#"{"state":"STARTING"}"#,
+            br#"{"state":1}"#,
+            b"",
+        ] {
             assert!(!says_running(other));
         }
     }

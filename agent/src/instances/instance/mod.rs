@@ -131,7 +131,9 @@ pub struct Instance {
 
 impl std::fmt::Debug for Instance {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Instance").field("handle", &self.record.handle).finish_non_exhaustive()
+        f.debug_struct("Instance")
+            .field("handle", &self.record.handle)
+            .finish_non_exhaustive()
     }
 }
 
@@ -155,7 +157,13 @@ pub fn instance(world: Arc<World>, record: Record, message: StartRequest) -> (In
         announcer,
         cpu: None,
     };
-    (instance, Reins { wants: wants_in, queries: queries_in })
+    (
+        instance,
+        Reins {
+            wants: wants_in,
+            queries: queries_in,
+        },
+    )
 }
 
 impl Instance {
@@ -170,7 +178,11 @@ impl Instance {
         }
         drop(accepted.send(Ok(())));
         self.tell();
-        let end = if fresh { self.begin().await } else { self.resume().await };
+        let end = if fresh {
+            self.begin().await
+        } else {
+            self.resume().await
+        };
         self.finish(end).await;
     }
 
@@ -246,10 +258,12 @@ impl Instance {
             let added = without(&self.record.uris, &old);
             let removed = without(&old, &self.record.uris);
             if !added.is_empty() {
-                self.send(events::register(&self.world, &self.view(), added)).await;
+                self.send(events::register(&self.world, &self.view(), added))
+                    .await;
             }
             if !removed.is_empty() {
-                self.send(events::unregister(&self.world, &self.view(), removed)).await;
+                self.send(events::unregister(&self.world, &self.view(), removed))
+                    .await;
             }
         }
         true
@@ -312,14 +326,20 @@ impl Instance {
 
     /// Enters `state` if the table says so; records and tells it.
     async fn enter(&mut self, ask: Ask) -> bool {
-        let Act::Enter(state) = admit(self.record.state, ask) else { return false };
+        let Act::Enter(state) = admit(self.record.state, ask) else {
+            return false;
+        };
         self.record.state = state;
         self.record.state_timestamp = now();
         if state == State::Starting {
             self.record.started_at = self.record.state_timestamp;
         }
         self.keep().await;
-        info!(handle = self.record.handle, state = state.name(), "entered a state");
+        info!(
+            handle = self.record.handle,
+            state = state.name(),
+            "entered a state"
+        );
         self.tell();
         true
     }
@@ -345,13 +365,18 @@ impl Instance {
 
     async fn save(&self) -> Result<(), String> {
         let (records, record) = (self.world.records.clone(), self.record.clone());
-        crate::host::blocking(move || records.save(&record)).await.map_err(|error| error.to_string())
+        crate::host::blocking(move || records.save(&record))
+            .await
+            .map_err(|error| error.to_string())
     }
 
     /// Saves the record; a failure is logged, for the instance itself is as right as before.
     async fn keep(&self) {
         if let Err(error) = self.save().await {
-            error!(handle = self.record.handle, error, "the record could not be saved");
+            error!(
+                handle = self.record.handle,
+                error, "the record could not be saved"
+            );
         }
     }
 
@@ -376,7 +401,10 @@ impl Instance {
 }
 
 fn without(some: &[String], others: &[String]) -> Vec<String> {
-    some.iter().filter(|one| !others.contains(one)).cloned().collect()
+    some.iter()
+        .filter(|one| !others.contains(one))
+        .cloned()
+        .collect()
 }
 
 /// Resolves when the job is so; never, if nobody follows it.

@@ -4,10 +4,10 @@ use super::finish::End;
 use super::health::{self, Check};
 use super::{Instance, Interrupt, job_is};
 use crate::config::Config;
-use crate::engine::{Adopted, Container, Spec};
+use crate::engine::{Adopted, Container, REBOOTED, Spec};
+use crate::host::blocking;
 use crate::host::cgroups;
 use crate::host::depot::SeedFile;
-use crate::host::blocking;
 use crate::instances::droplets::{self, Digest, Owner};
 use crate::instances::output::{self, CursorFile, JobView, Source};
 use crate::instances::record::Limits;
@@ -55,7 +55,7 @@ impl Instance {
     /// An instance of an earlier life of the agent.
     pub(super) async fn resume(&mut self) -> End {
         if self.record.boot_id != self.world.boot_id {
-            return self.already(End::Failed("the host rebooted".into()));
+            return self.already(End::Died(REBOOTED.to_owned()));
         }
         if self.record.exit.is_some() || self.record.state == State::Crashed {
             return self.already(End::Known);
@@ -81,7 +81,11 @@ impl Instance {
 
     /// What is to be done with an end that came before this life: a stop stays a stop.
     fn already(&self, end: End) -> End {
-        if self.record.stopping.is_some() { End::Stop } else { end }
+        if self.record.stopping.is_some() {
+            End::Stop
+        } else {
+            end
+        }
     }
 
     async fn carry_on(&mut self, container: Container) -> End {
@@ -116,7 +120,9 @@ impl Instance {
         let (layer, owner) = self.layer().await?;
         let message_command = self.message.start_command.clone();
         let from = layer.clone();
-        let staging = blocking(move || droplets::staging_info(&from)).await.map_err(failed)?;
+        let staging = blocking(move || droplets::staging_info(&from))
+            .await
+            .map_err(failed)?;
         let command = startup::start_command(message_command.as_deref(), staging.as_ref());
         let script = startup::script::startup(&command.map_err(failed)?);
         let container = self.create(layer.clone(), owner, script).await?;
@@ -139,22 +145,28 @@ impl Instance {
     async fn layer(&mut self) -> Result<(PathBuf, Owner), End> {
         let stack = self.stack()?;
         let user = self.world.config.instance.user.clone();
-        let owner =
-            blocking(move || startup::passwd::lookup(&stack, &user)).await.map_err(failed)?;
+        let owner = blocking(move || startup::passwd::lookup(&stack, &user))
+            .await
+            .map_err(failed)?;
         let uri = self.message.executable_uri.clone();
         let uri = uri.ok_or_else(|| failed("executableUri is missing"))?;
         let hex = self.message.sha256.as_ref().or(self.message.sha1.as_ref());
         let hex = hex.ok_or_else(|| failed("sha1 or sha256 is missing"))?;
         let digest = Digest::from_hex(hex).map_err(failed)?;
         let droplets = self.world.droplets.clone();
-        let layer = self.attend(async move { droplets.layer(&uri, &digest, owner).await }).await?;
+        let layer = self
+            .attend(async move { droplets.layer(&uri, &digest, owner).await })
+            .await?;
         Ok((layer.map_err(failed)?, owner))
     }
 
     fn stack(&self) -> Result<PathBuf, End> {
         let name = self.message.stack.clone().unwrap_or_default();
         let known = &self.world.config.stacks;
-        known.get(&name).cloned().ok_or_else(|| failed(format!("unknown stack {name:?}")))
+        known
+            .get(&name)
+            .cloned()
+            .ok_or_else(|| failed(format!("unknown stack {name:?}")))
     }
 
     async fn create(
@@ -205,10 +217,16 @@ impl Instance {
         let fds = self.record.limits.fds;
         Ok(JobRequest {
             job: JOB,
-            argv: startup::script::JOB.map(|arg| arg.as_bytes().to_vec()).to_vec(),
+            argv: startup::script::JOB
+                .map(|arg| arg.as_bytes().to_vec())
+                .to_vec(),
             env: environment.into_iter().map(pair).collect(),
             cwd: Some(b"/home/vcap".to_vec()),
-            rlimits: vec![Rlimit { resource: nix::libc::RLIMIT_NOFILE, soft: fds, hard: fds }],
+            rlimits: vec![Rlimit {
+                resource: nix::libc::RLIMIT_NOFILE,
+                soft: fds,
+                hard: fds,
+            }],
             umask: Some(0o077),
             keep_readers: true,
         })
@@ -216,9 +234,13 @@ impl Instance {
 
     /// Starts the pump; the job's end is seen by [`Instance::attend`] from now on.
     async fn follow(&mut self) -> Result<(), End> {
-        let Some(container) = self.container.clone() else { return Ok(()) };
+        let Some(container) = self.container.clone() else {
+            return Ok(());
+        };
         let path = self.world.records.dir(&self.record.handle).join("cursor");
-        let cursor = blocking(move || CursorFile::open(&path)).await.map_err(failed)?;
+        let cursor = blocking(move || CursorFile::open(&path))
+            .await
+            .map_err(failed)?;
         let source = Source {
             subject: messages::subjects::output(
                 &self.message.droplet,
@@ -231,13 +253,20 @@ impl Instance {
         let (view, job) = watch::channel(JobView::default());
         self.job = job;
         self.ooms = Some(container.oom(self.record.oom_kills));
-        tokio::spawn(output::pump(container, self.world.outlet.clone(), source, cursor, view));
+        tokio::spawn(output::pump(
+            container,
+            self.world.outlet.clone(),
+            source,
+            cursor,
+            view,
+        ));
         Ok(())
     }
 
     async fn until_started(&mut self) -> Result<(), End> {
         let mut job = self.job.clone();
-        self.attend(async move { job_is(&mut job, |job| job.started).await }).await?;
+        self.attend(async move { job_is(&mut job, |job| job.started).await })
+            .await?;
         Ok(())
     }
 
@@ -261,7 +290,9 @@ impl Instance {
             Some(seconds) => Duration::from_secs(seconds),
             None => self.world.config.instance.health_check_timeout,
         };
-        let Some(container) = &self.container else { return Ok((Check::None, limit)) };
+        let Some(container) = &self.container else {
+            return Ok((Check::None, limit));
+        };
         Ok(match (state_file, self.record.port) {
             (Some(path), _) => {
                 let check = Check::StateFile {

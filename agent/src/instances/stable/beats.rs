@@ -27,8 +27,12 @@ impl Stable {
                 state_timestamp: view.record.state_timestamp,
             })
             .collect();
-        let heartbeat = Heartbeat { dea: self.world.id.clone(), droplets };
-        self.say(Message::plain(subjects::HEARTBEAT, heartbeat.to_bytes())).await;
+        let heartbeat = Heartbeat {
+            dea: self.world.id.clone(),
+            droplets,
+        };
+        self.say(Message::plain(subjects::HEARTBEAT, heartbeat.to_bytes()))
+            .await;
     }
 
     /// What is free here.
@@ -41,10 +45,13 @@ impl Stable {
             available_memory: difference(capacity.memory, reserved.memory),
             available_disk: difference(capacity.disk, reserved.disk),
             app_id_to_count: self.app_id_to_count(),
-            placement_properties: PlacementProperties { zone: config.zone.clone() },
+            placement_properties: PlacementProperties {
+                zone: config.zone.clone(),
+            },
             url: None,
         };
-        self.say(Message::plain(subjects::ADVERTISE, advertise.to_bytes())).await;
+        self.say(Message::plain(subjects::ADVERTISE, advertise.to_bytes()))
+            .await;
     }
 
     pub(super) fn app_id_to_count(&self) -> BTreeMap<String, u64> {
@@ -62,7 +69,8 @@ impl Stable {
             let serves = matches!(record.state, State::Running | State::Evacuating);
             if serves && !record.uris.is_empty() && record.port.is_some() {
                 let route = events::route(&self.world, record, &stall.view, record.uris.clone());
-                self.say(Message::plain(subjects::ROUTER_REGISTER, route.to_bytes())).await;
+                self.say(Message::plain(subjects::ROUTER_REGISTER, route.to_bytes()))
+                    .await;
             }
         }
     }
@@ -75,7 +83,8 @@ impl Stable {
             version: crate::VERSION.into(),
             app_id_to_count: self.app_id_to_count(),
         };
-        self.say(Message::plain(subjects::SHUTDOWN, goodbye.to_bytes())).await;
+        self.say(Message::plain(subjects::SHUTDOWN, goodbye.to_bytes()))
+            .await;
     }
 }
 

@@ -4,8 +4,8 @@ use super::{Stable, now};
 use crate::host::blocking;
 use crate::instances::instance::events;
 use crate::instances::ledger::{self, Amount, Short};
-use crate::instances::scale;
 use crate::instances::record::{self, Limits, Record, StopReason, make_private, write_durably};
+use crate::instances::scale;
 use messages::command::{Command, ScaleRequest, UpdateRequest};
 use messages::filter::{Candidate, Filter};
 use messages::outgoing::FindReply;
@@ -47,8 +47,10 @@ impl Stable {
             }
             Command::Scale(request) => self.scale(&request, answer).await,
             Command::FindHere(request) => {
-                let found: Vec<FindReply> =
-                    self.matching(&request.filter).map(|stall| self.find_reply(&stall.view)).collect();
+                let found: Vec<FindReply> = self
+                    .matching(&request.filter)
+                    .map(|stall| self.find_reply(&stall.view))
+                    .collect();
                 let reply = Reply::ok(json!({
                     "dea": self.world.id, "matched": found.len(), "instances": found,
                 }));
@@ -56,7 +58,10 @@ impl Stable {
             }
             other => {
                 error!(?other, "no command");
-                drop(answer.send(Reply::error(ErrorCode::BadSubject, "this subject takes no command")));
+                drop(answer.send(Reply::error(
+                    ErrorCode::BadSubject,
+                    "this subject takes no command",
+                )));
             }
         }
     }
@@ -110,10 +115,16 @@ impl Stable {
             ));
         }
         if request.executable_uri.is_none() {
-            return Err(Reply::error(ErrorCode::BadField, "`executableUri` is null: the droplet's URL is needed"));
+            return Err(Reply::error(
+                ErrorCode::BadField,
+                "`executableUri` is null: the droplet's URL is needed",
+            ));
         }
         if request.sha1.is_none() && request.sha256.is_none() {
-            return Err(Reply::error(ErrorCode::BadField, "`sha1` is null: a digest of the droplet is needed"));
+            return Err(Reply::error(
+                ErrorCode::BadField,
+                "`sha1` is null: a digest of the droplet is needed",
+            ));
         }
         let wanted = usize::try_from(count).unwrap_or(usize::MAX);
         if self.stalls.len().saturating_add(wanted) > self.most_instances() {
@@ -129,14 +140,18 @@ impl Stable {
                 ErrorCode::NotEnoughMemory,
                 format!(
                     "{} MB of memory are asked for; {} of {} MB are reserved",
-                    wanted.memory, reserved.memory, self.capacity().memory
+                    wanted.memory,
+                    reserved.memory,
+                    self.capacity().memory
                 ),
             ),
             Short::Disk => Reply::error(
                 ErrorCode::NotEnoughDisk,
                 format!(
                     "{} MB of disk are asked for; {} of {} MB are reserved",
-                    wanted.disk, reserved.disk, self.capacity().disk
+                    wanted.disk,
+                    reserved.disk,
+                    self.capacity().disk
                 ),
             ),
         })
@@ -144,17 +159,27 @@ impl Stable {
 
     /// What the configuration allows and one heartbeat can tell.
     fn most_instances(&self) -> usize {
-        self.world.config.resources.instances.min(self.link.max_payload / HEARTBEAT_ENTRY)
+        self.world
+            .config
+            .resources
+            .instances
+            .min(self.link.max_payload / HEARTBEAT_ENTRY)
     }
 
     fn host_full(&self) -> Reply {
         let (have, most) = (self.stalls.len(), self.most_instances());
-        Reply::error(ErrorCode::HostFull, format!("this host has {have} of {most} instances"))
+        Reply::error(
+            ErrorCode::HostFull,
+            format!("this host has {have} of {most} instances"),
+        )
     }
 
     pub(super) fn capacity(&self) -> Amount {
         let resources = &self.world.config.resources;
-        Amount { memory: resources.memory_mb, disk: resources.disk_mb }
+        Amount {
+            memory: resources.memory_mb,
+            disk: resources.disk_mb,
+        }
     }
 
     pub(super) fn reserved(&self) -> Amount {
@@ -168,7 +193,12 @@ impl Stable {
         info!(handle, droplet = %request.droplet, index, "accepted a start");
         let (accepted, on_disk) = oneshot::channel();
         self.board(record, request, accepted);
-        Accepted { handle, instance, index, on_disk }
+        Accepted {
+            handle,
+            instance,
+            index,
+            on_disk,
+        }
     }
 
     fn record(&self, request: &StartRequest, raw: Value) -> Record {
@@ -244,13 +274,20 @@ impl Stable {
 
     fn update(&mut self, request: &UpdateRequest) -> Reply {
         let mut matched = 0;
-        for stall in self.stalls.values().filter(|stall| stall.view.droplet == request.droplet) {
+        for stall in self
+            .stalls
+            .values()
+            .filter(|stall| stall.view.droplet == request.droplet)
+        {
             if matches!(stall.view.record.state, State::Stopped | State::Crashed) {
                 continue;
             }
             matched += 1;
             let update = (request.uris.clone(), request.version.clone());
-            stall.reins.wants.send_modify(|wants| wants.update = Some(update));
+            stall
+                .reins
+                .wants
+                .send_modify(|wants| wants.update = Some(update));
         }
         if let Some(mut template) = self.templates.get(&request.droplet).cloned() {
             set(&mut template, "uris", json!(request.uris));
@@ -288,7 +325,10 @@ impl Stable {
         let template = self.templates.get(&droplet).cloned().ok_or_else(|| {
             Reply::error(
                 ErrorCode::UnknownApp,
-                format!("no start of app {droplet:?} was accepted here: send dea.{}.start first", self.world.id),
+                format!(
+                    "no start of app {droplet:?} was accepted here: send dea.{}.start first",
+                    self.world.id
+                ),
             )
         })?;
         if request.instances > self.most_instances() as u64 {
@@ -301,7 +341,10 @@ impl Stable {
             self.want_stop(handle, StopReason::Stopped);
         }
         if let Some(limits) = scaled_limits(request, &template) {
-            for (_, handle) in have.iter().filter(|(_, handle)| !plan.stop.contains(handle)) {
+            for (_, handle) in have
+                .iter()
+                .filter(|(_, handle)| !plan.stop.contains(handle))
+            {
                 self.want(handle, |wants| wants.limits = Some(limits));
             }
         }
@@ -357,7 +400,10 @@ impl Stable {
         if let Some((first, _)) = messages.first() {
             self.admit_start(first, messages.len() as u64)?;
         }
-        Ok(messages.into_iter().map(|(message, raw)| self.accept(message, raw)).collect())
+        Ok(messages
+            .into_iter()
+            .map(|(message, raw)| self.accept(message, raw))
+            .collect())
     }
 }
 
@@ -377,9 +423,15 @@ fn scaled_limits(request: &ScaleRequest, template: &Value) -> Option<Limits> {
 async fn on_disk(accepted: Vec<Accepted>) -> Result<Vec<String>, Reply> {
     let mut handles = Vec::new();
     for one in accepted {
-        let kept = one.on_disk.await.unwrap_or_else(|_| Err("its task ended".into()));
+        let kept = one
+            .on_disk
+            .await
+            .unwrap_or_else(|_| Err("its task ended".into()));
         kept.map_err(|why| {
-            Reply::error(ErrorCode::Internal, format!("the start could not be recorded: {why}"))
+            Reply::error(
+                ErrorCode::Internal,
+                format!("the start could not be recorded: {why}"),
+            )
         })?;
         handles.push(one.handle);
     }
@@ -413,7 +465,10 @@ pub(super) async fn load_templates(base: &Path) -> HashMap<String, Value> {
             .filter_map(|entry| {
                 let name = entry.file_name().into_string().ok()?;
                 let droplet = name.strip_suffix(".json")?.to_owned();
-                Some((droplet, serde_json::from_slice(&std::fs::read(entry.path()).ok()?).ok()?))
+                Some((
+                    droplet,
+                    serde_json::from_slice(&std::fs::read(entry.path()).ok()?).ok()?,
+                ))
             })
             .collect()
     })

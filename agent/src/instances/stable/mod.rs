@@ -108,7 +108,9 @@ pub struct Stable {
 
 impl std::fmt::Debug for Stable {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Stable").field("instances", &self.stalls.len()).finish_non_exhaustive()
+        f.debug_struct("Stable")
+            .field("instances", &self.stalls.len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -127,12 +129,18 @@ impl Stable {
         for (path, why) in &found.broken {
             error!(path = %path.display(), why, "a record is broken and was put aside");
         }
-        let saved: Vec<&Saved> =
-            found.records.iter().filter_map(|record| record.container.as_ref()).collect();
+        let saved: Vec<&Saved> = found
+            .records
+            .iter()
+            .filter_map(|record| record.container.as_ref())
+            .collect();
         let known: HashSet<String> = saved.iter().map(|saved| saved.handle.clone()).collect();
         world.engine.rebuild_network(&saved).await?;
         let swept = world.engine.sweep(&known).await;
-        info!(adopted = found.records.len(), swept, "took over what was here");
+        info!(
+            adopted = found.records.len(),
+            swept, "took over what was here"
+        );
         let templates = commands::load_templates(&world.config.base).await;
         let mut stable = Self {
             world,
@@ -141,7 +149,10 @@ impl Stable {
             changed,
             tasks: JoinSet::new(),
             waiting: Vec::new(),
-            link: Link { max_payload: 1 << 20, ..Link::default() },
+            link: Link {
+                max_payload: 1 << 20,
+                ..Link::default()
+            },
             greeting: Greeting::TooEarly,
         };
         for record in found.records {
@@ -219,7 +230,11 @@ impl Stable {
 
     async fn hear(&mut self, ask: Ask) {
         match ask {
-            Ask::Command { command, raw, answer } => self.command(*command, raw, answer).await,
+            Ask::Command {
+                command,
+                raw,
+                answer,
+            } => self.command(*command, raw, answer).await,
             Ask::Query { command, answers } => self.query(*command, answers),
             Ask::Trigger(Command::Locate) => self.advertise().await,
             Ask::Trigger(Command::HealthmanagerStart) => self.heartbeat().await,
@@ -249,7 +264,9 @@ impl Stable {
         match change {
             Change::View(view) => {
                 let handle = view.record.handle.clone();
-                let Some(stall) = self.stalls.get_mut(&handle) else { return };
+                let Some(stall) = self.stalls.get_mut(&handle) else {
+                    return;
+                };
                 let old = std::mem::replace(&mut stall.view, *view);
                 let (old, new) = (&old.record, &stall.view.record);
                 let beat = old.state != new.state && new.state == State::Running
@@ -324,19 +341,29 @@ impl Stable {
     fn want_stop(&self, handle: &str, reason: StopReason) {
         let grace = self.grace(handle);
         self.want(handle, |wants| {
-            wants.stop.get_or_insert(Stopping { reason, grace: grace.as_secs_f64() });
+            wants.stop.get_or_insert(Stopping {
+                reason,
+                grace: grace.as_secs_f64(),
+            });
         });
     }
 
     fn grace(&self, handle: &str) -> Duration {
-        let own = self.stalls.get(handle).and_then(|stall| stall.view.stop_grace);
+        let own = self
+            .stalls
+            .get(handle)
+            .and_then(|stall| stall.view.stop_grace);
         own.unwrap_or(self.world.config.instance.stop_grace)
     }
 
     /// Stops everything and waits until it is gone, with a deadline for all together.
     async fn shut_down(mut self, link: watch::Receiver<Link>) {
         let handles: Vec<String> = self.stalls.keys().cloned().collect();
-        let longest = handles.iter().map(|handle| self.grace(handle)).max().unwrap_or_default();
+        let longest = handles
+            .iter()
+            .map(|handle| self.grace(handle))
+            .max()
+            .unwrap_or_default();
         for handle in &handles {
             self.want_stop(handle, StopReason::Shutdown);
             self.want(handle, |wants| wants.reap = true);
@@ -348,15 +375,17 @@ impl Stable {
                 Ok(Some(change)) => self.change(change).await,
                 Ok(None) | Err(_) => break,
             }
-            let dead = |stall: &Stall| {
-                matches!(stall.view.record.state, State::Stopped | State::Crashed)
-            };
+            let dead =
+                |stall: &Stall| matches!(stall.view.record.state, State::Stopped | State::Crashed);
             if !link.borrow().up && until == deadline && self.stalls.values().all(dead) {
                 until = deadline.min(Instant::now() + SHUTDOWN_WITHOUT_BUS);
             }
         }
         if !self.stalls.is_empty() {
-            warn!(left = self.stalls.len(), "not everything was said in time; removing it all the same");
+            warn!(
+                left = self.stalls.len(),
+                "not everything was said in time; removing it all the same"
+            );
         }
         self.tasks.shutdown().await;
         self.world.engine.sweep(&HashSet::new()).await;

@@ -30,7 +30,9 @@ impl Stable {
     }
 
     pub(super) fn matching<'a>(&'a self, filter: &'a Filter) -> impl Iterator<Item = &'a Stall> {
-        self.stalls.values().filter(move |stall| filter.matches(&candidate(stall)))
+        self.stalls
+            .values()
+            .filter(move |stall| filter.matches(&candidate(stall)))
     }
 
     /// Answers for one instance; with stats, after its task has measured.
@@ -41,11 +43,18 @@ impl Stable {
             return;
         }
         // A full mailbox: silence, as the protocol has no other word.
-        let Some(measured) = measure(stall) else { return };
+        let Some(measured) = measure(stall) else {
+            return;
+        };
         let (view, host) = (stall.view.clone(), self.world.engine.local_ip().to_string());
         tokio::spawn(async move {
-            let Ok(Ok(measured)) = timeout_at(Instant::now() + MEASURE, measured).await else { return };
-            let reply = FindReply { stats: Some(stats(&view, host, measured)), ..reply };
+            let Ok(Ok(measured)) = timeout_at(Instant::now() + MEASURE, measured).await else {
+                return;
+            };
+            let reply = FindReply {
+                stats: Some(stats(&view, host, measured)),
+                ..reply
+            };
             drop(answers.send(reply.to_bytes()).await);
         });
     }
@@ -76,7 +85,8 @@ impl Stable {
     /// Says that this host is ready.
     pub(super) async fn say_hello(&self) {
         let body = self.hello().to_bytes();
-        self.say(super::Message::plain(messages::subjects::HELLO, body)).await;
+        self.say(super::Message::plain(messages::subjects::HELLO, body))
+            .await;
     }
 
     /// Answers once every instance has measured, or not in time.
@@ -106,8 +116,10 @@ impl Stable {
         for stall in self.stalls.values() {
             let record = &stall.view.record;
             if matches!(record.state, State::Starting | State::Running) {
-                let status =
-                    DropletStatus { name: stall.view.name.clone(), uris: record.uris.clone() };
+                let status = DropletStatus {
+                    name: stall.view.name.clone(),
+                    uris: record.uris.clone(),
+                };
                 drop(answers.try_send(status.to_bytes()));
             }
         }
@@ -122,7 +134,10 @@ impl Stable {
         if crate::instances::ledger::admit(capacity, reserved, wanted).is_err() {
             return;
         }
-        let of_app = self.stalls.values().filter(|stall| stall.view.droplet == request.droplet);
+        let of_app = self
+            .stalls
+            .values()
+            .filter(|stall| stall.view.droplet == request.droplet);
         let delay = discover_delay_ms(of_app.count() as u64, reserved.memory, capacity.memory);
         let body = self.hello().to_bytes();
         tokio::spawn(async move {

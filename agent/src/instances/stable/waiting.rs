@@ -39,13 +39,22 @@ impl Stable {
             drop(answer.send(then));
             return;
         };
-        self.waiting.push(Waiting { handles, until, then, answer: Some(answer) });
+        self.waiting.push(Waiting {
+            handles,
+            until,
+            then,
+            answer: Some(answer),
+        });
         self.tell_all_waiting();
     }
 
     /// An instance changed: answers what became answerable.
     pub(super) fn tell_waiting(&mut self, handle: &str) {
-        if self.waiting.iter().any(|waiting| waiting.handles.iter().any(|one| one == handle)) {
+        if self
+            .waiting
+            .iter()
+            .any(|waiting| waiting.handles.iter().any(|one| one == handle))
+        {
             self.tell_all_waiting();
         }
     }
@@ -58,14 +67,16 @@ impl Stable {
 
     fn still_waiting(&self, waiting: &mut Waiting) -> bool {
         let mut never = None;
-        waiting.handles.retain(|handle| match self.progress(handle, waiting.until) {
-            Progress::There => false,
-            Progress::OnTheWay => true,
-            Progress::Never(why) => {
-                never = Some(why);
-                true
-            }
-        });
+        waiting
+            .handles
+            .retain(|handle| match self.progress(handle, waiting.until) {
+                Progress::There => false,
+                Progress::OnTheWay => true,
+                Progress::Never(why) => {
+                    never = Some(why);
+                    true
+                }
+            });
         let reply = match never {
             Some(why) => Reply::error(ErrorCode::Ended, why),
             None if waiting.handles.is_empty() => waiting.then.clone(),
@@ -89,7 +100,9 @@ impl Stable {
             (Wait::Running, Some(record)) => match record.state {
                 State::Running | State::Evacuating => Progress::There,
                 State::Born | State::Starting | State::Resuming => Progress::OnTheWay,
-                State::Stopping | State::Stopped => Progress::Never("the instance is stopped".into()),
+                State::Stopping | State::Stopped => {
+                    Progress::Never("the instance is stopped".into())
+                }
                 // The exit follows the state: it says why.
                 State::Crashed => match &record.exit {
                     Some(exit) => Progress::Never(exit.description.clone()),
