@@ -9,6 +9,17 @@ use serde_json::{Value, json};
 
 /// A message to this host, understood.
 #[derive(Debug, Clone, PartialEq)]
+pub enum Asked {
+    /// Answered once, as Ostler answers.
+    Command(Command),
+    /// Answered as the protocol says: zero, one or many times.
+    Query(Query),
+    /// Not answered: something is to be said again.
+    Trigger(Trigger),
+}
+
+/// Something to do.
+#[derive(Debug, Clone, PartialEq)]
 pub enum Command {
     /// Start an instance here.
     Start(Box<StartRequest>),
@@ -18,21 +29,31 @@ pub enum Command {
     Update(UpdateRequest),
     /// Have so many instances of an app here.
     Scale(ScaleRequest),
-    /// Tell what matches, an answer each.
-    FindDroplet(FindRequest),
     /// Tell what matches, in one answer (Ostler).
     FindHere(FindRequest),
-    /// Tell of this host.
+}
+
+/// Something to tell.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Query {
+    /// What matches, an answer each.
+    FindDroplet(FindRequest),
+    /// This host.
     Status,
-    /// Tell of every instance.
+    /// Every instance.
     DropletStatus,
-    /// Tell whether this would fit, the sooner the better it fits.
+    /// Whether this would fit, the sooner the better it fits.
     Discover(DiscoverRequest),
-    /// Advertise now.
+}
+
+/// Something to say again, now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Trigger {
+    /// The advertisement.
     Locate,
-    /// Send a heartbeat now.
+    /// The heartbeat.
     HealthmanagerStart,
-    /// Register all routes now.
+    /// All routes.
     RouterStart,
 }
 
@@ -115,14 +136,7 @@ impl Command {
             Self::Stop(request) => request.request_id.as_deref(),
             Self::Update(request) => request.request_id.as_deref(),
             Self::Scale(request) => request.request_id.as_deref(),
-            Self::FindDroplet(_)
-            | Self::FindHere(_)
-            | Self::Status
-            | Self::DropletStatus
-            | Self::Discover(_)
-            | Self::Locate
-            | Self::HealthmanagerStart
-            | Self::RouterStart => None,
+            Self::FindHere(_) => None,
         }
     }
 }
@@ -131,10 +145,10 @@ impl Command {
 ///
 /// # Errors
 /// What is wrong with it, in words.
-pub fn parse(incoming: Incoming, body: &[u8]) -> Read<(Command, Value)> {
+pub fn parse(incoming: Incoming, body: &[u8]) -> Read<(Asked, Value)> {
     let value = json(incoming, body)?;
-    let command = understand(incoming, &value)?;
-    Ok((command, value))
+    let asked = understand(incoming, &value)?;
+    Ok((asked, value))
 }
 
 /// The body as JSON. An empty one is `{}` where the message is only a trigger.
@@ -169,23 +183,24 @@ fn is_trigger(incoming: Incoming) -> bool {
     }
 }
 
-fn understand(incoming: Incoming, value: &Value) -> Read<Command> {
+fn understand(incoming: Incoming, value: &Value) -> Read<Asked> {
     let fields = || Fields::of(value, "");
-    Ok(match incoming {
+    let command = match incoming {
         Incoming::Start => Command::Start(Box::new(StartRequest::from_value(value)?)),
         Incoming::Stop | Incoming::StopHere => Command::Stop(stop(&fields()?)?),
         Incoming::Update => Command::Update(update(&fields()?)?),
         Incoming::Scale => Command::Scale(scale(&fields()?)?),
-        Incoming::FindDroplet => Command::FindDroplet(find(&fields()?)?),
         Incoming::FindHere => Command::FindHere(find(&fields()?)?),
-        Incoming::Discover => Command::Discover(discover(&fields()?)?),
+        Incoming::FindDroplet => return Ok(Asked::Query(Query::FindDroplet(find(&fields()?)?))),
+        Incoming::Discover => return Ok(Asked::Query(Query::Discover(discover(&fields()?)?))),
         // The bodies of these say nothing that is used.
-        Incoming::Status => Command::Status,
-        Incoming::DropletStatus => Command::DropletStatus,
-        Incoming::Locate => Command::Locate,
-        Incoming::HealthmanagerStart => Command::HealthmanagerStart,
-        Incoming::RouterStart => Command::RouterStart,
-    })
+        Incoming::Status => return Ok(Asked::Query(Query::Status)),
+        Incoming::DropletStatus => return Ok(Asked::Query(Query::DropletStatus)),
+        Incoming::Locate => return Ok(Asked::Trigger(Trigger::Locate)),
+        Incoming::HealthmanagerStart => return Ok(Asked::Trigger(Trigger::HealthmanagerStart)),
+        Incoming::RouterStart => return Ok(Asked::Trigger(Trigger::RouterStart)),
+    };
+    Ok(Asked::Command(command))
 }
 
 fn stop(fields: &Fields<'_>) -> Read<StopRequest> {

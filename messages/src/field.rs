@@ -112,7 +112,7 @@ impl<'a> Fields<'a> {
         let read = match value {
             Value::String(text) => Some(text.clone()),
             Value::Number(number) => Some(number.to_string()),
-            _ => None,
+            Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => None,
         };
         self.as_wanted(key, value, read, "a string")
     }

@@ -1,6 +1,6 @@
 //! Every example of the protocol reference is understood, or printed back, as it stands.
 
-use crate::command::{Command, parse};
+use crate::command::{Asked, Command, parse};
 use crate::outgoing::{
     Advertise, Exited, FindReply, Goodbye, Heartbeat, HeartbeatEntry, Hello, PlacementProperties,
     Reason, Route, Stats, StatusReply, ToBytes, Usage,
@@ -20,7 +20,7 @@ fn value(name: &str) -> Value {
     serde_json::from_str(&text(name)).unwrap()
 }
 
-fn command(incoming: Incoming, name: &str) -> Command {
+fn asked(incoming: Incoming, name: &str) -> Asked {
     parse(incoming, text(name).as_bytes()).unwrap().0
 }
 
@@ -30,8 +30,8 @@ fn same(ours: &impl ToBytes, name: &str) {
 }
 
 fn start() -> StartRequest {
-    match command(Incoming::Start, "dea.start") {
-        Command::Start(request) => *request,
+    match asked(Incoming::Start, "dea.start") {
+        Asked::Command(Command::Start(request)) => *request,
         other => panic!("{other:?}"),
     }
 }
@@ -149,7 +149,7 @@ fn every_other_request_is_understood() {
         (Incoming::Discover, "dea.discover"),
         (Incoming::RouterStart, "router.start"),
     ] {
-        command(incoming, name);
+        asked(incoming, name);
     }
     for trigger in [
         Incoming::Locate,

@@ -84,13 +84,15 @@ pub enum Reply {
 }
 
 impl Reply {
-    /// Done or accepted, with these fields.
+    /// Done or accepted, with these fields, an object.
     #[must_use]
-    pub fn ok(fields: Value) -> Self {
-        match fields {
-            Value::Object(fields) => Self::Ok(fields),
-            _ => Self::Ok(Map::new()),
-        }
+    pub fn ok(mut fields: Value) -> Self {
+        Self::Ok(
+            fields
+                .as_object_mut()
+                .map(std::mem::take)
+                .unwrap_or_default(),
+        )
     }
 
     /// Refused.

@@ -118,7 +118,7 @@ fn delay(attempt: usize) -> Duration {
         .unwrap_or(u64::MAX);
     let bound = bound.clamp(100, RECONNECT_CAP_MS);
     let random = u64::from(crate::random::u32());
-    Duration::from_millis(random * bound >> 32)
+    Duration::from_millis((random * bound) >> 32)
 }
 
 fn without_secrets(url: &str) -> String {

@@ -11,7 +11,7 @@ use crate::instances::world::World;
 use async_nats::{Client, Message, Subscriber};
 use futures_util::StreamExt;
 use futures_util::stream::select_all;
-use messages::command::{Command, json, parse};
+use messages::command::{Asked, Command, Query, json, parse};
 use messages::reply::{ErrorCode, Reply};
 use messages::subjects::{Incoming, subscriptions};
 use std::sync::Arc;
@@ -65,11 +65,9 @@ async fn take(desk: &Arc<Desk>, message: Message) {
     };
     let reply_to = message.reply.map(|subject| subject.to_string());
     match parse(incoming, &message.payload) {
-        Ok((command, raw)) => match kind(&command) {
-            Kind::Command => command_to(desk, command, raw, reply_to).await,
-            Kind::Query => query_to(desk, command, reply_to).await,
-            Kind::Trigger => desk.ask(Ask::Trigger(command)).await,
-        },
+        Ok((Asked::Command(command), raw)) => command_to(desk, command, raw, reply_to).await,
+        Ok((Asked::Query(query), _)) => query_to(desk, query, reply_to),
+        Ok((Asked::Trigger(trigger), _)) => desk.ask(Ask::Trigger(trigger)).await,
         Err(bad) => {
             warn!(problem = bad.message, "a message was not understood");
             let refusal = Reply::error(bad.code, bad.message);
@@ -84,31 +82,7 @@ async fn take(desk: &Arc<Desk>, message: Message) {
     }
 }
 
-/// How a message is answered.
-enum Kind {
-    /// Once.
-    Command,
-    /// As the protocol says.
-    Query,
-    /// Not at all.
-    Trigger,
-}
-
-fn kind(command: &Command) -> Kind {
-    match command {
-        Command::Start(_)
-        | Command::Stop(_)
-        | Command::Update(_)
-        | Command::Scale(_)
-        | Command::FindHere(_) => Kind::Command,
-        Command::FindDroplet(_)
-        | Command::Status
-        | Command::DropletStatus
-        | Command::Discover(_) => Kind::Query,
-        Command::Locate | Command::HealthmanagerStart | Command::RouterStart => Kind::Trigger,
-    }
-}
-
+/// Whether a message on this subject is answered even if it is not understood.
 fn is_command(incoming: Incoming) -> bool {
     match incoming {
         Incoming::Start
@@ -151,7 +125,7 @@ async fn command_to(
     );
     let (answer, answered) = oneshot::channel();
     let ask = Ask::Command {
-        command: Box::new(command),
+        command,
         raw: raw.clone(),
         answer,
     };
@@ -165,7 +139,7 @@ async fn command_to(
     })) = desk.asks.try_send(ask)
     {
         let busy = Reply::error(ErrorCode::Busy, "too many commands at once: send it again");
-        if matches!(*command, Command::Start(_)) {
+        if matches!(command, Command::Start(_)) {
             desk.deliver_refusal(&raw, &busy);
         }
         drop(answer.send(busy));
@@ -197,15 +171,11 @@ async fn answer_later(
     desk.answer(reply_to, &reply).await;
 }
 
-async fn query_to(desk: &Arc<Desk>, command: Command, reply_to: Option<String>) {
+fn query_to(desk: &Arc<Desk>, query: Query, reply_to: Option<String>) {
     // Nobody to answer: nothing to do.
     let Some(reply_to) = reply_to else { return };
     let (answers, mut answered) = mpsc::channel::<Vec<u8>>(ANSWERS);
-    let ask = Ask::Query {
-        command: Box::new(command),
-        answers,
-    };
-    if desk.asks.try_send(ask).is_err() {
+    if desk.asks.try_send(Ask::Query { query, answers }).is_err() {
         debug!("too busy for a query");
         return;
     }

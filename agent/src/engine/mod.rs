@@ -27,12 +27,12 @@ pub use adopt::{Adopted, REBOOTED};
 pub use container::Container;
 pub use error::EngineError;
 pub use follow::Followed;
-pub use oom::{Level, OomReport, Victim};
+pub use oom::{Level, OomReport};
 
 pub use crate::host::cgroups::{Limits, Usage};
 pub use crate::host::depot::SeedFile;
 pub use crate::host::network::{Lease, NetworkConfig};
-pub use ::container::launch::{Access, Bind};
+pub use ::container::launch::Bind;
 
 use crate::host::cgroups::Cgroups;
 use crate::host::depot::{self, Depot};

@@ -230,7 +230,7 @@ impl Flight {
                     .send(source.dropped(*stream, *offset, *bytes, *certain))
                     .await;
             }
-            Record::Started { .. } | Record::Exit { .. } | Record::End { .. } => {}
+            Record::Started | Record::Exit { .. } | Record::End { .. } => {}
         }
     }
 }
@@ -238,7 +238,7 @@ impl Flight {
 /// Tells the instance; `true` at the end.
 fn tell(record: &Record, view: &watch::Sender<JobView>) -> bool {
     match record {
-        Record::Started { .. } => view.send_modify(|view| view.started = true),
+        Record::Started => view.send_modify(|view| view.started = true),
         Record::Exit { status, .. } => view.send_modify(|view| view.exit = Some(*status)),
         Record::End { stdout, stderr } => {
             view.send_modify(|view| view.end = Some((*stdout, *stderr)));

@@ -35,15 +35,17 @@ pub(super) fn world<F: Future<Output = ()>>(test: impl FnOnce(World) -> F + Send
     let thread = std::thread::spawn(|| {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
         run(&["ip", "link", "set", "lo", "up"]);
+        let world = World::new();
+        // Dropped after the runtime, which waits for what still removes something.
+        let _cleanup = Cleanup {
+            base: world.base.clone(),
+            parent: world.parent.clone(),
+        };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .unwrap();
-        runtime.block_on(async {
-            timeout(DEADLINE, test(World::new()))
-                .await
-                .expect("in time")
-        });
+        runtime.block_on(async { timeout(DEADLINE, test(world)).await.expect("in time") });
     });
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
@@ -201,7 +203,13 @@ impl World {
     }
 }
 
-impl Drop for World {
+/// Removes what a test has left when it ends, however it ends.
+struct Cleanup {
+    base: PathBuf,
+    parent: String,
+}
+
+impl Drop for Cleanup {
     fn drop(&mut self) {
         if let Ok(cgroups) = Cgroups::open(&self.parent) {
             for handle in cgroups.list().unwrap_or_default() {
@@ -216,7 +224,11 @@ impl Drop for World {
         for (pid, _) in processes(&home.display().to_string()) {
             let _ = pidfd::open(pid).and_then(|fd| pidfd::send_signal(fd, 9));
         }
-        let _ = fs::remove_dir_all(home);
+        let removed = fs::remove_dir_all(home);
+        // A second panic would hide the first one.
+        if !std::thread::panicking() {
+            removed.unwrap();
+        }
     }
 }
 

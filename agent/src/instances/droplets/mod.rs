@@ -33,7 +33,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, oneshot, watch};
 
-pub use digest::{Digest, DigestError};
+pub use digest::Digest;
 pub use error::DropletError;
 pub use staging::{StagingInfo, staging_info, state_file};
 

@@ -46,9 +46,10 @@ impl Instance {
     /// Brings the end about, and stays until nothing is left to do.
     pub(super) async fn finish(mut self, end: End) {
         if self.record.exit.is_none() {
-            match end {
-                End::Stop => self.stop().await,
-                other => self.crash(other).await,
+            if matches!(end, End::Stop) {
+                self.stop().await;
+            } else {
+                self.crash(end).await;
             }
         }
         self.settle().await;

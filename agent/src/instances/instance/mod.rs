@@ -231,11 +231,11 @@ impl Instance {
         if let Some(limits) = wants.limits.filter(|limits| *limits != self.record.limits) {
             changed |= self.limit(limits).await;
         }
-        if let (Some(stop), None) = (wants.stop, &self.record.stopping) {
-            if let Act::Enter(_) = admit(self.record.state, Ask::Stop) {
-                self.record.stopping = Some(stop);
-                changed = true;
-            }
+        if let (Some(stop), None) = (wants.stop, &self.record.stopping)
+            && let Act::Enter(_) = admit(self.record.state, Ask::Stop)
+        {
+            self.record.stopping = Some(stop);
+            changed = true;
         }
         if changed {
             self.keep().await;

@@ -68,10 +68,10 @@ impl Instance {
             }
         }
         // Accepted, and killed before the app ran: nothing of it can be missed, so begin again.
-        if let Some(saved) = self.record.container.take() {
-            if let Err(error) = self.world.engine.destroy_handle(&saved).await {
-                warn!(handle = self.record.handle, %error, "remains of a start that was cut off");
-            }
+        if let Some(saved) = self.record.container.take()
+            && let Err(error) = self.world.engine.destroy_handle(&saved).await
+        {
+            warn!(handle = self.record.handle, %error, "remains of a start that was cut off");
         }
         match self.start().await {
             Ok(()) => self.run().await,
@@ -176,7 +176,7 @@ impl Instance {
         script: Option<String>,
     ) -> Result<Container, End> {
         let script = script.map(|script| SeedFile {
-            path: "home/vcap/startup".into(),
+            path: startup::script::PATH.into(),
             mode: 0o755,
             uid: owner.uid,
             gid: owner.gid,

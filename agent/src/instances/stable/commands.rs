@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::Path;
 use tokio::sync::oneshot;
-use tracing::{error, info, warn};
+use tracing::{info, warn};
 
 /// Bytes that one instance takes in a heartbeat, rounded up (measured: 236).
 const HEARTBEAT_ENTRY: usize = 256;
@@ -55,13 +55,6 @@ impl Stable {
                     "dea": self.world.id, "matched": found.len(), "instances": found,
                 }));
                 drop(answer.send(reply));
-            }
-            other => {
-                error!(?other, "no command");
-                drop(answer.send(Reply::error(
-                    ErrorCode::BadSubject,
-                    "this subject takes no command",
-                )));
             }
         }
     }

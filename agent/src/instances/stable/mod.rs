@@ -16,7 +16,7 @@ use super::record::{Record, StopReason, Stopping};
 use super::world::{World, now};
 use crate::engine::Saved;
 use crate::host::{blocking, in_background};
-use messages::command::Command;
+use messages::command::{Command, Trigger};
 use messages::reply::Reply;
 use messages::start::StartRequest;
 use messages::state::State;
@@ -59,7 +59,7 @@ pub enum Ask {
     /// Do something, and answer once.
     Command {
         /// What.
-        command: Box<Command>,
+        command: Command,
         /// The message as it came: a start is kept with its instance.
         raw: serde_json::Value,
         /// Where the one answer goes. A dropped one is an `internal` error there.
@@ -68,12 +68,12 @@ pub enum Ask {
     /// Answer as often as the protocol says.
     Query {
         /// What is asked.
-        command: Box<Command>,
+        query: messages::command::Query,
         /// Where the answers go, each a body; closed when there are no more.
         answers: mpsc::Sender<Vec<u8>>,
     },
     /// Say something again.
-    Trigger(Command),
+    Trigger(Trigger),
     /// All subjects are subscribed to: this host can be asked.
     Ready,
 }
@@ -234,11 +234,11 @@ impl Stable {
                 command,
                 raw,
                 answer,
-            } => self.command(*command, raw, answer).await,
-            Ask::Query { command, answers } => self.query(*command, answers),
-            Ask::Trigger(Command::Locate) => self.advertise().await,
-            Ask::Trigger(Command::HealthmanagerStart) => self.heartbeat().await,
-            Ask::Trigger(_) => self.register_routes().await,
+            } => self.command(command, raw, answer).await,
+            Ask::Query { query, answers } => self.query(query, answers),
+            Ask::Trigger(Trigger::Locate) => self.advertise().await,
+            Ask::Trigger(Trigger::HealthmanagerStart) => self.heartbeat().await,
+            Ask::Trigger(Trigger::RouterStart) => self.register_routes().await,
             Ask::Ready => {
                 self.greeting = Greeting::Owed;
                 self.link(self.link).await;

@@ -3,7 +3,7 @@
 use super::commands::candidate;
 use super::{Duration, Instant, Query, Stable, Stall, now, timeout_at};
 use crate::instances::instance::{Measured, View};
-use messages::command::{Command, DiscoverRequest, discover_delay_ms};
+use messages::command::{DiscoverRequest, Query as Asked, discover_delay_ms};
 use messages::filter::Filter;
 use messages::outgoing::{
     DropletStatus, FindReply, Hello, Stats, StatusReply, ToBytes, Usage, usage_time,
@@ -15,17 +15,16 @@ use tokio::sync::{mpsc, oneshot};
 const MEASURE: Duration = Duration::from_secs(1);
 
 impl Stable {
-    pub(super) fn query(&self, command: Command, answers: mpsc::Sender<Vec<u8>>) {
-        match command {
-            Command::FindDroplet(request) => {
+    pub(super) fn query(&self, query: Asked, answers: mpsc::Sender<Vec<u8>>) {
+        match query {
+            Asked::FindDroplet(request) => {
                 for stall in self.matching(&request.filter) {
                     self.found(stall, request.include_stats, answers.clone());
                 }
             }
-            Command::Status => self.status(answers),
-            Command::DropletStatus => self.droplet_status(&answers),
-            Command::Discover(request) => self.discover(&request, answers),
-            other => tracing::error!(?other, "no query"),
+            Asked::Status => self.status(answers),
+            Asked::DropletStatus => self.droplet_status(&answers),
+            Asked::Discover(request) => self.discover(&request, answers),
         }
     }
 

@@ -95,7 +95,12 @@ impl Stable {
             (Wait::Running, None) => Progress::Never("the instance is gone".into()),
             (Wait::Stopped, Some(record)) => match record.state {
                 State::Stopped | State::Crashed => Progress::There,
-                _ => Progress::OnTheWay,
+                State::Born
+                | State::Starting
+                | State::Running
+                | State::Stopping
+                | State::Resuming
+                | State::Evacuating => Progress::OnTheWay,
             },
             (Wait::Running, Some(record)) => match record.state {
                 State::Running | State::Evacuating => Progress::There,
