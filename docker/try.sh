@@ -10,7 +10,7 @@ compose=(docker-compose)
 command -v docker-compose >/dev/null || compose=(docker compose)
 compose+=(--file compose.yml --project-name ostler-try)
 
-if ! timeout 30 docker pull --quiet debian:bookworm-slim >/dev/null 2>&1 || ! timeout 60 docker pull --quiet nats:2.10 >/dev/null 2>&1; then
+if ! timeout 15 docker pull --quiet debian:bookworm-slim >/dev/null 2>&1 || ! timeout 60 docker pull --quiet nats:2.10 >/dev/null 2>&1; then
   echo "no registry can be reached: stand-ins of Debian's packages take the images' place"
   standins=$(./standin.sh)
   eval "export $(xargs <<<"$standins")"
@@ -35,9 +35,7 @@ down() {
 }
 trap down EXIT
 
-"${compose[@]}" build --quiet host >/dev/null
-"${compose[@]}" up --detach 2>/dev/null
-# Gives the fields of the next JSON body on a subject that holds a text.
+"${compose[@]}" build host >root/log 2>&1 && "${compose[@]}" up --detach >>root/log 2>&1 || { cat root/log; exit 1; }
 field() { sed -n "s/.*\"$1\":\"\{0,1\}\([^,\"}]*\).*/\1/p" | head -n 1; }
 until_said() { "$say" sub 60 "$2" "$1" 2>/dev/null | tail -n 1 || { echo "no $2 on $1" >&2; return 1; }; }
 

@@ -3,7 +3,7 @@
 use crate::bus;
 use crate::config::{self, Config, Overrides};
 use crate::engine::{Engine, EngineConfig, NetworkConfig};
-use crate::host::depot;
+use crate::host::{blocking, depot};
 use crate::instances::droplets::{Droplets, FetchOptions};
 use crate::instances::outlet;
 use crate::instances::record::{Records, make_private, write_durably};
@@ -133,10 +133,10 @@ async fn run(config: Config) -> Outcome<()> {
     info!(id, local_ip = %engine.local_ip(), "the engine is ready");
     let droplets = Droplets::open(&config.base, fetch_options(&config))?;
     let records = Records::open(&config.base)?;
-    let (outlet, asked, link) = outlet::outlet();
-    let watched = link.subscribe();
-    let client = bus::connect(&config.nats, &id, link).await?;
-    let publisher = tokio::spawn(bus::publish(client.clone(), asked, watched.clone()));
+    let (outlet, inlet) = outlet::outlet();
+    let link = inlet.link.subscribe();
+    let client = bus::connect(&config.nats, &id, inlet.link.clone()).await?;
+    let publisher = tokio::spawn(bus::publish(client.clone(), inlet));
     let (changes, changed) = mpsc::unbounded_channel();
     let world = Arc::new(World {
         id,
@@ -151,7 +151,7 @@ async fn run(config: Config) -> Outcome<()> {
     let stable = Stable::open(Arc::clone(&world), changed).await?;
     let (asks, inbox) = mpsc::channel(stable::MAILBOX);
     let (farewell, farewell_asked) = tokio::sync::oneshot::channel();
-    let stable = tokio::spawn(stable.run(inbox, watched, farewell_asked));
+    let stable = tokio::spawn(stable.run(inbox, link, farewell_asked));
     let receiver = tokio::spawn(bus::receive(client, Arc::clone(&world), asks));
     let parting = signals.parting().await;
     info!(?parting, "leaving");
@@ -162,7 +162,8 @@ async fn run(config: Config) -> Outcome<()> {
     }
     let world = Arc::into_inner(world);
     if let (Some(world), Farewell::Shutdown) = (world, parting) {
-        if let Err(error) = world.droplets.remove_all() {
+        let droplets = world.droplets.clone();
+        if let Err(error) = blocking(move || droplets.remove_all()).await {
             error!(%error, "droplets stay");
         }
         world.engine.close().await;

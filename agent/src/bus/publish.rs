@@ -4,20 +4,16 @@
 //! to our own inbox comes back only after the server has read everything that was written before it on
 //! the same connection.
 
-use crate::instances::outlet::{Link, Message, Request};
+use crate::instances::outlet::{Inlet, Message, Request};
 use async_nats::{Client, HeaderMap, Subscriber};
 use futures_util::StreamExt;
 use std::collections::HashMap;
 use std::sync::atomic::Ordering;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::oneshot;
 use tracing::{debug, warn};
 
 /// Publishes what is asked for until every [`Outlet`](crate::instances::outlet::Outlet) is gone.
-pub async fn publish(
-    client: Client,
-    mut asked: mpsc::Receiver<Request>,
-    mut link: watch::Receiver<Link>,
-) {
+pub async fn publish(client: Client, inlet: Inlet) {
     let inbox = client.new_inbox();
     let mut echoes = match client.subscribe(inbox.clone()).await {
         Ok(echoes) => echoes,
@@ -26,31 +22,46 @@ pub async fn publish(
             return;
         }
     };
+    let Inlet {
+        mut control,
+        mut output,
+        link,
+    } = inlet;
+    let mut link = link.subscribe();
     let mut barriers = Barriers::default();
     loop {
-        tokio::select! {
+        let request = tokio::select! {
             // An echo first: it frees those who wait for it. Then the link, so that a barrier of a
-            // broken connection is dropped before a new one is sent.
+            // broken connection is dropped before a new one is sent. Output comes last.
             biased;
             Some(echo) = echoes.next() => {
                 barriers.answer(&echo.payload, client.statistics().connects.load(Ordering::Relaxed));
+                continue;
             }
-            Ok(()) = link.changed() => barriers.drop_all(),
-            request = asked.recv() => match request {
-                Some(Request::Publish(message)) => {
-                    if link.borrow().up {
-                        send(&client, message).await;
-                    }
+            Ok(()) = link.changed() => {
+                barriers.drop_all();
+                continue;
+            }
+            Some(request) = control.recv() => request,
+            Some(request) = output.recv() => request,
+            else => break,
+        };
+        match request {
+            Request::Publish(message) => {
+                if link.borrow().up {
+                    send(&client, message).await;
                 }
-                Some(Request::Barrier(answer)) => {
-                    let number = barriers.add(answer);
-                    let body = number.to_string().into();
-                    if client.publish(inbox.clone(), body).await.is_err() {
-                        barriers.drop_all();
-                    }
+            }
+            Request::Barrier(answer) => {
+                let number = barriers.add(answer);
+                if client
+                    .publish(inbox.clone(), number.to_string().into())
+                    .await
+                    .is_err()
+                {
+                    barriers.drop_all();
                 }
-                None => break,
-            },
+            }
         }
     }
     leave(client, echoes).await;

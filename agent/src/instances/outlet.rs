@@ -1,9 +1,12 @@
-//! What the instances' room says to the bus: a channel that the bus owns the other end of.
+//! What the instances' room says to the bus: channels that the bus owns the other ends of.
 //!
-//! Three strengths of saying something, from weak to strong:
-//! [`Outlet::send`] is gone when the bus is (heartbeats, routes: the next one says it again);
-//! [`Outlet::confirm`] tells whether everything said since a [`Mark`] has reached the server;
+//! Four strengths of saying something, from weak to strong:
+//! [`Outlet::offer`] never waits, and is gone when the bus is away or behind (heartbeats, routes: the
+//! next one says it again); [`Outlet::send`] waits its turn, and is gone when the bus is;
+//! [`Outlet::confirm`] tells whether everything sent since a [`Mark`] has reached the server;
 //! [`Outlet::deliver`] repeats until it has (exits, OOM events).
+//!
+//! Output has a channel of its own, so that an app which prints a lot delays no heartbeat.
 
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -55,8 +58,20 @@ pub enum Request {
 /// The instances' end.
 #[derive(Debug, Clone)]
 pub struct Outlet {
-    requests: mpsc::Sender<Request>,
+    control: mpsc::Sender<Request>,
+    output: mpsc::Sender<Request>,
     link: watch::Receiver<Link>,
+}
+
+/// The ends that the bus keeps.
+#[derive(Debug)]
+pub struct Inlet {
+    /// Everything but output; goes first.
+    pub control: mpsc::Receiver<Request>,
+    /// Output, in the order of each job.
+    pub output: mpsc::Receiver<Request>,
+    /// To be kept true.
+    pub link: watch::Sender<Link>,
 }
 
 /// A point in one connection's life; see [`Outlet::confirm`].
@@ -77,23 +92,52 @@ impl Mark {
     }
 }
 
-/// Requests waiting for the bus task: enough to batch, few enough that a slow server is felt at once
-/// by whoever publishes (64 records of output are 4 MiB).
-const REQUESTS: usize = 64;
+/// Control messages that may wait for the bus: a heartbeat, an advertisement and a thousand routes.
+const CONTROL: usize = 1024;
 
-/// An outlet, and the two ends that the bus keeps.
+/// Output messages that may wait for the bus: enough to batch, few enough that a slow server is felt at
+/// once by whoever publishes (64 records are 4 MiB).
+const OUTPUT: usize = 64;
+
+/// An outlet, and the ends that the bus keeps.
 #[must_use]
-pub fn outlet() -> (Outlet, mpsc::Receiver<Request>, watch::Sender<Link>) {
-    let (requests, asked) = mpsc::channel(REQUESTS);
+pub fn outlet() -> (Outlet, Inlet) {
+    let (control, controls) = mpsc::channel(CONTROL);
+    let (output, outputs) = mpsc::channel(OUTPUT);
     let (tell, link) = watch::channel(Link::default());
-    (Outlet { requests, link }, asked, tell)
+    let inlet = Inlet {
+        control: controls,
+        output: outputs,
+        link: tell,
+    };
+    (
+        Outlet {
+            control,
+            output,
+            link,
+        },
+        inlet,
+    )
 }
 
 impl Outlet {
-    /// Says it if there is a connection; otherwise it is gone.
+    /// Says it if there is a connection that takes it now; otherwise it is gone.
+    pub fn offer(&self, message: Message) {
+        let subject = message.subject.clone();
+        if self.link.borrow().up && self.control.try_send(Request::Publish(message)).is_err() {
+            tracing::warn!(subject, "the bus is behind: a message was left out");
+        }
+    }
+
+    /// Says it, after what waits already, if there is a connection then; otherwise it is gone.
     pub async fn send(&self, message: Message) {
         // The bus task ends only when the agent does.
-        drop(self.requests.send(Request::Publish(message)).await);
+        drop(self.control.send(Request::Publish(message)).await);
+    }
+
+    /// Says a piece of output; otherwise as [`Self::send`].
+    pub async fn print(&self, message: Message) {
+        drop(self.output.send(Request::Publish(message)).await);
     }
 
     /// The connection as it is now.
@@ -102,16 +146,10 @@ impl Outlet {
         Mark(*self.link.borrow())
     }
 
-    /// Whether everything sent since `mark` has reached the server. `false` means: unknown, say it
+    /// Whether everything printed since `mark` has reached the server. `false` means: unknown, say it
     /// again. Ends at the latest when the connection does.
     pub async fn confirm(&self, mark: Mark) -> bool {
-        let (answer, answered) = oneshot::channel();
-        if !mark.up() || self.requests.send(Request::Barrier(answer)).await.is_err() {
-            return false;
-        }
-        answered
-            .await
-            .is_ok_and(|connects| connects == mark.0.connects)
+        confirmed(&self.output, mark).await
     }
 
     /// Says it until the server has it. Waits for a connection as long as it takes.
@@ -119,7 +157,7 @@ impl Outlet {
         loop {
             let mark = self.up().await;
             self.send(message.clone()).await;
-            if self.confirm(mark).await {
+            if confirmed(&self.control, mark).await {
                 return;
             }
         }
@@ -146,14 +184,24 @@ impl Outlet {
     }
 }
 
+async fn confirmed(channel: &mpsc::Sender<Request>, mark: Mark) -> bool {
+    let (answer, answered) = oneshot::channel();
+    if !mark.up() || channel.send(Request::Barrier(answer)).await.is_err() {
+        return false;
+    }
+    answered
+        .await
+        .is_ok_and(|connects| connects == mark.0.connects)
+}
+
 #[cfg(test)]
 mod tests {
     use super::{Link, Message, Request, outlet};
 
     #[tokio::test]
     async fn a_confirmation_counts_only_on_the_connection_of_its_mark() {
-        let (outlet, mut asked, tell) = outlet();
-        tell.send_replace(Link {
+        let (outlet, mut inlet) = outlet();
+        inlet.link.send_replace(Link {
             up: true,
             connects: 1,
             max_payload: 1 << 20,
@@ -161,12 +209,12 @@ mod tests {
         let mark = outlet.mark();
         let bus = async {
             for connects in [1, 2] {
-                let Some(Request::Barrier(answer)) = asked.recv().await else {
+                let Some(Request::Barrier(answer)) = inlet.output.recv().await else {
                     panic!("no barrier")
                 };
                 answer.send(connects).unwrap();
             }
-            let Some(Request::Barrier(dropped)) = asked.recv().await else {
+            let Some(Request::Barrier(dropped)) = inlet.output.recv().await else {
                 panic!("no barrier")
             };
             drop(dropped);
@@ -179,22 +227,39 @@ mod tests {
         tokio::join!(bus, reader);
     }
 
+    #[test]
+    fn an_offer_never_waits() {
+        let (outlet, inlet) = outlet();
+        let offers = || {
+            (0..3000).for_each(|_| outlet.offer(Message::plain("dea.heartbeat", b"{}".to_vec())))
+        };
+        offers();
+        assert_eq!(inlet.control.len(), 0, "nobody is there");
+        inlet.link.send_replace(Link {
+            up: true,
+            connects: 1,
+            max_payload: 1 << 20,
+        });
+        offers();
+        assert_eq!(inlet.control.len(), super::CONTROL);
+    }
+
     #[tokio::test]
     async fn a_delivery_is_repeated_until_it_is_confirmed() {
-        let (outlet, mut asked, tell) = outlet();
+        let (outlet, mut inlet) = outlet();
         let message = Message::plain("droplet.exited", b"{}".to_vec());
         let bus = async {
-            tell.send_replace(Link {
+            inlet.link.send_replace(Link {
                 up: true,
                 connects: 1,
                 max_payload: 1 << 20,
             });
             for round in 1..=3 {
-                let Some(Request::Publish(said)) = asked.recv().await else {
+                let Some(Request::Publish(said)) = inlet.control.recv().await else {
                     panic!("no message")
                 };
                 assert_eq!(said.subject, "droplet.exited");
-                let Some(Request::Barrier(answer)) = asked.recv().await else {
+                let Some(Request::Barrier(answer)) = inlet.control.recv().await else {
                     panic!("no barrier")
                 };
                 if round == 3 {

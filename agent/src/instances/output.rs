@@ -216,7 +216,7 @@ impl Flight {
                 let mut offset = *offset;
                 for piece in bytes.chunks(most) {
                     let message = source.message(*stream, offset, *time_ns, piece);
-                    outlet.send(message).await;
+                    outlet.print(message).await;
                     offset += piece.len() as u64;
                 }
             }
@@ -227,7 +227,7 @@ impl Flight {
                 certain,
             } => {
                 outlet
-                    .send(source.dropped(*stream, *offset, *bytes, *certain))
+                    .print(source.dropped(*stream, *offset, *bytes, *certain))
                     .await;
             }
             Record::Started | Record::Exit { .. } | Record::End { .. } => {}

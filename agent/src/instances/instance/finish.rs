@@ -61,7 +61,7 @@ impl Instance {
     }
 
     async fn stop(&mut self) {
-        self.unroute().await;
+        self.unroute();
         self.enter(Ask::Stop).await;
         let grace = self
             .record
@@ -89,7 +89,7 @@ impl Instance {
             // The kernel killed one; the rest goes with it, and the job's own status comes first.
             self.kill_job().await;
         }
-        self.unroute().await;
+        self.unroute();
         let ask = match end {
             End::Failed(_) | End::Unhealthy => Ask::StartFailed,
             End::OutOfMemory => Ask::OutOfMemory,
@@ -248,17 +248,15 @@ impl Instance {
     }
 
     /// Routes are told once more on each step that needs them; the stable repeats them.
-    pub(super) async fn route(&self) {
+    pub(super) fn route(&self) {
         let uris = self.record.uris.clone();
-        self.send(events::register(&self.world, &self.view(), uris))
-            .await;
+        self.send(events::register(&self.world, &self.view(), uris));
     }
 
-    async fn unroute(&self) {
+    fn unroute(&self) {
         if self.record.state == State::Running && self.record.port.is_some() {
             let uris = self.record.uris.clone();
-            self.send(events::unregister(&self.world, &self.view(), uris))
-                .await;
+            self.send(events::unregister(&self.world, &self.view(), uris));
         }
     }
 }

@@ -120,6 +120,7 @@ pub struct Instance {
     record: Record,
     message: StartRequest,
     container: Option<Container>,
+    remains: Option<Remains>,
     wants: watch::Receiver<Wants>,
     queries: mpsc::Receiver<Query>,
     job: watch::Receiver<JobView>,
@@ -137,9 +138,24 @@ impl std::fmt::Debug for Instance {
     }
 }
 
+/// What is left of the container of an instance from an earlier life of the agent.
+#[derive(Debug)]
+pub enum Remains {
+    /// It runs, and is ours again.
+    Alive(Container),
+    /// It is dead: why.
+    Dead(String),
+}
+
 /// Makes an instance from its record; the caller runs [`Instance::live`] in a task of its own.
+/// `remains` is what was found of the container that the record names.
 #[must_use]
-pub fn instance(world: Arc<World>, record: Record, message: StartRequest) -> (Instance, Reins) {
+pub fn instance(
+    world: Arc<World>,
+    record: Record,
+    message: StartRequest,
+    remains: Option<Remains>,
+) -> (Instance, Reins) {
     let (wants_in, wants) = watch::channel(Wants::default());
     let (queries_in, queries) = mpsc::channel(QUERIES);
     let (instance_id, _) = watch::channel(record.instance.clone());
@@ -149,6 +165,7 @@ pub fn instance(world: Arc<World>, record: Record, message: StartRequest) -> (In
         record,
         message,
         container: None,
+        remains,
         wants,
         queries,
         job: watch::channel(JobView::default()).1,
@@ -226,7 +243,7 @@ impl Instance {
         let wants = self.wants.borrow_and_update().clone();
         let mut changed = false;
         if let Some((uris, version)) = wants.update {
-            changed |= self.update(uris, version).await;
+            changed |= self.update(uris, version);
         }
         if let Some(limits) = wants.limits.filter(|limits| *limits != self.record.limits) {
             changed |= self.limit(limits).await;
@@ -243,7 +260,7 @@ impl Instance {
         }
     }
 
-    async fn update(&mut self, uris: Vec<String>, version: Option<String>) -> bool {
+    fn update(&mut self, uris: Vec<String>, version: Option<String>) -> bool {
         let version = version.unwrap_or_else(|| self.record.version.clone());
         if self.record.uris == uris && self.record.version == version {
             return false;
@@ -258,12 +275,10 @@ impl Instance {
             let added = without(&self.record.uris, &old);
             let removed = without(&old, &self.record.uris);
             if !added.is_empty() {
-                self.send(events::register(&self.world, &self.view(), added))
-                    .await;
+                self.send(events::register(&self.world, &self.view(), added));
             }
             if !removed.is_empty() {
-                self.send(events::unregister(&self.world, &self.view(), removed))
-                    .await;
+                self.send(events::unregister(&self.world, &self.view(), removed));
             }
         }
         true
@@ -395,8 +410,8 @@ impl Instance {
         }
     }
 
-    async fn send(&self, message: super::outlet::Message) {
-        self.world.outlet.send(message).await;
+    fn send(&self, message: super::outlet::Message) {
+        self.world.outlet.offer(message);
     }
 }
 

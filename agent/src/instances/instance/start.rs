@@ -2,9 +2,9 @@
 
 use super::finish::End;
 use super::health::{self, Check};
-use super::{Instance, Interrupt, job_is};
+use super::{Instance, Interrupt, Remains, job_is};
 use crate::config::Config;
-use crate::engine::{Adopted, Container, REBOOTED, Spec};
+use crate::engine::{Container, REBOOTED, Spec};
 use crate::host::blocking;
 use crate::host::cgroups;
 use crate::host::depot::SeedFile;
@@ -57,15 +57,17 @@ impl Instance {
         if self.record.boot_id != self.world.boot_id {
             return self.already(End::Died(REBOOTED.to_owned()));
         }
-        if self.record.exit.is_some() || self.record.state == State::Crashed {
+        if self.record.exit.is_some() {
             return self.already(End::Known);
         }
-        if let (Some(saved), true) = (self.record.container.clone(), self.record.spawned) {
-            match self.world.engine.adopt(&saved).await {
-                Ok(Adopted::Alive(container)) => return self.carry_on(container).await,
-                Ok(Adopted::Dead { reason }) => return self.already(End::Died(reason.to_owned())),
-                Err(error) => return self.already(End::Died(error.to_string())),
+        match self.remains.take() {
+            Some(Remains::Alive(container)) if self.record.spawned => {
+                return self.carry_on(container).await;
             }
+            Some(Remains::Dead(reason)) if self.record.spawned => {
+                return self.already(End::Died(reason));
+            }
+            Some(Remains::Alive(_) | Remains::Dead(_)) | None => {}
         }
         // Accepted, and killed before the app ran: nothing of it can be missed, so begin again.
         if let Some(saved) = self.record.container.take()
@@ -95,6 +97,10 @@ impl Instance {
         }
         if self.record.stopping.is_some() {
             return End::Stop;
+        }
+        if self.record.state == State::Crashed {
+            // Killed between the state and its exit.
+            return End::Ended;
         }
         if self.record.state == State::Starting {
             let healthy = match self.layer().await {
@@ -276,7 +282,7 @@ impl Instance {
             return Err(End::Unhealthy);
         }
         if self.enter(Ask::Healthy).await {
-            self.route().await;
+            self.route();
         }
         Ok(())
     }

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 
 impl Stable {
     /// The complete state of this host, never split.
-    pub(super) async fn heartbeat(&self) {
+    pub(super) fn heartbeat(&self) {
         let droplets = self
             .stalls
             .values()
@@ -31,12 +31,11 @@ impl Stable {
             dea: self.world.id.clone(),
             droplets,
         };
-        self.say(Message::plain(subjects::HEARTBEAT, heartbeat.to_bytes()))
-            .await;
+        self.say(Message::plain(subjects::HEARTBEAT, heartbeat.to_bytes()));
     }
 
     /// What is free here.
-    pub(super) async fn advertise(&self) {
+    pub(super) fn advertise(&self) {
         let (capacity, reserved) = (self.capacity(), self.reserved());
         let config = &self.world.config;
         let advertise = Advertise {
@@ -50,8 +49,7 @@ impl Stable {
             },
             url: None,
         };
-        self.say(Message::plain(subjects::ADVERTISE, advertise.to_bytes()))
-            .await;
+        self.say(Message::plain(subjects::ADVERTISE, advertise.to_bytes()));
     }
 
     pub(super) fn app_id_to_count(&self) -> BTreeMap<String, u64> {
@@ -63,28 +61,26 @@ impl Stable {
     }
 
     /// The routes of everything that serves.
-    pub(super) async fn register_routes(&self) {
+    pub(super) fn register_routes(&self) {
         for stall in self.stalls.values() {
             let record = &stall.view.record;
             let serves = matches!(record.state, State::Running | State::Evacuating);
             if serves && !record.uris.is_empty() && record.port.is_some() {
                 let route = events::route(&self.world, record, &stall.view, record.uris.clone());
-                self.say(Message::plain(subjects::ROUTER_REGISTER, route.to_bytes()))
-                    .await;
+                self.say(Message::plain(subjects::ROUTER_REGISTER, route.to_bytes()));
             }
         }
     }
 
     /// This host takes no more commands.
-    pub(super) async fn goodbye(&self) {
+    pub(super) fn goodbye(&self) {
         let goodbye = Goodbye {
             id: self.world.id.clone(),
             ip: self.world.engine.local_ip().to_string(),
             version: crate::VERSION.into(),
             app_id_to_count: self.app_id_to_count(),
         };
-        self.say(Message::plain(subjects::SHUTDOWN, goodbye.to_bytes()))
-            .await;
+        self.say(Message::plain(subjects::SHUTDOWN, goodbye.to_bytes()));
     }
 }
 

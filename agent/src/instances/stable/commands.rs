@@ -185,7 +185,7 @@ impl Stable {
         let index = request.index;
         info!(handle, droplet = %request.droplet, index, "accepted a start");
         let (accepted, on_disk) = oneshot::channel();
-        self.board(record, request, accepted);
+        self.board(record, request, None, accepted);
         Accepted {
             handle,
             instance,

@@ -10,11 +10,11 @@ mod queries;
 mod waiting;
 
 use super::droplets::Digest;
-use super::instance::{Change, Instance, Query, Reins, View, Wants, instance};
+use super::instance::{Change, Instance, Query, Reins, Remains, View, Wants, instance};
 use super::outlet::{Link, Message};
 use super::record::{Record, StopReason, Stopping};
 use super::world::{World, now};
-use crate::engine::Saved;
+use crate::engine::{Adopted, Saved};
 use crate::host::{blocking, in_background};
 use messages::command::{Command, Trigger};
 use messages::reply::Reply;
@@ -155,17 +155,29 @@ impl Stable {
             },
             greeting: Greeting::TooEarly,
         };
+        // All of them before anything new is made: what lives takes its addresses and ports out of the
+        // pools.
         for record in found.records {
-            stable.take_in(record);
+            let remains = stable.adopt(&record).await;
+            stable.take_in(record, remains);
         }
         Ok(stable)
     }
 
-    fn take_in(&mut self, record: Record) {
+    async fn adopt(&self, record: &Record) -> Option<Remains> {
+        let saved = record.container.as_ref()?;
+        Some(match self.world.engine.adopt(saved).await {
+            Ok(Adopted::Alive(container)) => Remains::Alive(container),
+            Ok(Adopted::Dead { reason }) => Remains::Dead(reason.to_owned()),
+            Err(error) => Remains::Dead(error.to_string()),
+        })
+    }
+
+    fn take_in(&mut self, record: Record, remains: Option<Remains>) {
         match StartRequest::from_value(&record.start) {
             Ok(message) => {
                 let (accepted, _) = oneshot::channel();
-                self.board(record, message, accepted);
+                self.board(record, message, remains, accepted);
             }
             Err(why) => {
                 error!(handle = record.handle, %why, "a kept start message is not understood");
@@ -178,11 +190,12 @@ impl Stable {
         &mut self,
         record: Record,
         message: StartRequest,
+        remains: Option<Remains>,
         accepted: oneshot::Sender<Result<(), String>>,
     ) {
         let handle = record.handle.clone();
         let (instance, reins): (Instance, Reins) =
-            instance(Arc::clone(&self.world), record, message);
+            instance(Arc::clone(&self.world), record, message, remains);
         let view = instance.view();
         self.tasks.spawn(instance.live(accepted));
         self.stalls.insert(handle, Stall { view, reins });
@@ -206,23 +219,23 @@ impl Stable {
                 // What the instances told first: every answer is made from it. Then the parting, which
                 // must not wait behind a flood of asks.
                 biased;
-                Some(change) = self.changed.recv() => self.change(change).await,
+                Some(change) = self.changed.recv() => self.change(change),
                 parting = &mut farewell => break parting.unwrap_or(Farewell::Leave),
                 Ok(()) = link.changed() => {
                     let now = *link.borrow_and_update();
-                    self.link(now).await;
+                    self.link(now);
                 }
                 Some(_) = self.tasks.join_next() => {}
-                _ = heartbeat.tick() => self.heartbeat().await,
-                _ = advertise.tick() => self.advertise().await,
-                _ = routes.tick() => self.register_routes().await,
+                _ = heartbeat.tick() => self.heartbeat(),
+                _ = advertise.tick() => self.advertise(),
+                _ = routes.tick() => self.register_routes(),
                 _ = reaper.tick() => self.reap(),
                 _ = droplet_reaper.tick() => self.reap_droplets(),
                 Some(ask) = inbox.recv() => self.hear(ask).await,
             }
         };
         drop(inbox);
-        self.goodbye().await;
+        self.goodbye();
         if parting == Farewell::Shutdown {
             self.shut_down(link).await;
         }
@@ -236,31 +249,31 @@ impl Stable {
                 answer,
             } => self.command(command, raw, answer).await,
             Ask::Query { query, answers } => self.query(query, answers),
-            Ask::Trigger(Trigger::Locate) => self.advertise().await,
-            Ask::Trigger(Trigger::HealthmanagerStart) => self.heartbeat().await,
-            Ask::Trigger(Trigger::RouterStart) => self.register_routes().await,
+            Ask::Trigger(Trigger::Locate) => self.advertise(),
+            Ask::Trigger(Trigger::HealthmanagerStart) => self.heartbeat(),
+            Ask::Trigger(Trigger::RouterStart) => self.register_routes(),
             Ask::Ready => {
                 self.greeting = Greeting::Owed;
-                self.link(self.link).await;
+                self.link(self.link);
             }
         }
     }
 
     /// A new connection hears everything at once; so nobody waits an interval to know this host.
-    async fn link(&mut self, link: Link) {
+    fn link(&mut self, link: Link) {
         self.link = link;
         if link.up {
             if self.greeting == Greeting::Owed {
                 self.greeting = Greeting::Said;
-                self.say_hello().await;
+                self.say_hello();
             }
-            self.advertise().await;
-            self.heartbeat().await;
-            self.register_routes().await;
+            self.advertise();
+            self.heartbeat();
+            self.register_routes();
         }
     }
 
-    async fn change(&mut self, change: Change) {
+    fn change(&mut self, change: Change) {
         match change {
             Change::View(view) => {
                 let handle = view.record.handle.clone();
@@ -275,16 +288,16 @@ impl Stable {
                 let reserve = old.state != new.state || old.limits != new.limits;
                 self.tell_waiting(&handle);
                 if beat {
-                    self.heartbeat().await;
+                    self.heartbeat();
                 }
                 if reserve {
-                    self.advertise().await;
+                    self.advertise();
                 }
             }
             Change::Gone(handle) => {
                 self.stalls.remove(&handle);
                 self.tell_waiting(&handle);
-                self.advertise().await;
+                self.advertise();
             }
         }
     }
@@ -372,7 +385,7 @@ impl Stable {
         let mut until = deadline;
         while !self.stalls.is_empty() {
             match timeout_at(until, self.changed.recv()).await {
-                Ok(Some(change)) => self.change(change).await,
+                Ok(Some(change)) => self.change(change),
                 Ok(None) | Err(_) => break,
             }
             let dead =
@@ -397,8 +410,9 @@ impl Stable {
         }
     }
 
-    async fn say(&self, message: Message) {
-        self.world.outlet.send(message).await;
+    /// Never waits: what the host says on its own, it says again.
+    fn say(&self, message: Message) {
+        self.world.outlet.offer(message);
     }
 }
 

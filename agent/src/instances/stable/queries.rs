@@ -82,10 +82,9 @@ impl Stable {
     }
 
     /// Says that this host is ready.
-    pub(super) async fn say_hello(&self) {
+    pub(super) fn say_hello(&self) {
         let body = self.hello().to_bytes();
-        self.say(super::Message::plain(messages::subjects::HELLO, body))
-            .await;
+        self.say(super::Message::plain(messages::subjects::HELLO, body));
     }
 
     /// Answers once every instance has measured, or not in time.
