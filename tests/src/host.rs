@@ -439,9 +439,18 @@ parent = "{mark}"
 /// Starts a nats-server and waits until it accepts.
 async fn bus(arguments: &[String], directory: &Path) -> Running {
     let (address, port) = Host::BUS.split_once(':').expect("an address and a port");
-    let mut all = vec!["--addr", address, "--port", port];
+    // It ends with this thread also when the test itself is killed.
+    let mut all = vec![
+        "--pdeathsig",
+        "KILL",
+        "nats-server",
+        "--addr",
+        address,
+        "--port",
+        port,
+    ];
     all.extend(arguments.iter().map(String::as_str));
-    let bus = Running::start(Path::new("nats-server"), &all, &directory.join("nats.log"));
+    let bus = Running::start(Path::new("setpriv"), &all, &directory.join("nats.log"));
     let deadline = Instant::now() + patience();
     while tokio::net::TcpStream::connect(Host::BUS).await.is_err() {
         assert!(

@@ -8,6 +8,11 @@ async fn scale(host: &Host, droplet: &str, instances: u32) -> Value {
     host.request(&host.subject("scale"), &message).await
 }
 
+async fn scaled(host: &Host, droplet: &str, instances: u32) {
+    let answer = scale(host, droplet, instances).await;
+    assert_eq!(answer["ok"], true, "{answer}\n{}", host.log());
+}
+
 /// The indices in the next heartbeat that shows `count` running instances.
 async fn indices(host: &Host, count: usize) -> Vec<u64> {
     let mut heartbeats = host.watch("dea.heartbeat").await;
@@ -36,7 +41,7 @@ async fn a_second_instance_is_one_more_set_of_processes() {
         .await;
     let first = registered.next().await;
 
-    assert_eq!(scale(&host, "sinatra", 2).await["ok"], true);
+    scaled(&host, "sinatra", 2).await;
     let two = host
         .tree_until("two sets", |tree| tree.named("oom").len() == 2)
         .await;
@@ -58,19 +63,19 @@ async fn a_second_instance_is_one_more_set_of_processes() {
     assert_eq!(serde_json::from_str::<Value>(&body).unwrap()["index"], 1);
 
     // Down: the highest index goes. Up again: the lowest free index comes.
-    assert_eq!(scale(&host, "sinatra", 1).await["ok"], true);
+    scaled(&host, "sinatra", 1).await;
     assert_eq!(indices(&host, 1).await, [0]);
     assert!(one.0.iter().all(Process::lives));
-    assert_eq!(scale(&host, "sinatra", 3).await["ok"], true);
+    scaled(&host, "sinatra", 3).await;
     assert_eq!(indices(&host, 3).await, [0, 1, 2]);
     host.publish("dea.stop", &json!({"droplet": "sinatra", "indices": [1]}))
         .await;
     assert_eq!(indices(&host, 2).await, [0, 2]);
-    assert_eq!(scale(&host, "sinatra", 3).await["ok"], true);
+    scaled(&host, "sinatra", 3).await;
     assert_eq!(indices(&host, 3).await, [0, 1, 2]);
     // As it is: nothing happens.
     let same = host.tree();
-    assert_eq!(scale(&host, "sinatra", 3).await["ok"], true);
+    scaled(&host, "sinatra", 3).await;
     assert!(same.named("wshd").iter().all(|wshd| wshd.lives()));
     host.stop("sinatra").await;
 }
@@ -80,13 +85,13 @@ async fn an_app_at_zero_is_remembered_also_by_a_new_agent() {
     let mut host = Host::start().await;
     host.run(host.message("sleeper", &Droplet::sample("sleeper")))
         .await;
-    assert_eq!(scale(&host, "sleeper", 0).await["ok"], true);
+    scaled(&host, "sleeper", 0).await;
     host.tree_until("empty machine", |tree| tree.named("wshd").is_empty())
         .await;
     host.restart().await;
-    assert_eq!(scale(&host, "sleeper", 2).await["ok"], true);
+    scaled(&host, "sleeper", 2).await;
     assert_eq!(indices(&host, 2).await, [0, 1]);
-    assert_eq!(scale(&host, "sleeper", 0).await["ok"], true);
+    scaled(&host, "sleeper", 0).await;
 }
 
 #[tokio::test]
