@@ -15,9 +15,14 @@ use std::error::Error;
 use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
-use tokio::signal::unix::{SignalKind, signal};
+use std::time::Duration;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
-use tracing::{error, info};
+use tokio::time::timeout;
+use tracing::{error, info, warn};
+
+/// What a server may take to confirm the last words.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -61,7 +66,7 @@ pub fn clean(path: &Path, overrides: Overrides) -> Outcome<()> {
         remove(&config.base.join(name))?;
     }
     println!(
-        "removed {swept} containers and everything below {} but the host's id",
+        "removed {swept} containers and what an agent keeps in {}, but the host's id",
         config.base.display()
     );
     Ok(())
@@ -160,39 +165,65 @@ async fn run(config: Config) -> Outcome<()> {
     if let Err(error) = stable.await {
         error!(%error, "the stable ended badly");
     }
-    let world = Arc::into_inner(world);
-    if let (Some(world), Farewell::Shutdown) = (world, parting) {
-        let droplets = world.droplets.clone();
-        if let Err(error) = blocking(move || droplets.remove_all()).await {
-            error!(%error, "droplets stay");
-        }
-        world.engine.close().await;
+    if parting == Farewell::Shutdown {
+        leave_nothing(&world).await;
     }
+    // The last words reach the server, if there is one.
+    drop(timeout(LAST_WORDS, world.outlet.settle()).await);
     publisher.abort();
     Ok(())
 }
 
+/// All instances are gone: so is everything else but the host's id.
+async fn leave_nothing(world: &World) {
+    world.engine.clone().close().await;
+    let (droplets, base) = (world.droplets.clone(), world.config.base.clone());
+    let removed = blocking(move || {
+        droplets.remove_all().map_err(|error| error.to_string())?;
+        ["answers", "templates", "instances"]
+            .iter()
+            .try_for_each(|name| remove(&base.join(name)).map_err(|error| error.to_string()))
+    });
+    if let Err(error) = removed.await {
+        error!(error, "something stays");
+    }
+}
+
 /// The signals that end the agent.
-struct Signals([(Farewell, tokio::signal::unix::Signal); 4]);
+struct Signals {
+    ending: [(Farewell, Signal); 4],
+    /// The DEA's drain signals. Nothing is done at them yet, and they must not kill.
+    ignored: [Signal; 2],
+}
 
 impl Signals {
     /// From here on they are noticed, also during the start.
     fn listen() -> std::io::Result<Self> {
-        Ok(Self([
+        let ending = [
             (Farewell::Shutdown, signal(SignalKind::terminate())?),
             (Farewell::Shutdown, signal(SignalKind::interrupt())?),
             (Farewell::Shutdown, signal(SignalKind::quit())?),
             (Farewell::Leave, signal(SignalKind::hangup())?),
-        ]))
+        ];
+        let ignored = [
+            signal(SignalKind::user_defined1())?,
+            signal(SignalKind::user_defined2())?,
+        ];
+        Ok(Self { ending, ignored })
     }
 
     async fn parting(&mut self) -> Farewell {
-        let [term, int, quit, hup] = &mut self.0;
-        tokio::select! {
-            _ = term.1.recv() => term.0,
-            _ = int.1.recv() => int.0,
-            _ = quit.1.recv() => quit.0,
-            _ = hup.1.recv() => hup.0,
+        let [term, int, quit, hup] = &mut self.ending;
+        let [usr1, usr2] = &mut self.ignored;
+        loop {
+            tokio::select! {
+                _ = term.1.recv() => return term.0,
+                _ = int.1.recv() => return int.0,
+                _ = quit.1.recv() => return quit.0,
+                _ = hup.1.recv() => return hup.0,
+                _ = usr1.recv() => warn!("USR1 is not supported yet: nothing was done"),
+                _ = usr2.recv() => warn!("USR2 (evacuation) is not supported yet: nothing was done"),
+            }
         }
     }
 }

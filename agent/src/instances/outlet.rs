@@ -163,6 +163,11 @@ impl Outlet {
         }
     }
 
+    /// Waits until the server has everything that was said, or the connection is gone.
+    pub async fn settle(&self) {
+        confirmed(&self.control, self.mark()).await;
+    }
+
     /// Waits for a connection.
     pub async fn up(&self) -> Mark {
         let mut link = self.link.clone();

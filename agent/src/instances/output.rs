@@ -17,11 +17,16 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
 use tracing::{debug, error, warn};
 
 /// Most bytes on their way without a confirmation.
 const WINDOW: u64 = 4 << 20;
+
+/// Between two tries to follow a job whose linkers end at once.
+const RETRY: Duration = Duration::from_secs(10);
 
 /// Bytes that headers and subject may take of the server's `max_payload`, generously.
 const HEADROOM: usize = 1024;
@@ -46,6 +51,12 @@ impl JobView {
     #[must_use]
     pub fn over(&self) -> bool {
         self.exit.is_some() || self.end.is_some() || self.lost.is_some()
+    }
+
+    /// Whether it ended before its program was executed, and nobody said why.
+    #[must_use]
+    pub fn never_ran(&self) -> bool {
+        self.end.is_some() && !self.started && self.exit.is_none()
     }
 }
 
@@ -126,12 +137,15 @@ pub async fn pump(
                 return;
             }
             Landed::Lost(why) => {
-                error!(handle = source.handle, why, "output is lost from here on");
-                view.send_modify(|view| {
-                    view.lost = Some(why);
-                    view.delivered = true;
-                });
-                return;
+                error!(handle = source.handle, why, "output cannot be followed");
+                // Trouble with output never ends an app: as long as it lives, it is tried again.
+                if timeout(RETRY, container.died()).await.is_ok() {
+                    view.send_modify(|view| {
+                        view.lost = Some(why);
+                        view.delivered = true;
+                    });
+                    return;
+                }
             }
             Landed::LinkChanged => debug!(handle = source.handle, %confirmed, "output rewound"),
         }
@@ -269,7 +283,7 @@ impl Source {
 
     /// A hole as a message: never an empty body, which readers show as nothing.
     fn dropped(&self, stream: Stream, offset: u64, bytes: u64, certain: bool) -> Message {
-        let about = if certain { "" } else { "up to " };
+        let about = if certain { "" } else { "at least " };
         let headers = vec![
             (INSTANCE, self.instance.borrow().clone()),
             (OFFSET, offset.to_string()),

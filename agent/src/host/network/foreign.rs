@@ -61,7 +61,7 @@ pub(super) fn settle(accepts: Accepts) -> Result<Vec<String>, NetworkError> {
         let rules = match program::run(program, &["-w", "10", "-S"], "") {
             Ok(rules) => rules,
             // Without the program there is nobody who could have used it here. In a mount namespace
-            // of our own somebody outside might have: `ostler doctor` can tell, we cannot.
+            // of our own somebody outside might have.
             Err(NetworkError::Missing { .. }) => continue,
             Err(error) => return Err(error),
         };

@@ -20,7 +20,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::sync::watch;
-use tracing::warn;
 
 /// The job of an app in its container.
 const JOB: u32 = 1;
@@ -61,19 +60,34 @@ impl Instance {
             return self.already(End::Known);
         }
         match self.remains.take() {
-            Some(Remains::Alive(container)) if self.record.spawned => {
-                return self.carry_on(container).await;
+            Some(Remains::Alive(container)) => {
+                // Killed just after the job was handed over: it runs all the same.
+                self.record.spawned |= container.path().join(format!("jobs/{JOB}")).exists();
+                self.container = Some(container);
+                if self.record.spawned {
+                    self.carry_on().await
+                } else {
+                    self.begin_again().await
+                }
             }
-            Some(Remains::Dead(reason)) if self.record.spawned => {
-                return self.already(End::Died(reason));
-            }
-            Some(Remains::Alive(_) | Remains::Dead(_)) | None => {}
+            Some(Remains::Dead(reason)) if self.record.spawned => self.already(End::Died(reason)),
+            Some(Remains::Dead(_)) | None => self.begin_again().await,
         }
-        // Accepted, and killed before the app ran: nothing of it can be missed, so begin again.
-        if let Some(saved) = self.record.container.take()
-            && let Err(error) = self.world.engine.destroy_handle(&saved).await
-        {
-            warn!(handle = self.record.handle, %error, "remains of a start that was cut off");
+    }
+
+    /// Accepted, and cut off before the app ran: nothing of it can be missed.
+    async fn begin_again(&mut self) -> End {
+        let destroyed = match (self.container.take(), self.record.container.take()) {
+            (Some(container), _) => container.destroy().await,
+            (None, Some(saved)) => self.world.engine.destroy_handle(&saved).await,
+            (None, None) => Ok(()),
+        };
+        if let Err(error) = destroyed {
+            return failed(error);
+        }
+        self.record.spawned = false;
+        if self.record.stopping.is_some() {
+            return End::Stop;
         }
         match self.start().await {
             Ok(()) => self.run().await,
@@ -90,8 +104,7 @@ impl Instance {
         }
     }
 
-    async fn carry_on(&mut self, container: Container) -> End {
-        self.container = Some(container);
+    async fn carry_on(&mut self) -> End {
         if let Err(end) = self.follow().await {
             return end;
         }
@@ -103,6 +116,10 @@ impl Instance {
             return End::Ended;
         }
         if self.record.state == State::Starting {
+            let started = self.until_started().await;
+            if started.is_err() && self.job.borrow().never_ran() {
+                return self.begin_again().await;
+            }
             let healthy = match self.layer().await {
                 Ok((layer, _)) => self.become_healthy(&layer).await,
                 Err(end) => Err(end),

@@ -13,13 +13,16 @@ use messages::reply::{ErrorCode, Reply};
 use messages::start::{StartRequest, Wait};
 use messages::state::State;
 use serde_json::{Value, json};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
 /// Bytes that one instance takes in a heartbeat, rounded up (measured: 236).
 const HEARTBEAT_ENTRY: usize = 256;
+
+/// Apps that are remembered for `scale`, those that have instances here not counted.
+const MOST_TEMPLATES: usize = 1000;
 
 /// An accepted start: its handle, and the word that its record is on disk.
 struct Accepted {
@@ -231,6 +234,7 @@ impl Stable {
     fn keep_template(&mut self, droplet: String, raw: Value) {
         let bytes = raw.to_string().into_bytes();
         self.templates.insert(droplet.clone(), raw);
+        self.forget_a_template();
         let dir = self.world.config.base.join("templates");
         crate::host::in_background(move || {
             let kept = make_private(&dir)
@@ -239,6 +243,33 @@ impl Stable {
                 warn!(droplet, %error, "after a restart this app cannot be scaled from 0");
             }
         });
+    }
+
+    /// Templates hold droplets on the disk: of apps that are not here only so many are remembered.
+    fn forget_a_template(&mut self) {
+        if self.templates.len() <= MOST_TEMPLATES {
+            return;
+        }
+        let here: HashSet<&str> = self
+            .stalls
+            .values()
+            .map(|stall| stall.view.droplet.as_str())
+            .collect();
+        let gone = self
+            .templates
+            .keys()
+            .find(|droplet| !here.contains(droplet.as_str()))
+            .cloned();
+        if let Some(droplet) = gone {
+            self.templates.remove(&droplet);
+            let path = self
+                .world
+                .config
+                .base
+                .join("templates")
+                .join(format!("{droplet}.json"));
+            crate::host::in_background(move || drop(std::fs::remove_file(path)));
+        }
     }
 
     fn stop(&mut self, filter: &Filter, wait: Option<Wait>, answer: oneshot::Sender<Reply>) {
