@@ -1,10 +1,13 @@
 //! Finding a container of an earlier agent again, or telling why it is dead.
 
 use super::{Container, EngineError, Saved, Shared, blocking, lock};
+use crate::host::cgroups::Group;
+use crate::host::depot::Directory;
 use container::client::Client;
-use container::fault::SysError;
+use container::fault::{Context, SysError};
 use container::sys::pidfd;
 use nix::errno::Errno;
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
@@ -14,10 +17,12 @@ use std::sync::Arc;
 pub enum Adopted {
     /// It runs, and is this agent's now.
     Alive(Container),
-    /// It is dead; [`super::Engine::destroy_handle`] removes what it left.
+    /// It is dead.
     Dead {
         /// Why, for a person and for `exit_description`.
         reason: &'static str,
+        /// What is left of it: its jobs can be followed to their ends, and it wants to be destroyed.
+        container: Container,
     },
 }
 
@@ -27,14 +32,25 @@ pub const REBOOTED: &str = "host rebooted";
 pub const INIT_DIED: &str = "its init died";
 
 pub(super) async fn adopt(shared: &Arc<Shared>, saved: &Saved) -> Result<Adopted, EngineError> {
-    if saved.boot_id != shared.boot_id {
-        return Ok(Adopted::Dead { reason: REBOOTED });
-    }
     let directory = shared.depot.container(&saved.handle);
     let group = shared.cgroups.group(&saved.handle);
+    let dead = |reason| {
+        let container = hold(
+            shared,
+            saved,
+            directory.clone(),
+            group.clone(),
+            dead_init()?,
+        )?;
+        tracing::info!(handle = saved.handle, reason, "container is dead");
+        Ok(Adopted::Dead { reason, container })
+    };
+    if saved.boot_id != shared.boot_id {
+        return dead(REBOOTED);
+    }
     let socket = directory.socket();
     let Some((init, pid)) = blocking(move || find_init(&socket)).await? else {
-        return Ok(Adopted::Dead { reason: INIT_DIED });
+        return dead(INIT_DIED);
     };
     let members = group.clone();
     if !blocking(move || members.pids()).await.contains(&pid) {
@@ -43,18 +59,7 @@ pub(super) async fn adopt(shared: &Arc<Shared>, saved: &Saved) -> Result<Adopted
             pid,
         });
     }
-    take(shared, saved)?;
-    let (lease, ports) = (saved.lease.clone(), saved.ports.clone());
-    let made = Container::new(
-        Arc::clone(shared),
-        &saved.handle,
-        directory,
-        group,
-        lease,
-        ports,
-        init,
-    );
-    let container = made.inspect_err(|_| give_up(shared, saved, saved.ports.len()))?;
+    let container = hold(shared, saved, directory.clone(), group.clone(), init)?;
     let ports = lock(&container.inner.ports).len();
     tracing::info!(
         handle = saved.handle,
@@ -63,6 +68,35 @@ pub(super) async fn adopt(shared: &Arc<Shared>, saved: &Saved) -> Result<Adopted
         "container adopted"
     );
     Ok(Adopted::Alive(container))
+}
+
+/// Takes what the record says out of the pools for a container with this init.
+fn hold(
+    shared: &Arc<Shared>,
+    saved: &Saved,
+    directory: Directory,
+    group: Group,
+    init: OwnedFd,
+) -> Result<Container, EngineError> {
+    take(shared, saved)?;
+    let (lease, ports) = (saved.lease.clone(), saved.ports.clone());
+    Container::new(
+        Arc::clone(shared),
+        &saved.handle,
+        directory,
+        group,
+        lease,
+        ports,
+        init,
+    )
+    .inspect_err(|_| give_up(shared, saved, saved.ports.len()))
+}
+
+/// Stands for the init of a container that is dead: readable, as the descriptor of a dead process is,
+/// and no process to signal.
+fn dead_init() -> Result<OwnedFd, SysError> {
+    let (reader, _closed) = io::pipe().context("pipe2", "dead init")?;
+    Ok(reader.into())
 }
 
 /// The process that listens on the container's socket, by descriptor and number, if there is one.

@@ -63,7 +63,8 @@ impl Container {
         ports: Vec<(u16, u16)>,
         init: OwnedFd,
     ) -> Result<Self, EngineError> {
-        let pid = pidfd::pid_of(init.as_fd())?.unwrap_or(0);
+        // For logs only; what stands for a dead init has none.
+        let pid = pidfd::pid_of(init.as_fd()).ok().flatten().unwrap_or(0);
         let init = watched(init, Interest::READABLE).context("epoll_ctl", "pidfd")?;
         let inner = Inner {
             shared,

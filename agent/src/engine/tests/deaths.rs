@@ -108,11 +108,11 @@ fn the_dead_are_told_why_and_removed() {
             boot_id: "another".to_owned(),
             ..saved.clone()
         };
-        let Adopted::Dead { reason } = engine.adopt(&rebooted).await.unwrap() else {
+        let Adopted::Dead { reason, .. } = engine.adopt(&rebooted).await.unwrap() else {
             panic!()
         };
         assert_eq!(reason, REBOOTED);
-        let Adopted::Dead { reason } = engine.adopt(&saved).await.unwrap() else {
+        let Adopted::Dead { reason, .. } = engine.adopt(&saved).await.unwrap() else {
             panic!()
         };
         assert_eq!(reason, INIT_DIED);

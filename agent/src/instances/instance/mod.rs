@@ -143,8 +143,8 @@ impl std::fmt::Debug for Instance {
 pub enum Remains {
     /// It runs, and is ours again.
     Alive(Container),
-    /// It is dead: why.
-    Dead(String),
+    /// It is dead: why, and what is left of it.
+    Dead(String, Option<Container>),
 }
 
 /// Makes an instance from its record; the caller runs [`Instance::live`] in a task of its own.

@@ -53,9 +53,6 @@ impl Instance {
 
     /// An instance of an earlier life of the agent.
     pub(super) async fn resume(&mut self) -> End {
-        if self.record.boot_id != self.world.boot_id {
-            return self.already(End::Died(REBOOTED.to_owned()));
-        }
         if self.record.exit.is_some() {
             return self.already(End::Known);
         }
@@ -70,8 +67,21 @@ impl Instance {
                     self.begin_again().await
                 }
             }
-            Some(Remains::Dead(reason)) if self.record.spawned => self.already(End::Died(reason)),
-            Some(Remains::Dead(_)) | None => self.begin_again().await,
+            Some(Remains::Dead(reason, container)) => {
+                self.container = container;
+                if !self.record.spawned {
+                    return self.begin_again().await;
+                }
+                // Its last output and perhaps its status are on the disk.
+                match self.follow().await {
+                    Ok(()) => self.already(End::Died(reason)),
+                    Err(end) => end,
+                }
+            }
+            None if self.record.boot_id != self.world.boot_id => {
+                self.already(End::Died(REBOOTED.to_owned()))
+            }
+            None => self.begin_again().await,
         }
     }
 

@@ -168,8 +168,10 @@ impl Stable {
         let saved = record.container.as_ref()?;
         Some(match self.world.engine.adopt(saved).await {
             Ok(Adopted::Alive(container)) => Remains::Alive(container),
-            Ok(Adopted::Dead { reason }) => Remains::Dead(reason.to_owned()),
-            Err(error) => Remains::Dead(error.to_string()),
+            Ok(Adopted::Dead { reason, container }) => {
+                Remains::Dead(reason.to_owned(), Some(container))
+            }
+            Err(error) => Remains::Dead(error.to_string(), None),
         })
     }
 
