@@ -30,10 +30,10 @@ fn same(ours: &impl ToBytes, name: &str) {
 }
 
 fn start() -> StartRequest {
-    match asked(Incoming::Start, "dea.start") {
-        Asked::Command(Command::Start(request)) => *request,
-        other => panic!("{other:?}"),
-    }
+    let Asked::Command(Command::Start(request)) = asked(Incoming::Start, "dea.start") else {
+        panic!("no start");
+    };
+    *request
 }
 
 #[test]
@@ -196,6 +196,10 @@ fn any_bytes_are_an_answer_and_never_a_panic() {
 }
 
 #[test]
+#[expect(
+    clippy::too_many_lines,
+    reason = "one literal after the other, each beside its fixture"
+)]
 fn what_goes_out_is_as_the_reference_shows() {
     let app = "5c1f7a0e-33d2-4b68-9a3f-0c6c7f1b2a91".to_owned();
     let version = "b7f0c2de-8f1e-4c55-8d0b-6a1e0f9d4c22".to_owned();

@@ -130,6 +130,53 @@ async fn an_end_while_the_agent_is_down_is_told_afterwards() {
 }
 
 #[tokio::test]
+async fn what_was_printed_before_a_death_that_no_agent_saw_arrives() {
+    let mut host = Host::start().await;
+    let mut output = host.output("app").await;
+    let mut exits = host.watch("droplet.exited").await;
+    let script = "trap 'head -c 300000 /dev/zero | tr \"\\0\" x; echo done' USR1\necho up\nwhile :; do sleep 0.05; done";
+    host.run(host.message("app", &Droplet::shell(script))).await;
+    output
+        .until("first line", |output| output.text(0, "stdout") == "up\n")
+        .await;
+    let tree = host.tree();
+    let job = tree.one("iomux-spawn").argv[1].clone();
+    let shell = tree
+        .0
+        .iter()
+        .find(|process| process.title() == "bash main.sh");
+    host.kill9().await;
+    shell.expect("the app").signal(Signal::SIGUSR1);
+    let spooled = || {
+        let entries = std::fs::read_dir(&job).unwrap().map(|entry| entry.unwrap());
+        let spool =
+            entries.filter(|entry| entry.file_name().to_string_lossy().starts_with("spool"));
+        spool
+            .map(|entry| entry.metadata().unwrap().len())
+            .sum::<u64>()
+    };
+    host.tree_until("all of it on the disk", |_| spooled() > 300_000 + 8)
+        .await;
+    tree.one("wshd").signal(Signal::SIGKILL);
+    host.tree_until("dead container", |tree| tree.named("wshd").is_empty())
+        .await;
+    host.start_agent().await;
+    let exit = exits.next().await;
+    assert_eq!(exit["exit_description"], "its init died", "{exit}");
+    assert_eq!(exit["output"]["stdout"], 300_000 + 8, "{exit}");
+    output
+        .until("all of it", |output| {
+            output.stream(0, "stdout").next >= 300_008
+        })
+        .await;
+    let stream = output.stream(0, "stdout");
+    assert_eq!(
+        (stream.next, stream.dropped, stream.holes.len()),
+        (300_008, 0, 0)
+    );
+}
+
+#[tokio::test]
 async fn a_reboot_is_told_as_one() {
     let mut host = Host::start().await;
     let mut exits = host.watch("droplet.exited").await;
