@@ -101,7 +101,7 @@ impl CursorFile {
 
     async fn keep(&self, cursor: Cursor) {
         let file = Arc::clone(&self.0);
-        let text = format!("{cursor:<width$}", width = CURSOR_BYTES - 1) + "\n";
+        let text = format!("{:<width$}\n", cursor.to_string(), width = CURSOR_BYTES - 1);
         let kept = crate::host::blocking(move || file.write_all_at(text.as_bytes(), 0)).await;
         if let Err(error) = kept {
             // Worth a repetition after a restart, not more.

@@ -93,30 +93,61 @@ fn the_dead_are_told_why_and_removed() {
         let engine = world.engine().await;
         let container = engine.create(world.spec(&world.handle)).await.unwrap();
         container.map_port(None).await.unwrap();
-        container
-            .spawn(1, "vcap", shell("sleep 1000"))
-            .await
-            .unwrap();
+        let script = "echo last; touch /shared/up; sleep 1000";
+        container.spawn(1, "vcap", shell(script)).await.unwrap();
+        appears(&world.shared.join("up")).await;
         let saved = container.saved();
         let pid = container.pid();
         drop((container, engine));
         pidfd::send_signal(pidfd::open(pid).unwrap(), 9).unwrap();
         dead(pid).await;
 
-        let engine = world.engine().await;
         let rebooted = Saved {
             boot_id: "another".to_owned(),
             ..saved.clone()
         };
-        let Adopted::Dead { reason, .. } = engine.adopt(&rebooted).await.unwrap() else {
-            panic!()
+        let engine = world.engine().await;
+        let Adopted::Dead { reason, container } = engine.adopt(&rebooted).await.unwrap() else {
+            panic!("of another boot")
         };
         assert_eq!(reason, REBOOTED);
-        let Adopted::Dead { reason, .. } = engine.adopt(&saved).await.unwrap() else {
-            panic!()
+        // What it held is held until it is destroyed, or the agent is gone.
+        engine
+            .adopt(&saved)
+            .await
+            .expect_err("its address is in use");
+        drop((container, engine));
+
+        let engine = world.engine().await;
+        let Adopted::Dead { reason, container } = engine.adopt(&saved).await.unwrap() else {
+            panic!("its init was killed")
         };
         assert_eq!(reason, INIT_DIED);
         engine.rebuild_network(&[]).await.unwrap();
+        let mut records = container.follow(1, Cursor::default());
+        let told = Told::default().rest(&mut records).await;
+        assert_eq!((told.out(), told.ended), ("last\n", true));
+        container.destroy().await.unwrap();
+        engine.destroy_handle(&saved).await.unwrap();
+        world.nothing_left(&world.handle).await;
+    });
+}
+
+#[test]
+fn a_record_is_enough_to_destroy() {
+    world(|world| async move {
+        let engine = world.engine().await;
+        let container = engine.create(world.spec(&world.handle)).await.unwrap();
+        container.map_port(None).await.unwrap();
+        container
+            .spawn(1, "vcap", shell("sleep 1000"))
+            .await
+            .unwrap();
+        let saved = container.saved();
+        drop((container, engine));
+
+        // Alive as well as gone.
+        let engine = world.engine().await;
         engine.destroy_handle(&saved).await.unwrap();
         engine.destroy_handle(&saved).await.unwrap();
         world.nothing_left(&world.handle).await;

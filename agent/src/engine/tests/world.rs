@@ -45,7 +45,12 @@ pub(super) fn world<F: Future<Output = ()>>(test: impl FnOnce(World) -> F + Send
             .enable_all()
             .build()
             .unwrap();
-        runtime.block_on(async { timeout(DEADLINE, test(world)).await.expect("in time") });
+        let (home, handle) = (world.base.display().to_string(), world.handle.clone());
+        runtime.block_on(async {
+            let ended = timeout(DEADLINE, test(world)).await;
+            let running = || [processes(&home), processes(&handle)].concat();
+            assert!(ended.is_ok(), "not done in time; running: {:#?}", running());
+        });
     });
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
