@@ -15,11 +15,16 @@ use messages::command::{Asked, Command, Query, json, parse};
 use messages::reply::{ErrorCode, Reply};
 use messages::subjects::{Incoming, subscriptions};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::time::timeout;
 use tracing::{Instrument, debug, error, info_span, warn};
 
 /// Answers of one query that may wait for the bus.
 const ANSWERS: usize = 64;
+
+/// How long an answer waits for a bus that is away.
+const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
 
 /// Everything an answer needs.
 struct Desk {
@@ -167,6 +172,10 @@ async fn answer_later(
                 warn!(%error, "a repetition after a restart would act again");
             }
         }
+    }
+    // An answer that falls due while the bus is away is owed all the same, for a while.
+    if reply_to.is_some() {
+        drop(timeout(ANSWER_PATIENCE, desk.world.outlet.up()).await);
     }
     desk.answer(reply_to, &reply).await;
 }

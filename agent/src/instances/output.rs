@@ -19,11 +19,14 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tracing::{debug, error, warn};
 
 /// Most bytes on their way without a confirmation.
 const WINDOW: u64 = 4 << 20;
+
+/// How long the window is full before somebody reads ahead.
+const STALLED: Duration = Duration::from_millis(250);
 
 /// Between two tries to follow a job whose linkers end at once.
 const RETRY: Duration = Duration::from_secs(10);
@@ -71,43 +74,88 @@ pub struct Source {
     pub instance: watch::Receiver<String>,
 }
 
-/// Where the confirmed cursor is kept between two lives of the agent.
+/// Where the confirmed cursor is kept between two lives of the agent, together with what is known of
+/// the job: what stands before the cursor is not read again.
 #[derive(Debug, Clone)]
 pub struct CursorFile(Arc<File>);
 
-/// A cursor's text, padded to this many bytes, is one write and so never torn by a kill.
-const CURSOR_BYTES: usize = 72;
+/// The file's text, padded to this many bytes, is one write and so never torn by a kill.
+const KEPT_BYTES: usize = 160;
 
 impl CursorFile {
-    /// Opens or makes the file; what is no cursor reads as the beginning.
+    /// Opens or makes the file; what is not understood reads as the beginning.
     ///
     /// # Errors
     /// As `open(2)`.
-    pub fn open(path: &Path) -> std::io::Result<(Self, Cursor)> {
+    pub fn open(path: &Path) -> std::io::Result<(Self, Cursor, JobView)> {
         let file = File::options()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
             .open(path)?;
-        let mut text = [0; CURSOR_BYTES];
+        let mut text = [0; KEPT_BYTES];
         let length = file.read_at(&mut text, 0)?;
-        let cursor = std::str::from_utf8(text.get(..length).unwrap_or_default())
+        let (cursor, view) = std::str::from_utf8(text.get(..length).unwrap_or_default())
             .ok()
-            .and_then(|text| text.trim().parse().ok())
+            .and_then(read_kept)
             .unwrap_or_default();
-        Ok((Self(Arc::new(file)), cursor))
+        Ok((Self(Arc::new(file)), cursor, view))
     }
 
-    async fn keep(&self, cursor: Cursor) {
+    async fn keep(&self, cursor: Cursor, view: &JobView) {
         let file = Arc::clone(&self.0);
-        let text = format!("{:<width$}\n", cursor.to_string(), width = CURSOR_BYTES - 1);
+        let text = write_kept(cursor, view);
         let kept = crate::host::blocking(move || file.write_all_at(text.as_bytes(), 0)).await;
         if let Err(error) = kept {
             // Worth a repetition after a restart, not more.
             warn!(%error, "the output cursor could not be kept");
         }
     }
+}
+
+/// `<cursor> <started> <delivered> <exit> <end>`: flags as 0 and 1, the exit as the hexadecimal of its
+/// status frame, the end as two offsets with a comma, `-` for what is not known.
+fn write_kept(cursor: Cursor, view: &JobView) -> String {
+    let exit = view.exit.map_or("-".to_owned(), |status| {
+        status
+            .encode()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
+    });
+    let end = view
+        .end
+        .map_or("-".to_owned(), |(out, err)| format!("{out},{err}"));
+    let (started, delivered) = (u8::from(view.started), u8::from(view.delivered));
+    let text = format!("{cursor} {started} {delivered} {exit} {end}");
+    format!("{text:<width$}\n", width = KEPT_BYTES - 1)
+}
+
+fn read_kept(text: &str) -> Option<(Cursor, JobView)> {
+    let mut words = text.split_whitespace();
+    let cursor = words.next()?.parse().ok()?;
+    let (started, delivered) = (words.next()? == "1", words.next()? == "1");
+    let exit = match words.next()? {
+        "-" => None,
+        hex => Some(u64::from_str_radix(hex, 16).ok()?),
+    };
+    let exit = exit.and_then(|frame| Status::decode(frame.to_be_bytes()));
+    let end = match words.next()? {
+        "-" => None,
+        pair => {
+            let (out, err) = pair.split_once(',')?;
+            Some((out.parse().ok()?, err.parse().ok()?))
+        }
+    };
+    let view = JobView {
+        started,
+        exit,
+        end,
+        delivered,
+        lost: None,
+    };
+    Some((cursor, view))
 }
 
 /// Follows job 1 of `container` until everything has reached the bus.
@@ -118,23 +166,21 @@ pub async fn pump(
     (file, mut confirmed): (CursorFile, Cursor),
     view: watch::Sender<JobView>,
 ) {
-    loop {
+    while !view.borrow().delivered {
         let mark = outlet.mark();
-        let mut follow = container.follow(1, confirmed);
         let mut flight = Flight {
+            container: &container,
             confirmed,
             sent: confirmed,
             mark,
         };
-        let why = flight
-            .fly(&mut follow, &outlet, &source, &file, &view)
-            .await;
-        drop(follow);
+        let why = flight.fly(&outlet, &source, &file, &view).await;
         confirmed = flight.confirmed;
         match why {
             Landed::Delivered => {
                 view.send_modify(|view| view.delivered = true);
-                return;
+                let facts = view.borrow().clone();
+                file.keep(confirmed, &facts).await;
             }
             Landed::Lost(why) => {
                 error!(handle = source.handle, why, "output cannot be followed");
@@ -164,21 +210,24 @@ enum Landed {
 }
 
 /// One connection's worth of publishing.
-struct Flight {
+struct Flight<'a> {
+    container: &'a Container,
     confirmed: Cursor,
     sent: Cursor,
     mark: Mark,
 }
 
-impl Flight {
+impl Flight<'_> {
     async fn fly(
         &mut self,
-        follow: &mut mpsc::Receiver<Followed>,
         outlet: &Outlet,
         source: &Source,
         file: &CursorFile,
         view: &watch::Sender<JobView>,
     ) -> Landed {
+        let mut follow = self.container.follow(1, self.confirmed);
+        // Reads ahead while the window is full, so that the job's end is known however slow the bus is.
+        let mut scout = None;
         let mut ended = false;
         let mut target = self.confirmed;
         let mut confirming = pin!(Fuse::terminated());
@@ -191,6 +240,9 @@ impl Flight {
                 confirming.set(outlet.confirm(self.mark).fuse());
             }
             let full = self.sent.position.saturating_sub(self.confirmed.position) >= WINDOW;
+            if !full {
+                scout = None;
+            }
             tokio::select! {
                 // A broken connection first: nothing published after it would count. Then what frees
                 // the window.
@@ -201,7 +253,8 @@ impl Flight {
                         return Landed::LinkChanged;
                     }
                     self.confirmed = target;
-                    file.keep(target).await;
+                    let facts = view.borrow().clone();
+                    file.keep(target, &facts).await;
                 }
                 followed = follow.recv(), if !full && !ended => match followed {
                     Some(Followed::Frame(frame)) => {
@@ -214,6 +267,12 @@ impl Flight {
                     Some(Followed::Lost(why)) => return Landed::Lost(why),
                     None => return Landed::Lost("the engine stopped following".into()),
                 },
+                Some(Followed::Frame(frame)) = next(&mut scout), if full => {
+                    tell(&frame.record, view);
+                }
+                () = sleep(STALLED), if full && scout.is_none() => {
+                    scout = Some(self.container.follow(1, self.sent));
+                }
             }
         }
     }
@@ -246,6 +305,13 @@ impl Flight {
             }
             Record::Started | Record::Exit { .. } | Record::End { .. } => {}
         }
+    }
+}
+
+async fn next(follow: &mut Option<mpsc::Receiver<Followed>>) -> Option<Followed> {
+    match follow {
+        Some(follow) => follow.recv().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -304,29 +370,36 @@ impl Source {
 
 #[cfg(test)]
 mod tests {
-    use super::CursorFile;
+    use super::{CursorFile, JobView};
     use container::spool::Cursor;
+    use container::status::Status;
 
     #[tokio::test]
-    async fn a_kept_cursor_is_read_back_and_a_shorter_one_replaces_a_longer() {
+    async fn what_is_kept_is_read_back_and_a_shorter_text_replaces_a_longer() {
         let path = std::env::temp_dir().join(format!("ostler-cursor-{}", std::process::id()));
-        let (file, fresh) = CursorFile::open(&path).unwrap();
-        assert_eq!(fresh, Cursor::default());
+        let (file, fresh, unknown) = CursorFile::open(&path).unwrap();
+        assert_eq!((fresh, unknown), (Cursor::default(), JobView::default()));
         let long = Cursor {
             position: u64::MAX,
             stdout: u64::MAX,
             stderr: u64::MAX,
         };
-        for cursor in [
-            long,
-            Cursor {
-                position: 1,
-                stdout: 2,
-                stderr: 3,
-            },
-        ] {
-            file.keep(cursor).await;
-            assert_eq!(CursorFile::open(&path).unwrap().1, cursor);
+        let all = JobView {
+            started: true,
+            exit: Some(Status::Signaled(11)),
+            end: Some((u64::MAX, u64::MAX)),
+            delivered: true,
+            lost: None,
+        };
+        let short = Cursor {
+            position: 1,
+            stdout: 2,
+            stderr: 3,
+        };
+        for (cursor, view) in [(long, all), (short, JobView::default())] {
+            file.keep(cursor, &view).await;
+            let (_, kept, known) = CursorFile::open(&path).unwrap();
+            assert_eq!((kept, known), (cursor, view));
         }
         std::fs::write(&path, b"\xff\xffno cursor").unwrap();
         assert_eq!(CursorFile::open(&path).unwrap().1, Cursor::default());

@@ -57,6 +57,9 @@ pub struct Record {
     pub out_of_memory: bool,
     /// How it is being stopped, if it is.
     pub stopping: Option<Stopping>,
+    /// Why it is CRASHED, in words, where the job itself does not know.
+    #[serde(default)]
+    pub failure: Option<String>,
     /// How it ended.
     pub exit: Option<Exit>,
     /// Events that the bus has not confirmed, oldest first.
@@ -224,10 +227,18 @@ impl Records {
                     }
                 },
                 // An accepted start has a record; a directory without one was never answered.
-                Err(_) if !dir.join("record.broken").exists() => {
-                    drop(std::fs::remove_dir_all(&dir));
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                    if !dir.join("record.broken").exists() {
+                        drop(std::fs::remove_dir_all(&dir));
+                    }
                 }
-                Err(_) => {}
+                Err(source) => {
+                    return Err(RecordError {
+                        act: "read",
+                        path,
+                        source,
+                    });
+                }
             }
         }
         Ok(found)
@@ -330,6 +341,7 @@ mod tests {
             oom_kills: 0,
             out_of_memory: false,
             stopping: None,
+            failure: None,
             exit: None,
             unsent: vec![Event {
                 subject: "s".into(),

@@ -36,8 +36,8 @@ pub(super) enum End {
     Failed(String),
     /// The health check's time was up.
     Unhealthy,
-    /// It died while no agent looked, in words.
-    Died(String),
+    /// It died while no agent looked, in words, if somebody knows.
+    Died(Option<String>),
     /// Its end is recorded already; only what follows it is left to do.
     Known,
 }
@@ -54,6 +54,8 @@ impl Instance {
         }
         self.settle().await;
         self.destroy().await;
+        // An exit is small: it waits for the bus as long as it takes.
+        self.events_said().await;
         if self.record.state == State::Crashed {
             self.keep_for_asking().await;
         }
@@ -103,13 +105,14 @@ impl Instance {
             End::Unhealthy => {
                 Some("failed to accept connections within health check timeout".to_owned())
             }
-            End::Died(reason) => Some(reason),
+            End::Died(reason) => reason,
             End::Stop | End::Ended | End::OutOfMemory | End::Known => None,
         };
         self.bury_as(ask, words).await;
     }
 
     async fn bury_as(&mut self, ask: Ask, words: Option<String>) {
+        self.record.failure = words.clone();
         // Entered first, so that nobody sends the router to a dead port.
         self.enter(ask).await;
         self.bury(words).await;
@@ -174,34 +177,46 @@ impl Instance {
         }
     }
 
-    /// Waits until the bus has everything, as long as the instance may be asked about.
+    /// Waits until the bus has everything. Output takes room, so it waits no longer than a crash is
+    /// kept; what is missing then shows in the offsets of the exit.
     async fn settle(&mut self) {
         let lifetime = self.world.config.instance.crash_lifetime;
-        if timeout(lifetime, self.everything_said()).await.is_err() {
+        let delivered = async {
+            while !self.output_said() {
+                self.hear().await;
+            }
+            self.events_said().await;
+        };
+        if timeout(lifetime, delivered).await.is_err() {
             warn!(
                 handle = self.record.handle,
-                "given up: the bus did not come back in time"
+                "the bus did not come back in time: output that it did not get is dropped"
             );
         }
     }
 
-    async fn everything_said(&mut self) {
-        loop {
-            let spawned = self.record.spawned && self.container.is_some();
-            let delivered = !spawned || self.job.borrow().delivered;
-            if delivered && self.record.unsent.is_empty() {
-                return;
-            }
-            let event = tokio::select! {
-                Some(()) = self.announcer.confirmed() => Event::Confirmed,
-                () = job_is(&mut self.job, |job| job.delivered), if !delivered => Event::Wants,
-                Some(query) = self.queries.recv() => Event::Query(query),
-            };
-            match event {
-                Event::Confirmed => self.confirmed().await,
-                Event::Query(query) => self.answer(query).await,
-                Event::Wants | Event::OutOfMemory(_) | Event::Ended => {}
-            }
+    async fn events_said(&mut self) {
+        while !self.record.unsent.is_empty() {
+            self.hear().await;
+        }
+    }
+
+    fn output_said(&self) -> bool {
+        !self.record.spawned || self.container.is_none() || self.job.borrow().delivered
+    }
+
+    /// Sees to whatever comes next.
+    async fn hear(&mut self) {
+        let undelivered = !self.output_said();
+        let event = tokio::select! {
+            Some(()) = self.announcer.confirmed() => Event::Confirmed,
+            () = job_is(&mut self.job, |job| job.delivered), if undelivered => Event::Wants,
+            Some(query) = self.queries.recv() => Event::Query(query),
+        };
+        match event {
+            Event::Confirmed => self.confirmed().await,
+            Event::Query(query) => self.answer(query).await,
+            Event::Wants | Event::OutOfMemory(_) | Event::Ended => {}
         }
     }
 

@@ -16,7 +16,7 @@ use super::output::JobView;
 use super::record::{self, Limits, Record, Stopping};
 use super::state::{Act, Ask, admit};
 use super::world::{World, now};
-use crate::engine::{Container, OomReport};
+use crate::engine::{Adopted, Container, OomReport};
 use messages::start::StartRequest;
 use messages::state::State;
 use std::pin::pin;
@@ -51,6 +51,8 @@ pub struct View {
     pub index: u64,
     /// `stop_grace` of the start message.
     pub stop_grace: Option<Duration>,
+    /// The number of the newest wants that were applied and recorded.
+    pub applied: u64,
 }
 
 /// What is wanted of an instance; see the module.
@@ -64,6 +66,8 @@ pub struct Wants {
     pub limits: Option<Limits>,
     /// Forget it, if it has crashed.
     pub reap: bool,
+    /// Counts the changes of this structure.
+    pub number: u64,
 }
 
 /// A question that only the task can answer.
@@ -128,6 +132,7 @@ pub struct Instance {
     instance_id: watch::Sender<String>,
     announcer: announce::Announcer,
     cpu: Option<(Instant, u64, f64)>,
+    applied: u64,
 }
 
 impl std::fmt::Debug for Instance {
@@ -144,7 +149,23 @@ pub enum Remains {
     /// It runs, and is ours again.
     Alive(Container),
     /// It is dead: why, and what is left of it.
-    Dead(String, Option<Container>),
+    Dead(String, Container),
+    /// Nobody could find out: why.
+    Unknown(String),
+}
+
+impl Remains {
+    /// What is left of the container that `record` names.
+    pub async fn of(world: &World, record: &Record) -> Self {
+        let Some(saved) = &record.container else {
+            return Self::Unknown("its record names no container".into());
+        };
+        match world.engine.adopt(saved).await {
+            Ok(Adopted::Alive(container)) => Self::Alive(container),
+            Ok(Adopted::Dead { reason, container }) => Self::Dead(reason.to_owned(), container),
+            Err(error) => Self::Unknown(error.to_string()),
+        }
+    }
 }
 
 /// Makes an instance from its record; the caller runs [`Instance::live`] in a task of its own.
@@ -173,6 +194,7 @@ pub fn instance(
         instance_id,
         announcer,
         cpu: None,
+        applied: 0,
     };
     (
         instance,
@@ -188,7 +210,7 @@ impl Instance {
     /// only then.
     pub async fn live(mut self, accepted: oneshot::Sender<Result<(), String>>) {
         let fresh = self.record.state == State::Born;
-        if let Err(error) = self.save().await {
+        if fresh && let Err(error) = self.save().await {
             drop(accepted.send(Err(error)));
             self.gone().await;
             return;
@@ -256,6 +278,9 @@ impl Instance {
         }
         if changed {
             self.keep().await;
+        }
+        if changed || self.applied != wants.number {
+            self.applied = wants.number;
             self.tell();
         }
     }
@@ -369,6 +394,7 @@ impl Instance {
             droplet: self.message.droplet.to_string(),
             index: self.message.index,
             stop_grace: self.message.stop_grace.map(Duration::from_secs),
+            applied: self.applied,
         }
     }
 

@@ -9,7 +9,7 @@ use crate::host::blocking;
 use crate::host::cgroups;
 use crate::host::depot::SeedFile;
 use crate::instances::droplets::{self, Digest, Owner};
-use crate::instances::output::{self, CursorFile, JobView, Source};
+use crate::instances::output::{self, CursorFile, Source};
 use crate::instances::record::Limits;
 use crate::instances::startup::{self, environment::AppEnv};
 use crate::instances::state::Ask;
@@ -20,9 +20,13 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::sync::watch;
+use tracing::error;
 
 /// The job of an app in its container.
 const JOB: u32 = 1;
+
+/// Between two tries to find out whether a container lives.
+const ADOPT_AGAIN: Duration = Duration::from_secs(5);
 
 /// Size of an app's /dev/shm (Docker's default); its bytes count as the app's memory.
 const SHM_BYTES: u64 = 64 << 20;
@@ -53,35 +57,52 @@ impl Instance {
 
     /// An instance of an earlier life of the agent.
     pub(super) async fn resume(&mut self) -> End {
-        if self.record.exit.is_some() {
-            return self.already(End::Known);
+        let mut remains = self.remains.take();
+        while let Some(Remains::Unknown(why)) = &remains {
+            // Whether it lives nobody knows: nothing is announced, and nothing killed.
+            error!(
+                handle = self.record.handle,
+                why, "a container cannot be adopted yet"
+            );
+            tokio::time::sleep(ADOPT_AGAIN).await;
+            remains = Some(Remains::of(&self.world, &self.record).await);
         }
-        match self.remains.take() {
+        let died = match remains {
             Some(Remains::Alive(container)) => {
                 // Killed just after the job was handed over: it runs all the same.
                 self.record.spawned |= container.path().join(format!("jobs/{JOB}")).exists();
                 self.container = Some(container);
-                if self.record.spawned {
-                    self.carry_on().await
-                } else {
-                    self.begin_again().await
-                }
+                None
             }
             Some(Remains::Dead(reason, container)) => {
-                self.container = container;
-                if !self.record.spawned {
-                    return self.begin_again().await;
-                }
-                // Its last output and perhaps its status are on the disk.
-                match self.follow().await {
-                    Ok(()) => self.already(End::Died(reason)),
-                    Err(end) => end,
-                }
+                self.container = Some(container);
+                Some(reason)
             }
-            None if self.record.boot_id != self.world.boot_id => {
-                self.already(End::Died(REBOOTED.to_owned()))
+            Some(Remains::Unknown(_)) | None if self.record.boot_id != self.world.boot_id => {
+                Some(REBOOTED.to_owned())
             }
-            None => self.begin_again().await,
+            Some(Remains::Unknown(_)) | None => None,
+        };
+        // Its last output, and perhaps how it ended, are on the disk.
+        if self.record.spawned
+            && self.container.is_some()
+            && let Err(end) = self.follow().await
+        {
+            return end;
+        }
+        if self.record.exit.is_some() {
+            return self.already(End::Known);
+        }
+        if self.record.state == State::Crashed {
+            // Cut off between the state and its exit.
+            return End::Died(self.record.failure.clone());
+        }
+        match died {
+            Some(reason) if self.record.spawned || self.container.is_none() => {
+                self.already(End::Died(Some(reason)))
+            }
+            None if self.record.spawned && self.container.is_some() => self.carry_on().await,
+            Some(_) | None => self.begin_again().await,
         }
     }
 
@@ -96,6 +117,9 @@ impl Instance {
             return failed(error);
         }
         self.record.spawned = false;
+        // The cursor of the job that never ran is none for the next.
+        let cursor = self.cursor_path();
+        blocking(move || drop(std::fs::remove_file(cursor))).await;
         if self.record.stopping.is_some() {
             return End::Stop;
         }
@@ -115,15 +139,12 @@ impl Instance {
     }
 
     async fn carry_on(&mut self) -> End {
-        if let Err(end) = self.follow().await {
-            return end;
-        }
         if self.record.stopping.is_some() {
             return End::Stop;
         }
-        if self.record.state == State::Crashed {
-            // Killed between the state and its exit.
-            return End::Ended;
+        if self.record.out_of_memory {
+            // The kill was told, and what follows it was cut off.
+            return End::OutOfMemory;
         }
         if self.record.state == State::Starting {
             let started = self.until_started().await;
@@ -163,7 +184,8 @@ impl Instance {
         let (port, _) = container.map_port(None).await.map_err(failed)?;
         self.record.port = Some(port);
         self.record.container = Some(container.saved());
-        self.keep().await;
+        // Without this record the next agent would take the container for nobody's.
+        self.save().await.map_err(failed)?;
         let request = self.job_request(port)?;
         let user = self.world.config.instance.user.clone();
         container.spawn(JOB, &user, request).await.map_err(failed)?;
@@ -216,6 +238,7 @@ impl Instance {
             bytes: script.into_bytes(),
         });
         let config = &self.world.config;
+        let engine = self.world.engine.clone();
         let spec = Spec {
             handle: self.record.handle.clone(),
             stack: self.stack()?,
@@ -227,7 +250,10 @@ impl Instance {
             dns: config.network.dns.iter().copied().map(IpAddr::V4).collect(),
             binds: Vec::new(),
         };
-        self.world.engine.create(spec).await.map_err(failed)
+        let created = self
+            .attend(async move { engine.create(spec).await })
+            .await?;
+        created.map_err(failed)
     }
 
     fn job_request(&self, port: u16) -> Result<JobRequest, End> {
@@ -270,10 +296,9 @@ impl Instance {
         let Some(container) = self.container.clone() else {
             return Ok(());
         };
-        let path = self.world.records.dir(&self.record.handle).join("cursor");
-        let cursor = blocking(move || CursorFile::open(&path))
-            .await
-            .map_err(failed)?;
+        let path = self.cursor_path();
+        let opened = blocking(move || CursorFile::open(&path)).await;
+        let (file, cursor, known) = opened.map_err(failed)?;
         let source = Source {
             subject: messages::subjects::output(
                 &self.message.droplet,
@@ -283,17 +308,21 @@ impl Instance {
             handle: self.record.handle.clone(),
             instance: self.instance_id.subscribe(),
         };
-        let (view, job) = watch::channel(JobView::default());
+        let (view, job) = watch::channel(known);
         self.job = job;
         self.ooms = Some(container.oom(self.record.oom_kills));
         tokio::spawn(output::pump(
             container,
             self.world.outlet.clone(),
             source,
-            cursor,
+            (file, cursor),
             view,
         ));
         Ok(())
+    }
+
+    fn cursor_path(&self) -> PathBuf {
+        self.world.records.dir(&self.record.handle).join("cursor")
     }
 
     async fn until_started(&mut self) -> Result<(), End> {

@@ -1,5 +1,6 @@
 //! Commands: start, stop, update, scale. Each is answered once.
 
+use super::waiting::Until;
 use super::{Stable, now};
 use crate::host::blocking;
 use crate::instances::instance::events;
@@ -45,8 +46,7 @@ impl Stable {
                 self.stop(&request.filter, request.wait, answer);
             }
             Command::Update(request) => {
-                let reply = self.update(&request);
-                drop(answer.send(reply));
+                self.update(&request, answer).await;
             }
             Command::Scale(request) => self.scale(&request, answer).await,
             Command::FindHere(request) => {
@@ -63,44 +63,58 @@ impl Stable {
     }
 
     async fn start(&mut self, request: StartRequest, raw: Value, answer: oneshot::Sender<Reply>) {
-        if let Some(known) = self.with_request_id(request.request_id.as_deref()) {
-            drop(answer.send(known));
+        let until = Until::of(request.wait);
+        if let Some((handle, known)) = self.with_request_id(request.request_id.as_deref()) {
+            self.answer_when(vec![(handle, 0)], until, known, answer);
             return;
         }
-        let wait = request.wait;
-        let droplet = request.droplet.to_string();
-        if let Err(refusal) = self.admit_start(&request, 1) {
-            if let Some(event) = events::refused(&raw, &refusal) {
-                events::deliver(self.world.outlet.clone(), event);
+        match self.accept_one(request, &raw).await {
+            Ok((asked, reply)) => self.answer_when(asked, until, reply, answer),
+            Err(refusal) => {
+                self.tell_refusal(&raw, &refusal);
+                drop(answer.send(refusal));
             }
-            drop(answer.send(refusal));
-            return;
         }
+    }
+
+    async fn accept_one(
+        &mut self,
+        request: StartRequest,
+        raw: &Value,
+    ) -> Result<(Asked, Reply), Reply> {
+        self.admit_start(&request, 1, Amount::default())?;
+        let droplet = request.droplet.to_string();
         let accepted = self.accept(request, raw.clone());
-        self.keep_template(droplet.clone(), raw);
         let reply = Reply::ok(json!({
             "dea": self.world.id, "droplet": droplet, "index": accepted.index,
             "instance": accepted.instance, "handle": accepted.handle,
         }));
-        match on_disk(vec![accepted]).await {
-            Ok(handles) => self.answer_when(handles, wait, reply, answer),
-            Err(failure) => drop(answer.send(failure)),
+        let asked = on_disk(vec![accepted]).await?;
+        self.keep_template(droplet, raw.clone()).await;
+        Ok((asked, reply))
+    }
+
+    /// Whoever only published a start learns of its refusal by an exit, as from the DEA.
+    pub(super) fn tell_refusal(&self, raw: &Value, refusal: &Reply) {
+        if let Some(event) = events::refused(raw, refusal) {
+            events::deliver(self.world.outlet.clone(), event);
         }
     }
 
     /// A start that was accepted under the same `request_id`, also by an earlier life of the agent.
-    fn with_request_id(&self, id: Option<&str>) -> Option<Reply> {
+    fn with_request_id(&self, id: Option<&str>) -> Option<(String, Reply)> {
         let id = id?;
         let view = self.stalls.values().map(|stall| &stall.view);
         let view = { view }.find(|view| view.record.request_id.as_deref() == Some(id))?;
-        Some(Reply::ok(json!({
+        let reply = Reply::ok(json!({
             "dea": self.world.id, "droplet": view.droplet, "index": view.index,
             "instance": view.record.instance, "handle": view.record.handle,
-        })))
+        }));
+        Some((view.record.handle.clone(), reply))
     }
 
-    /// Whether `count` more instances like this one can be had.
-    fn admit_start(&self, request: &StartRequest, count: u64) -> Result<(), Reply> {
+    /// Whether `count` more instances like this one can be had beside what others grow by.
+    fn admit_start(&self, request: &StartRequest, count: u64, grown: Amount) -> Result<(), Reply> {
         let stack = request.stack.as_deref().unwrap_or_default();
         let config = &self.world.config;
         if !config.stacks.contains_key(stack) {
@@ -126,10 +140,14 @@ impl Stable {
         if self.stalls.len().saturating_add(wanted) > self.most_instances() {
             return Err(self.host_full());
         }
-        let wanted = Amount {
-            memory: request.limits.mem.saturating_mul(count),
-            disk: request.limits.disk.saturating_mul(count),
-        };
+        let more = |each: u64, grown: u64| each.saturating_mul(count).saturating_add(grown);
+        self.admit_amount(Amount {
+            memory: more(request.limits.mem, grown.memory),
+            disk: more(request.limits.disk, grown.disk),
+        })
+    }
+
+    fn admit_amount(&self, wanted: Amount) -> Result<(), Reply> {
         let reserved = self.reserved();
         ledger::admit(self.capacity(), reserved, wanted).map_err(|short| match short {
             Short::Memory => Reply::error(
@@ -226,23 +244,24 @@ impl Stable {
             oom_kills: 0,
             out_of_memory: false,
             stopping: None,
+            failure: None,
             exit: None,
             unsent: Vec::new(),
         }
     }
 
-    fn keep_template(&mut self, droplet: String, raw: Value) {
+    /// Awaited, so that of two starts the later one's message stays.
+    async fn keep_template(&mut self, droplet: String, raw: Value) {
         let bytes = raw.to_string().into_bytes();
         self.templates.insert(droplet.clone(), raw);
         self.forget_a_template();
         let dir = self.world.config.base.join("templates");
-        crate::host::in_background(move || {
-            let kept = make_private(&dir)
-                .and_then(|()| write_durably(&dir, &format!("{droplet}.json"), &bytes));
-            if let Err(error) = kept {
-                warn!(droplet, %error, "after a restart this app cannot be scaled from 0");
-            }
-        });
+        let name = format!("{droplet}.json");
+        let kept =
+            blocking(move || make_private(&dir).and_then(|()| write_durably(&dir, &name, &bytes)));
+        if let Err(error) = kept.await {
+            warn!(droplet, %error, "after a restart this app cannot be scaled from 0");
+        }
     }
 
     /// Templates hold droplets on the disk: of apps that are not here only so many are remembered.
@@ -282,69 +301,81 @@ impl Stable {
             })
             .map(|(handle, _)| handle.clone())
             .collect();
-        for handle in &matched {
-            self.want_stop(handle, StopReason::Stopped);
-        }
-        let instances: Vec<&str> = matched
+        let asked: Vec<(String, u64)> = matched
+            .into_iter()
+            .map(|handle| {
+                let number = self.want_stop(&handle, StopReason::Stopped);
+                (handle, number)
+            })
+            .collect();
+        let instances: Vec<&str> = asked
             .iter()
-            .filter_map(|handle| self.stalls.get(handle))
+            .filter_map(|(handle, _)| self.stalls.get(handle))
             .map(|stall| stall.view.record.instance.as_str())
             .collect();
         let reply = Reply::ok(json!({
             "dea": self.world.id, "matched": instances.len(), "instances": instances,
         }));
-        self.answer_when(matched, wait, reply, answer);
+        self.answer_when(asked, Until::of(wait), reply, answer);
     }
 
-    fn update(&mut self, request: &UpdateRequest) -> Reply {
-        let mut matched = 0;
-        for stall in self
+    async fn update(&mut self, request: &UpdateRequest, answer: oneshot::Sender<Reply>) {
+        let matched: Vec<String> = self
             .stalls
-            .values()
-            .filter(|stall| stall.view.droplet == request.droplet)
-        {
-            if matches!(stall.view.record.state, State::Stopped | State::Crashed) {
-                continue;
-            }
-            matched += 1;
-            let update = (request.uris.clone(), request.version.clone());
-            stall
-                .reins
-                .wants
-                .send_modify(|wants| wants.update = Some(update));
-        }
+            .iter()
+            .filter(|(_, stall)| {
+                stall.view.droplet == request.droplet
+                    && !matches!(stall.view.record.state, State::Stopped | State::Crashed)
+            })
+            .map(|(handle, _)| handle.clone())
+            .collect();
+        let asked: Vec<(String, u64)> = matched
+            .into_iter()
+            .map(|handle| {
+                let update = (request.uris.clone(), request.version.clone());
+                let number = self.want(&handle, |wants| wants.update = Some(update));
+                (handle, number)
+            })
+            .collect();
         if let Some(mut template) = self.templates.get(&request.droplet).cloned() {
             set(&mut template, "uris", json!(request.uris));
             if let Some(version) = &request.version {
                 set(&mut template, "version", json!(version));
             }
-            self.keep_template(request.droplet.clone(), template);
+            self.keep_template(request.droplet.clone(), template).await;
         }
-        Reply::ok(json!({"dea": self.world.id, "matched": matched}))
+        let reply = Reply::ok(json!({"dea": self.world.id, "matched": asked.len()}));
+        self.answer_when(asked, Until::Recorded, reply, answer);
     }
 
     async fn scale(&mut self, request: &ScaleRequest, answer: oneshot::Sender<Reply>) {
         let reply = self.scaled(request).await;
-        let (reply, started, stopped) = match reply {
+        let (reply, started, changed) = match reply {
             Ok(done) => done,
             Err(refusal) => {
                 drop(answer.send(refusal));
                 return;
             }
         };
-        let handles = match request.wait {
+        let asked = match request.wait {
             Some(Wait::Running) => started,
-            Some(Wait::Stopped) => stopped,
-            None => Vec::new(),
+            Some(Wait::Stopped) => changed
+                .into_iter()
+                .filter(|(handle, _)| self.is_stopping(handle))
+                .collect(),
+            None => changed,
         };
-        self.answer_when(handles, request.wait, reply, answer);
+        self.answer_when(asked, Until::of(request.wait), reply, answer);
     }
 
-    /// Converges; the answer, and the handles that were started and stopped.
-    async fn scaled(
-        &mut self,
-        request: &ScaleRequest,
-    ) -> Result<(Reply, Vec<String>, Vec<String>), Reply> {
+    fn is_stopping(&self, handle: &str) -> bool {
+        self.stalls
+            .get(handle)
+            .is_some_and(|stall| stall.reins.wants.borrow().stop.is_some())
+    }
+
+    /// Converges; the answer, and what was started and what was changed.
+    async fn scaled(&mut self, request: &ScaleRequest) -> Result<(Reply, Asked, Asked), Reply> {
         let droplet = request.droplet.to_string();
         let template = self.templates.get(&droplet).cloned().ok_or_else(|| {
             Reply::error(
@@ -360,16 +391,23 @@ impl Stable {
         }
         let have = self.alive(&droplet);
         let plan = scale::plan(&have, request.instances);
-        let started = self.starts(&template, request, &plan.start)?;
+        let limits = scaled_limits(request, &template);
+        let kept: Vec<String> = have
+            .into_iter()
+            .map(|(_, handle)| handle)
+            .filter(|handle| !plan.stop.contains(handle))
+            .collect();
+        let grown = limits.map_or_else(Amount::default, |limits| self.growth(&kept, limits));
+        let started = self.starts(&template, limits, &plan.start, grown)?;
+        let mut changed: Asked = Vec::new();
         for handle in &plan.stop {
-            self.want_stop(handle, StopReason::Stopped);
+            let number = self.want_stop(handle, StopReason::Stopped);
+            changed.push((handle.clone(), number));
         }
-        if let Some(limits) = scaled_limits(request, &template) {
-            for (_, handle) in have
-                .iter()
-                .filter(|(_, handle)| !plan.stop.contains(handle))
-            {
-                self.want(handle, |wants| wants.limits = Some(limits));
+        if let Some(limits) = limits {
+            for handle in kept {
+                let number = self.want(&handle, |wants| wants.limits = Some(limits));
+                changed.push((handle, number));
             }
         }
         let new: Vec<Value> = started
@@ -380,7 +418,17 @@ impl Stable {
             "dea": self.world.id, "droplet": droplet, "instances": request.instances,
             "started": new, "stopped": plan.stop,
         }));
-        Ok((reply, on_disk(started).await?, plan.stop))
+        Ok((reply, on_disk(started).await?, changed))
+    }
+
+    /// What these instances need more with the new limits.
+    fn growth(&self, handles: &[String], limits: Limits) -> Amount {
+        let old = handles.iter().filter_map(|handle| self.stalls.get(handle));
+        old.map(|stall| stall.view.record.limits)
+            .fold(Amount::default(), |sum, old| Amount {
+                memory: sum.memory + limits.mem.saturating_sub(old.mem),
+                disk: sum.disk + limits.disk.saturating_sub(old.disk),
+            })
     }
 
     /// The instances of an app that count: index and handle.
@@ -394,20 +442,22 @@ impl Stable {
                         State::Born | State::Starting | State::Running
                     )
                     && stall.reins.wants.borrow().stop.is_none()
+                    && stall.view.record.stopping.is_none()
             })
             .map(|(handle, stall)| (stall.view.index, handle.clone()))
             .collect()
     }
 
-    /// Admits and begins the starts at these indices, all or none.
+    /// Admits the starts at these indices, and what others grow by, and begins them: all or none.
     fn starts(
         &mut self,
         template: &Value,
-        request: &ScaleRequest,
+        limits: Option<Limits>,
         indices: &[u64],
+        grown: Amount,
     ) -> Result<Vec<Accepted>, Reply> {
         let mut raw = template.clone();
-        if let Some(limits) = scaled_limits(request, template) {
+        if let Some(limits) = limits {
             let limits = json!({"mem": limits.mem, "disk": limits.disk, "fds": limits.fds});
             set(&mut raw, "limits", limits);
         }
@@ -421,8 +471,9 @@ impl Stable {
                 .map_err(|bad| Reply::error(ErrorCode::Internal, bad.to_string()))?;
             messages.push((message, raw.clone()));
         }
-        if let Some((first, _)) = messages.first() {
-            self.admit_start(first, messages.len() as u64)?;
+        match messages.first() {
+            Some((first, _)) => self.admit_start(first, messages.len() as u64, grown)?,
+            None => self.admit_amount(grown)?,
         }
         Ok(messages
             .into_iter()
@@ -430,6 +481,9 @@ impl Stable {
             .collect())
     }
 }
+
+/// Instances, each with the number of what it was asked.
+type Asked = Vec<(String, u64)>;
 
 /// The limits that a scale asks for; what it leaves out stays as in the template.
 fn scaled_limits(request: &ScaleRequest, template: &Value) -> Option<Limits> {
@@ -444,7 +498,7 @@ fn scaled_limits(request: &ScaleRequest, template: &Value) -> Option<Limits> {
 
 /// Waits until every record is on disk; a fraction of a millisecond each, and other commands wait as
 /// long, so that nothing is answered out of order.
-async fn on_disk(accepted: Vec<Accepted>) -> Result<Vec<String>, Reply> {
+async fn on_disk(accepted: Vec<Accepted>) -> Result<Asked, Reply> {
     let mut handles = Vec::new();
     for one in accepted {
         let kept = one
@@ -457,7 +511,7 @@ async fn on_disk(accepted: Vec<Accepted>) -> Result<Vec<String>, Reply> {
                 format!("the start could not be recorded: {why}"),
             )
         })?;
-        handles.push(one.handle);
+        handles.push((one.handle, 0));
     }
     Ok(handles)
 }

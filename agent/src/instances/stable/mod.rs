@@ -14,10 +14,10 @@ use super::instance::{Change, Instance, Query, Reins, Remains, View, Wants, inst
 use super::outlet::{Link, Message};
 use super::record::{Record, StopReason, Stopping};
 use super::world::{World, now};
-use crate::engine::{Adopted, Saved};
+use crate::engine::Saved;
 use crate::host::{blocking, in_background};
 use messages::command::{Command, Trigger};
-use messages::reply::Reply;
+use messages::reply::{ErrorCode, Reply};
 use messages::start::StartRequest;
 use messages::state::State;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -129,18 +129,31 @@ impl Stable {
         for (path, why) in &found.broken {
             error!(path = %path.display(), why, "a record is broken and was put aside");
         }
-        let saved: Vec<&Saved> = found
-            .records
+        // All are adopted before anything new is made: what lives takes its addresses and ports out of
+        // the pools.
+        let mut adopted = Vec::new();
+        for record in found.records {
+            let remains = match &record.container {
+                Some(_) => Some(Remains::of(&world, &record).await),
+                None => None,
+            };
+            adopted.push((record, remains));
+        }
+        let saved = |keep: fn(&Remains) -> bool| -> Vec<&Saved> {
+            adopted
+                .iter()
+                .filter(|(_, remains)| remains.as_ref().is_some_and(keep))
+                .filter_map(|(record, _)| record.container.as_ref())
+                .collect()
+        };
+        let known: HashSet<String> = saved(|_| true)
             .iter()
-            .filter_map(|record| record.container.as_ref())
+            .map(|saved| saved.handle.clone())
             .collect();
-        let known: HashSet<String> = saved.iter().map(|saved| saved.handle.clone()).collect();
-        world.engine.rebuild_network(&saved).await?;
+        let live = saved(|remains| !matches!(remains, Remains::Dead(..)));
+        world.engine.rebuild_network(&live).await?;
         let swept = world.engine.sweep(&known).await;
-        info!(
-            adopted = found.records.len(),
-            swept, "took over what was here"
-        );
+        info!(adopted = adopted.len(), swept, "took over what was here");
         let templates = commands::load_templates(&world.config.base).await;
         let mut stable = Self {
             world,
@@ -155,24 +168,10 @@ impl Stable {
             },
             greeting: Greeting::TooEarly,
         };
-        // All of them before anything new is made: what lives takes its addresses and ports out of the
-        // pools.
-        for record in found.records {
-            let remains = stable.adopt(&record).await;
+        for (record, remains) in adopted {
             stable.take_in(record, remains);
         }
         Ok(stable)
-    }
-
-    async fn adopt(&self, record: &Record) -> Option<Remains> {
-        let saved = record.container.as_ref()?;
-        Some(match self.world.engine.adopt(saved).await {
-            Ok(Adopted::Alive(container)) => Remains::Alive(container),
-            Ok(Adopted::Dead { reason, container }) => {
-                Remains::Dead(reason.to_owned(), Some(container))
-            }
-            Err(error) => Remains::Dead(error.to_string(), None),
-        })
     }
 
     fn take_in(&mut self, record: Record, remains: Option<Remains>) {
@@ -236,7 +235,10 @@ impl Stable {
                 Some(ask) = inbox.recv() => self.hear(ask).await,
             }
         };
-        drop(inbox);
+        inbox.close();
+        while let Ok(ask) = inbox.try_recv() {
+            self.turn_away(ask);
+        }
         self.goodbye();
         if parting == Farewell::Shutdown {
             self.shut_down(link).await;
@@ -258,6 +260,22 @@ impl Stable {
                 self.greeting = Greeting::Owed;
                 self.link(self.link);
             }
+        }
+    }
+
+    /// What came too late is answered all the same.
+    fn turn_away(&self, ask: Ask) {
+        if let Ask::Command {
+            command,
+            raw,
+            answer,
+        } = ask
+        {
+            let refusal = Reply::error(ErrorCode::ShuttingDown, "this host is shutting down");
+            if matches!(command, Command::Start(_)) {
+                self.tell_refusal(&raw, &refusal);
+            }
+            drop(answer.send(refusal));
         }
     }
 
@@ -347,20 +365,26 @@ impl Stable {
         });
     }
 
-    fn want(&self, handle: &str, change: impl FnOnce(&mut Wants)) {
-        if let Some(stall) = self.stalls.get(handle) {
-            stall.reins.wants.send_modify(change);
-        }
+    /// Changes what is wanted of an instance; returns the change's number.
+    fn want(&self, handle: &str, change: impl FnOnce(&mut Wants)) -> u64 {
+        let Some(stall) = self.stalls.get(handle) else {
+            return 0;
+        };
+        stall.reins.wants.send_modify(|wants| {
+            change(wants);
+            wants.number += 1;
+        });
+        stall.reins.wants.borrow().number
     }
 
-    fn want_stop(&self, handle: &str, reason: StopReason) {
+    fn want_stop(&self, handle: &str, reason: StopReason) -> u64 {
         let grace = self.grace(handle);
         self.want(handle, |wants| {
             wants.stop.get_or_insert(Stopping {
                 reason,
                 grace: grace.as_secs_f64(),
             });
-        });
+        })
     }
 
     fn grace(&self, handle: &str) -> Duration {
@@ -372,7 +396,7 @@ impl Stable {
     }
 
     /// Stops everything and waits until it is gone, with a deadline for all together.
-    async fn shut_down(mut self, link: watch::Receiver<Link>) {
+    async fn shut_down(mut self, mut link: watch::Receiver<Link>) {
         let handles: Vec<String> = self.stalls.keys().cloned().collect();
         let longest = handles
             .iter()
@@ -386,14 +410,17 @@ impl Stable {
         let deadline = Instant::now() + longest + SHUTDOWN_REST;
         let mut until = deadline;
         while !self.stalls.is_empty() {
-            match timeout_at(until, self.changed.recv()).await {
-                Ok(Some(change)) => self.change(change),
-                Ok(None) | Err(_) => break,
-            }
             let dead =
                 |stall: &Stall| matches!(stall.view.record.state, State::Stopped | State::Crashed);
             if !link.borrow().up && until == deadline && self.stalls.values().all(dead) {
                 until = deadline.min(Instant::now() + SHUTDOWN_WITHOUT_BUS);
+            }
+            tokio::select! {
+                change = timeout_at(until, self.changed.recv()) => match change {
+                    Ok(Some(change)) => self.change(change),
+                    Ok(None) | Err(_) => break,
+                },
+                Ok(()) = link.changed() => {}
             }
         }
         if !self.stalls.is_empty() {

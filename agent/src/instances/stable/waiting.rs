@@ -1,6 +1,7 @@
 //! Answers that are owed when instances have reached a state (`"wait"`).
 
 use super::Stable;
+use crate::instances::record::Record;
 use messages::reply::{ErrorCode, Reply};
 use messages::start::Wait;
 use messages::state::State;
@@ -9,12 +10,34 @@ use tokio::sync::oneshot;
 /// One owed answer.
 #[derive(Debug)]
 pub(super) struct Waiting {
-    /// The instances that have not reached it yet.
-    handles: Vec<String>,
-    until: Wait,
+    /// The instances that have not reached it yet, each with the number of what it was asked.
+    handles: Vec<(String, u64)>,
+    until: Until,
     /// What is answered when all have.
     then: Reply,
     answer: Option<oneshot::Sender<Reply>>,
+}
+
+/// What is waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Until {
+    /// What was asked is recorded: no kill of the agent can lose it.
+    Recorded,
+    /// RUNNING.
+    Running,
+    /// No processes.
+    Stopped,
+}
+
+impl Until {
+    /// What a command that asks for `wait` waits for.
+    pub(super) fn of(wait: Option<Wait>) -> Self {
+        match wait {
+            None => Self::Recorded,
+            Some(Wait::Running) => Self::Running,
+            Some(Wait::Stopped) => Self::Stopped,
+        }
+    }
 }
 
 /// How far one instance is.
@@ -29,16 +52,11 @@ impl Stable {
     /// Answers `then`, at once or when all of `handles` are where `until` says.
     pub(super) fn answer_when(
         &mut self,
-        handles: Vec<String>,
-        until: Option<Wait>,
+        handles: Vec<(String, u64)>,
+        until: Until,
         then: Reply,
         answer: oneshot::Sender<Reply>,
     ) {
-        let Some(until) = until else {
-            // Whoever asked may have gone.
-            drop(answer.send(then));
-            return;
-        };
         self.waiting.push(Waiting {
             handles,
             until,
@@ -53,7 +71,7 @@ impl Stable {
         if self
             .waiting
             .iter()
-            .any(|waiting| waiting.handles.iter().any(|one| one == handle))
+            .any(|waiting| waiting.handles.iter().any(|(one, _)| one == handle))
         {
             self.tell_all_waiting();
         }
@@ -67,16 +85,16 @@ impl Stable {
 
     fn still_waiting(&self, waiting: &mut Waiting) -> bool {
         let mut never = None;
-        waiting
-            .handles
-            .retain(|handle| match self.progress(handle, waiting.until) {
+        waiting.handles.retain(|(handle, number)| {
+            match self.progress(handle, *number, waiting.until) {
                 Progress::There => false,
                 Progress::OnTheWay => true,
                 Progress::Never(why) => {
                     never = Some(why);
                     true
                 }
-            });
+            }
+        });
         let reply = match never {
             Some(why) => Reply::error(ErrorCode::Ended, why),
             None if waiting.handles.is_empty() => waiting.then.clone(),
@@ -88,32 +106,39 @@ impl Stable {
         false
     }
 
-    fn progress(&self, handle: &str, until: Wait) -> Progress {
-        let record = self.stalls.get(handle).map(|stall| &stall.view.record);
-        match (until, record) {
-            (Wait::Stopped, None) => Progress::There,
-            (Wait::Running, None) => Progress::Never("the instance is gone".into()),
-            (Wait::Stopped, Some(record)) => match record.state {
-                State::Stopped | State::Crashed => Progress::There,
-                State::Born
-                | State::Starting
-                | State::Running
-                | State::Stopping
-                | State::Resuming
-                | State::Evacuating => Progress::OnTheWay,
-            },
-            (Wait::Running, Some(record)) => match record.state {
-                State::Running | State::Evacuating => Progress::There,
-                State::Born | State::Starting | State::Resuming => Progress::OnTheWay,
-                State::Stopping | State::Stopped => {
-                    Progress::Never("the instance is stopped".into())
-                }
-                // The exit follows the state: it says why.
-                State::Crashed => match &record.exit {
-                    Some(exit) => Progress::Never(exit.description.clone()),
-                    None => Progress::OnTheWay,
-                },
-            },
+    fn progress(&self, handle: &str, number: u64, until: Until) -> Progress {
+        let Some(view) = self.stalls.get(handle).map(|stall| &stall.view) else {
+            return match until {
+                Until::Recorded | Until::Stopped => Progress::There,
+                Until::Running => Progress::Never("the instance is gone".into()),
+            };
+        };
+        let record = &view.record;
+        // Its processes are dead once its exit is recorded.
+        let over = record.state == State::Stopped
+            || record.state == State::Crashed && record.exit.is_some();
+        match until {
+            Until::Recorded if view.applied >= number || over => Progress::There,
+            // On its way out already: the way out is recorded.
+            Until::Recorded if matches!(record.state, State::Stopping | State::Crashed) => {
+                Progress::There
+            }
+            Until::Stopped if over => Progress::There,
+            Until::Recorded | Until::Stopped => Progress::OnTheWay,
+            Until::Running => running(record),
         }
+    }
+}
+
+fn running(record: &Record) -> Progress {
+    match record.state {
+        State::Running | State::Evacuating => Progress::There,
+        State::Born | State::Starting | State::Resuming => Progress::OnTheWay,
+        State::Stopping | State::Stopped => Progress::Never("the instance is stopped".into()),
+        // The exit follows the state: it says why.
+        State::Crashed => match &record.exit {
+            Some(exit) => Progress::Never(exit.description.clone()),
+            None => Progress::OnTheWay,
+        },
     }
 }
