@@ -150,7 +150,11 @@ async fn hang_up_is_a_goodbye_that_leaves_the_apps() {
     let mut host = Host::start().await;
     host.run(host.message("sleeper", &Droplet::sample("sleeper")))
         .await;
-    let before = survivors(&host.tree());
+    // RUNNING without a port to wait for: the shells may still be on their way to the app.
+    let tree = host
+        .tree_until("app", |tree| !tree.named("sleep").is_empty())
+        .await;
+    let before = survivors(&tree);
     let status = host.end(Signal::SIGHUP).await;
     assert!(status.success(), "{status}");
     let alone = host
@@ -212,4 +216,126 @@ async fn clean_removes_what_a_killed_agent_left() {
     let status = host.clean().await;
     assert!(status.success(), "{status}\n{}", host.log());
     assert_eq!(host.leftovers(), Vec::<String>::new());
+}
+
+/// Prints, waits for USR1, then serves on its port.
+const SLOW: &str = "trap go=1 USR1\necho up\nwhile [ -z \"$go\" ]; do sleep 0.05; done\nexec perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(Listen => 5, LocalPort => $ENV{PORT}) or die; while (1) { $c = $s->accept }'";
+
+#[tokio::test]
+async fn a_start_goes_on_under_the_next_agent() {
+    let mut host = Host::start().await;
+    let mut output = host.output("slow").await;
+    let mut message = host.message("slow", &Droplet::shell(SLOW));
+    message["uris"] = json!(["slow.example.net"]);
+    let subject = host.subject("start");
+    let answer = host.request(&subject, &message).await;
+    assert_eq!(answer["ok"], true, "{answer}");
+    output
+        .until("first line", |output| output.text(0, "stdout") == "up\n")
+        .await;
+    // The confirmed cursor now stands behind the record that says the app was executed.
+    for _ in 0..3 {
+        host.restart().await;
+    }
+    let mut routes = host.watch("router.register").await;
+    let tree = host.tree();
+    tree.0
+        .iter()
+        .find(|process| process.title() == "bash main.sh")
+        .expect("the app")
+        .signal(Signal::SIGUSR1);
+    let route = routes.next().await;
+    assert_eq!(route["uris"], json!(["slow.example.net"]));
+    host.stop("slow").await;
+}
+
+#[tokio::test]
+async fn an_answered_stop_is_never_lost() {
+    let mut host = Host::start().await;
+    for round in 0..rounds() {
+        let droplet = format!("stop-{round}");
+        host.run(host.message(&droplet, &Droplet::sample("sleeper")))
+            .await;
+        let subject = host.subject("stop");
+        let answer = host
+            .request(
+                &subject,
+                &json!({"droplet": droplet, "request_id": droplet}),
+            )
+            .await;
+        assert_eq!(answer["matched"], 1, "{answer}");
+        host.restart().await;
+        host.tree_until("empty machine", |tree| tree.named("wshd").is_empty())
+            .await;
+    }
+}
+
+#[tokio::test]
+async fn what_ended_without_a_bus_is_told_in_full_by_the_next_agent() {
+    let mut host = Host::start().await;
+    let mut output = host.output("app").await;
+    let mut exits = host.watch("droplet.exited").await;
+    let script = "trap 'head -c 300000 /dev/zero | tr \"\\0\" x; exit 7' USR1\necho up\nwhile :; do sleep 0.05; done";
+    host.run(host.message("app", &Droplet::shell(script))).await;
+    output
+        .until("first line", |output| output.text(0, "stdout") == "up\n")
+        .await;
+    host.stop_bus().await;
+    let tree = host.tree();
+    tree.0
+        .iter()
+        .find(|process| process.title() == "bash main.sh")
+        .expect("the app")
+        .signal(Signal::SIGUSR1);
+    host.tree_until("the end of it", |tree| tree.named("wshd").is_empty())
+        .await;
+    host.end(Signal::SIGHUP).await;
+    host.spawn_agent();
+    host.start_bus().await;
+    let exit = exits.next().await;
+    assert_eq!(exit["exit_status"], 7, "{exit}");
+    assert_eq!(exit["output"]["stdout"], 300_003, "{exit}");
+    output
+        .until("all of it", |output| {
+            output.stream(0, "stdout").next >= 300_003
+        })
+        .await;
+    let stream = output.stream(0, "stdout");
+    assert_eq!(
+        (stream.next, stream.dropped, stream.holes.len()),
+        (300_003, 0, 0)
+    );
+}
+
+#[tokio::test]
+async fn an_end_is_known_however_slow_the_bus_is() {
+    let mut host = Host::start().await;
+    let mut exits = host.watch("droplet.exited").await;
+    let mut output = host.output("app").await;
+    let script = "trap 'head -c 9000000 /dev/zero | tr \"\\0\" x; exit 5' USR1\necho up\nwhile :; do sleep 0.05; done";
+    host.run(host.message("app", &Droplet::shell(script))).await;
+    output
+        .until("first line", |output| output.text(0, "stdout") == "up\n")
+        .await;
+    host.bus().signal(Signal::SIGSTOP);
+    let tree = host.tree();
+    tree.0
+        .iter()
+        .find(|process| process.title() == "bash main.sh")
+        .expect("the app")
+        .signal(Signal::SIGUSR1);
+    // More than is sent without a confirmation: the end stands behind it, and is seen all the same.
+    host.tree_until("the end of it", |tree| tree.named("wshd").is_empty())
+        .await;
+    host.bus().signal(Signal::SIGCONT);
+    let exit = exits.next().await;
+    assert_eq!(exit["exit_status"], 5, "{exit}");
+    assert_eq!(exit["output"]["stdout"], 9_000_003, "{exit}");
+    output
+        .until("all of it", |output| {
+            output.stream(0, "stdout").next >= 9_000_003
+        })
+        .await;
+    assert_eq!(output.stream(0, "stdout").holes.len(), 0);
+    let _ = host.restart().await;
 }

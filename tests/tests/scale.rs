@@ -168,3 +168,18 @@ async fn limits_change_while_it_runs() {
     assert!(wshd.lives());
     host.stop("hog").await;
 }
+
+#[tokio::test]
+async fn limits_that_no_host_has_are_refused_whole() {
+    let host = Host::start().await;
+    host.run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
+    let subject = host.subject("scale");
+    let request = json!({"droplet": "app", "instances": 1, "limits": {"mem": 900_000}});
+    let answer = host.request(&subject, &request).await;
+    assert_eq!(answer["error"]["code"], "not_enough_memory", "{answer}");
+    let find = host.subject("find");
+    let found = host.request(&find, &json!({"droplet": "app"})).await;
+    assert_eq!(found["instances"][0]["state"], "RUNNING", "{found}");
+    host.stop("app").await;
+}
