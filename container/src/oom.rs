@@ -39,8 +39,8 @@ Exit: 3 the group is gone; 4 hang-up; 1 failure; 2 usage
 ";
 
 /// Longest pause, in ms, between two looks at whether v1 has counted the kill that it announced;
-/// all pauses together are twice that.
-const COUNT_WAIT_MS: u16 = 512;
+/// all pauses together are twice that. A starved victim takes its time to die.
+const COUNT_WAIT_MS: u16 = 2048;
 
 /// The program.
 #[must_use]
@@ -98,10 +98,13 @@ fn watch(path: &Path, hangup: &Hangup) -> Result<u8, SysError> {
     if !say(&known, "baseline")? {
         return Ok(exit::HUNG_UP);
     }
+    // On v1 a kill may have been announced before we listened, and not have been counted yet.
+    let mut woken = matches!(group, Group::V1 { .. });
     loop {
-        if group.wait(hangup)? == Woken::HungUp {
+        if !woken && group.wait(hangup)? == Woken::HungUp {
             return Ok(exit::HUNG_UP);
         }
+        woken = false;
         let now = match group.settle(&known, hangup)? {
             Settled::Count(now) => now,
             Settled::Gone => return Ok(exit::GONE),
