@@ -224,6 +224,8 @@ fn agent(inactivity: Duration, total: Duration) -> ureq::Agent {
         .timeout_global(Some(total))
         .timeout_resolve(Some(inactivity))
         .timeout_connect(Some(inactivity))
+        // A server that takes the request and never answers.
+        .timeout_recv_response(Some(inactivity))
         .timeout_per_read(Some(inactivity))
         .timeout_per_write(Some(inactivity))
         .max_idle_connections(0)

@@ -6,8 +6,7 @@ use crate::host::blocking;
 use crate::instances::instance::events;
 use crate::instances::ledger::{self, Amount, Short};
 use crate::instances::record::{self, Limits, Record, StopReason, make_private, write_durably};
-use crate::instances::scale;
-use messages::command::{Command, ScaleRequest, UpdateRequest};
+use messages::command::{Command, UpdateRequest};
 use messages::filter::{Candidate, Filter};
 use messages::outgoing::FindReply;
 use messages::reply::{ErrorCode, Reply};
@@ -26,10 +25,10 @@ const HEARTBEAT_ENTRY: usize = 256;
 const MOST_TEMPLATES: usize = 1000;
 
 /// An accepted start: its handle, and the word that its record is on disk.
-struct Accepted {
-    handle: String,
-    instance: String,
-    index: u64,
+pub(super) struct Accepted {
+    pub(super) handle: String,
+    pub(super) instance: String,
+    pub(super) index: u64,
     on_disk: oneshot::Receiver<Result<(), String>>,
 }
 
@@ -114,7 +113,12 @@ impl Stable {
     }
 
     /// Whether `count` more instances like this one can be had beside what others grow by.
-    fn admit_start(&self, request: &StartRequest, count: u64, grown: Amount) -> Result<(), Reply> {
+    pub(super) fn admit_start(
+        &self,
+        request: &StartRequest,
+        count: u64,
+        grown: Amount,
+    ) -> Result<(), Reply> {
         let stack = request.stack.as_deref().unwrap_or_default();
         let config = &self.world.config;
         if !config.stacks.contains_key(stack) {
@@ -147,7 +151,7 @@ impl Stable {
         })
     }
 
-    fn admit_amount(&self, wanted: Amount) -> Result<(), Reply> {
+    pub(super) fn admit_amount(&self, wanted: Amount) -> Result<(), Reply> {
         let reserved = self.reserved();
         ledger::admit(self.capacity(), reserved, wanted).map_err(|short| match short {
             Short::Memory => Reply::error(
@@ -172,7 +176,7 @@ impl Stable {
     }
 
     /// What the configuration allows and one heartbeat can tell.
-    fn most_instances(&self) -> usize {
+    pub(super) fn most_instances(&self) -> usize {
         self.world
             .config
             .resources
@@ -180,7 +184,7 @@ impl Stable {
             .min(self.link.max_payload / HEARTBEAT_ENTRY)
     }
 
-    fn host_full(&self) -> Reply {
+    pub(super) fn host_full(&self) -> Reply {
         let (have, most) = (self.stalls.len(), self.most_instances());
         Reply::error(
             ErrorCode::HostFull,
@@ -200,7 +204,7 @@ impl Stable {
         ledger::reserved(self.stalls.values().map(|stall| &stall.view.record))
     }
 
-    fn accept(&mut self, request: StartRequest, raw: Value) -> Accepted {
+    pub(super) fn accept(&mut self, request: StartRequest, raw: Value) -> Accepted {
         let record = self.record(&request, raw);
         let (handle, instance) = (record.handle.clone(), record.instance.clone());
         let index = request.index;
@@ -347,158 +351,14 @@ impl Stable {
         let reply = Reply::ok(json!({"dea": self.world.id, "matched": asked.len()}));
         self.answer_when(asked, Until::Recorded, reply, answer);
     }
-
-    async fn scale(&mut self, request: &ScaleRequest, answer: oneshot::Sender<Reply>) {
-        let reply = self.scaled(request).await;
-        let (reply, started, changed) = match reply {
-            Ok(done) => done,
-            Err(refusal) => {
-                drop(answer.send(refusal));
-                return;
-            }
-        };
-        let asked = match request.wait {
-            Some(Wait::Running) => started,
-            Some(Wait::Stopped) => changed
-                .into_iter()
-                .filter(|(handle, _)| self.is_stopping(handle))
-                .collect(),
-            None => changed,
-        };
-        self.answer_when(asked, Until::of(request.wait), reply, answer);
-    }
-
-    fn is_stopping(&self, handle: &str) -> bool {
-        self.stalls
-            .get(handle)
-            .is_some_and(|stall| stall.reins.wants.borrow().stop.is_some())
-    }
-
-    /// Converges; the answer, and what was started and what was changed.
-    async fn scaled(&mut self, request: &ScaleRequest) -> Result<(Reply, Asked, Asked), Reply> {
-        let droplet = request.droplet.to_string();
-        let template = self.templates.get(&droplet).cloned().ok_or_else(|| {
-            Reply::error(
-                ErrorCode::UnknownApp,
-                format!(
-                    "no start of app {droplet:?} was accepted here: send dea.{}.start first",
-                    self.world.id
-                ),
-            )
-        })?;
-        if request.instances > self.most_instances() as u64 {
-            return Err(self.host_full());
-        }
-        let have = self.alive(&droplet);
-        let plan = scale::plan(&have, request.instances);
-        let limits = scaled_limits(request, &template);
-        let kept: Vec<String> = have
-            .into_iter()
-            .map(|(_, handle)| handle)
-            .filter(|handle| !plan.stop.contains(handle))
-            .collect();
-        let grown = limits.map_or_else(Amount::default, |limits| self.growth(&kept, limits));
-        let started = self.starts(&template, limits, &plan.start, grown)?;
-        let mut changed: Asked = Vec::new();
-        for handle in &plan.stop {
-            let number = self.want_stop(handle, StopReason::Stopped);
-            changed.push((handle.clone(), number));
-        }
-        if let Some(limits) = limits {
-            for handle in kept {
-                let number = self.want(&handle, |wants| wants.limits = Some(limits));
-                changed.push((handle, number));
-            }
-        }
-        let new: Vec<Value> = started
-            .iter()
-            .map(|one| json!({"index": one.index, "instance": one.instance, "handle": one.handle}))
-            .collect();
-        let reply = Reply::ok(json!({
-            "dea": self.world.id, "droplet": droplet, "instances": request.instances,
-            "started": new, "stopped": plan.stop,
-        }));
-        Ok((reply, on_disk(started).await?, changed))
-    }
-
-    /// What these instances need more with the new limits.
-    fn growth(&self, handles: &[String], limits: Limits) -> Amount {
-        let old = handles.iter().filter_map(|handle| self.stalls.get(handle));
-        old.map(|stall| stall.view.record.limits)
-            .fold(Amount::default(), |sum, old| Amount {
-                memory: sum.memory + limits.mem.saturating_sub(old.mem),
-                disk: sum.disk + limits.disk.saturating_sub(old.disk),
-            })
-    }
-
-    /// The instances of an app that count: index and handle.
-    fn alive(&self, droplet: &str) -> Vec<(u64, String)> {
-        self.stalls
-            .iter()
-            .filter(|(_, stall)| {
-                stall.view.droplet == droplet
-                    && matches!(
-                        stall.view.record.state,
-                        State::Born | State::Starting | State::Running
-                    )
-                    && stall.reins.wants.borrow().stop.is_none()
-                    && stall.view.record.stopping.is_none()
-            })
-            .map(|(handle, stall)| (stall.view.index, handle.clone()))
-            .collect()
-    }
-
-    /// Admits the starts at these indices, and what others grow by, and begins them: all or none.
-    fn starts(
-        &mut self,
-        template: &Value,
-        limits: Option<Limits>,
-        indices: &[u64],
-        grown: Amount,
-    ) -> Result<Vec<Accepted>, Reply> {
-        let mut raw = template.clone();
-        if let Some(limits) = limits {
-            let limits = json!({"mem": limits.mem, "disk": limits.disk, "fds": limits.fds});
-            set(&mut raw, "limits", limits);
-        }
-        for key in ["request_id", "wait"] {
-            set(&mut raw, key, Value::Null);
-        }
-        let mut messages = Vec::new();
-        for index in indices {
-            set(&mut raw, "index", json!(index));
-            let message = StartRequest::from_value(&raw)
-                .map_err(|bad| Reply::error(ErrorCode::Internal, bad.to_string()))?;
-            messages.push((message, raw.clone()));
-        }
-        match messages.first() {
-            Some((first, _)) => self.admit_start(first, messages.len() as u64, grown)?,
-            None => self.admit_amount(grown)?,
-        }
-        Ok(messages
-            .into_iter()
-            .map(|(message, raw)| self.accept(message, raw))
-            .collect())
-    }
 }
 
 /// Instances, each with the number of what it was asked.
-type Asked = Vec<(String, u64)>;
-
-/// The limits that a scale asks for; what it leaves out stays as in the template.
-fn scaled_limits(request: &ScaleRequest, template: &Value) -> Option<Limits> {
-    let wanted = request.limits.as_ref()?;
-    let old = StartRequest::from_value(template).ok()?.limits;
-    Some(Limits {
-        mem: wanted.mem.unwrap_or(old.mem),
-        disk: wanted.disk.unwrap_or(old.disk),
-        fds: wanted.fds.unwrap_or(old.fds),
-    })
-}
+pub(super) type Asked = Vec<(String, u64)>;
 
 /// Waits until every record is on disk; a fraction of a millisecond each, and other commands wait as
 /// long, so that nothing is answered out of order.
-async fn on_disk(accepted: Vec<Accepted>) -> Result<Asked, Reply> {
+pub(super) async fn on_disk(accepted: Vec<Accepted>) -> Result<Asked, Reply> {
     let mut handles = Vec::new();
     for one in accepted {
         let kept = one
@@ -516,7 +376,7 @@ async fn on_disk(accepted: Vec<Accepted>) -> Result<Asked, Reply> {
     Ok(handles)
 }
 
-fn set(message: &mut Value, key: &str, value: Value) {
+pub(super) fn set(message: &mut Value, key: &str, value: Value) {
     if let Some(object) = message.as_object_mut() {
         object.insert(key.to_owned(), value);
     }

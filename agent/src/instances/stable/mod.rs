@@ -7,6 +7,7 @@
 mod beats;
 mod commands;
 mod queries;
+mod scaling;
 mod waiting;
 
 use super::droplets::Digest;
