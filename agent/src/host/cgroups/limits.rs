@@ -220,21 +220,33 @@ fn limit_memory_v1(directory: &Path, bytes: u64) -> Result<(), CgroupError> {
     Ok(())
 }
 
+/// How often the kernel is asked to reclaim before a limit counts as one that does not fit; it asks
+/// itself as often before it kills (MAX_RECLAIM_RETRIES in mm/memcontrol.c).
+const RECLAIMS: u32 = 16;
+
+/// Bytes that are reclaimed beyond what is asked for: each CPU holds up to 64 pages that count as used
+/// (MEMCG_CHARGE_BATCH in mm/memcontrol.c).
+const RECLAIM_MORE: u64 = 1 << 20;
+
 /// v2 would kill until it fits, so what is in use is looked at, and reclaimed, before. An app that
 /// grows in the instant between is killed as it would be for growing an instant later.
 fn limit_memory_v2(directory: &Path, bytes: u64) -> Result<(), CgroupError> {
     let current = directory.join("memory.current");
-    let above = read_number(&current)?.saturating_sub(bytes);
-    if above > 0 {
-        // EAGAIN means "not all of it"; it does not matter why, but how much is left. (Linux 5.19.)
-        let _partly = write(&directory.join("memory.reclaim"), &above.to_string());
-        let usage = read_number(&current)?;
-        if usage > bytes {
-            return Err(CgroupError::MemoryInUse {
-                limit: bytes,
-                usage,
-            });
+    let mut usage = read_number(&current)?;
+    for _ in 0..RECLAIMS {
+        if usage <= bytes {
+            break;
         }
+        // EAGAIN means "not all of it"; it does not matter why, but how much is left. (Linux 5.19.)
+        let wanted = usage - bytes + RECLAIM_MORE;
+        let _partly = write(&directory.join("memory.reclaim"), &wanted.to_string());
+        usage = read_number(&current)?;
+    }
+    if usage > bytes {
+        return Err(CgroupError::MemoryInUse {
+            limit: bytes,
+            usage,
+        });
     }
     let refused = |error| {
         let act = format!("limit memory to {bytes} bytes in");
