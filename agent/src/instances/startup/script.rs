@@ -10,6 +10,7 @@
 //! the app would inherit), so a signal sent once to every process ends the app, and its status comes
 //! through both. They wait for a child in the foreground: bash puts a trapped signal off until such a
 //! child has ended, whereas `wait` would return early, and `&` would make the app ignore INT and QUIT.
+//! A signal that comes between the trap and the child is remembered by the handler, and no child starts.
 //! One flaw is bash's own (5.2 and before): an INT, and only an INT, within the microsecond in which it
 //! begins to wait makes it signal itself for ever. Stops are TERM, so nothing of ours runs into it.
 
@@ -22,7 +23,7 @@ pub const PATH: &str = "home/vcap/startup";
 pub const JOB: [&str; 3] = [
     "/bin/bash",
     "-c",
-    "trap : TERM INT QUIT; umask 077; ./startup; exit $?",
+    "trap t=143 TERM INT QUIT; umask 077; [ $t ] && exit $t; ./startup; exit $?",
 ];
 
 /// The text of the script, or `None` for a droplet that brings its own.
@@ -50,9 +51,11 @@ export DROPLET_BASE_DIR=$ostler_home
 unset ostler_home ostler_script
 cd "$DROPLET_BASE_DIR/app" || exit
 
-trap : TERM INT QUIT
+trap ostler_term=143 TERM INT QUIT
 # Without this, bash would write how the app ended among the app's own errors.
 exec {{ostler_err}}>&2 2>/dev/null
+# A stop that came in the instant before there is an app.
+[ -z "${{ostler_term:-}}" ] || exit "$ostler_term"
 (
   exec 2>&$ostler_err {{ostler_err}}>&-
   echo "$BASHPID" >> "$DROPLET_BASE_DIR/run.pid"
