@@ -157,18 +157,25 @@ async fn run(config: Config) -> Outcome<()> {
     let (asks, inbox) = mpsc::channel(stable::MAILBOX);
     let (farewell, farewell_asked) = tokio::sync::oneshot::channel();
     let stable = tokio::spawn(stable.run(inbox, link, farewell_asked));
-    let receiver = tokio::spawn(bus::receive(client, Arc::clone(&world), asks));
-    let parting = signals.parting().await;
+    let (leave, leaving) = tokio::sync::oneshot::channel();
+    let mut receiver = tokio::spawn(bus::receive(client, Arc::clone(&world), asks, leaving));
+    let parting = tokio::select! {
+        parting = signals.parting() => parting,
+        ended = &mut receiver => {
+            ended??;
+            return Err("the bus client has closed: apps run on, start the agent again".into());
+        }
+    };
     info!(?parting, "leaving");
-    receiver.abort();
-    let _ended = farewell.send(parting);
+    let _ended = (farewell.send(parting), leave.send(()));
     if let Err(error) = stable.await {
         error!(%error, "the stable ended badly");
     }
     if parting == Farewell::Shutdown {
         leave_nothing(&world).await;
     }
-    // The last words reach the server, if there is one.
+    // The last answers and words reach the server, if there is one.
+    drop(timeout(LAST_WORDS, receiver).await);
     drop(timeout(LAST_WORDS, world.outlet.settle()).await);
     publisher.abort();
     Ok(())

@@ -225,7 +225,10 @@ fn update(fields: &Fields<'_>) -> Read<UpdateRequest> {
     Ok(UpdateRequest {
         droplet: fields.id("droplet")?,
         uris: fields.strings("uris")?,
-        version: fields.optional_string("version")?,
+        version: fields
+            .get("version")
+            .map(|_| start::label(fields, "version", start::VERSION_MAX))
+            .transpose()?,
         request_id: start::request_id(fields)?,
     })
 }

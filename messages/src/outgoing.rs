@@ -124,6 +124,25 @@ pub struct HeartbeatEntry {
     pub state_timestamp: f64,
 }
 
+impl HeartbeatEntry {
+    /// Most bytes that the entry of an instance can take in a heartbeat, whatever becomes of its version
+    /// and its state.
+    #[must_use]
+    pub fn bytes_at_most(droplet: &str, cc_partition: &str, index: u64) -> usize {
+        let largest = Self {
+            cc_partition: cc_partition.into(),
+            droplet: droplet.into(),
+            version: "v".repeat(crate::start::VERSION_MAX),
+            instance: "i".repeat(32),
+            index,
+            state: State::Evacuating,
+            // No time of this century has more digits.
+            state_timestamp: 4_102_444_800.123_456_7,
+        };
+        largest.to_bytes().len() + ",".len()
+    }
+}
+
 /// Why an instance is no more.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]

@@ -28,13 +28,19 @@ pub enum ErrorCode {
     ShuttingDown,
     /// What was waited for cannot happen any more: the instance ended.
     Ended,
+    /// The answer does not fit into one message.
+    TooLarge,
     /// A fault of the agent.
     Internal,
 }
 
+/// Most characters of an error's message: it goes into the body and into a header, and may repeat what
+/// a sender wrote.
+const MESSAGE_MAX: usize = 1000;
+
 impl ErrorCode {
     /// Every code.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::BadJson,
         Self::BadField,
         Self::BadSubject,
@@ -46,6 +52,7 @@ impl ErrorCode {
         Self::Busy,
         Self::ShuttingDown,
         Self::Ended,
+        Self::TooLarge,
         Self::Internal,
     ];
 
@@ -64,6 +71,7 @@ impl ErrorCode {
             Self::Busy => ("busy", 429, true),
             Self::ShuttingDown => ("shutting_down", 503, true),
             Self::Ended => ("ended", 410, false),
+            Self::TooLarge => ("too_large", 413, false),
             Self::Internal => ("internal", 500, true),
         }
     }
@@ -95,13 +103,15 @@ impl Reply {
         )
     }
 
-    /// Refused.
+    /// Refused. A message of more than 1000 characters is cut.
     #[must_use]
     pub fn error(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self::Error {
-            code,
-            message: message.into(),
+        let mut message: String = message.into();
+        if let Some((at, _)) = message.char_indices().nth(MESSAGE_MAX) {
+            message.truncate(at);
+            message.push('…');
         }
+        Self::Error { code, message }
     }
 
     /// The body.

@@ -19,6 +19,13 @@ pub struct Limits {
 /// Most MB of memory or disk that make sense: 1 PiB. Beyond, arithmetic in bytes would overflow.
 pub const MEGABYTES_MAX: u64 = 1 << 30;
 
+/// Most bytes of a `version` in JSON: every heartbeat repeats it, and a heartbeat is never split. The
+/// controllers of DEA's time send at most 36 (NG) or some 45 (V1).
+pub const VERSION_MAX: usize = 64;
+
+/// Most bytes of a `cc_partition` in JSON, for the same reason.
+pub const PARTITION_MAX: usize = 64;
+
 /// At which state a command is answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Wait {
@@ -109,7 +116,7 @@ impl StartRequest {
         Ok(Self {
             droplet: droplet(&fields)?,
             index: fields.number("index")?,
-            version: fields.string("version")?,
+            version: label(&fields, "version", VERSION_MAX)?,
             name: fields.string("name")?,
             uris: fields.strings("uris")?,
             executable_uri: fields.optional_string("executableUri")?,
@@ -118,7 +125,7 @@ impl StartRequest {
             limits: limits(&fields.object("limits", "limits.")?)?,
             services: services(&fields)?,
             env: env(&fields)?,
-            cc_partition: fields.string("cc_partition")?,
+            cc_partition: label(&fields, "cc_partition", PARTITION_MAX)?,
             start_command: fields.optional_string("start_command")?,
             stack: fields.optional_string("stack")?,
             vcap_application: match fields.get("vcap_application") {
@@ -140,6 +147,16 @@ impl StartRequest {
 pub(crate) fn droplet(fields: &Fields<'_>) -> Read<DropletId> {
     DropletId::parse(&fields.id("droplet")?)
         .ok_or_else(|| fields.refuse("droplet", "1 to 128 of A-Z a-z 0-9 _ - (one subject token)"))
+}
+
+/// A string that heartbeats repeat: it takes at most `most` bytes of JSON.
+pub(crate) fn label(fields: &Fields<'_>, key: &str, most: usize) -> Read<String> {
+    let text = fields.string(key)?;
+    let quoted = Value::from(text.as_str()).to_string();
+    if quoted.len() > most + 2 {
+        return Err(fields.refuse(key, &format!("a string of at most {most} bytes")));
+    }
+    Ok(text)
 }
 
 /// A `request_id`: not empty, and bounded, for it is kept.

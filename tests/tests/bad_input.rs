@@ -76,6 +76,8 @@ async fn a_bad_start_message_is_refused_with_the_reason() {
         ("index", json!("0"), "index"),
         ("index", json!(-1), "index"),
         ("uris", json!("a.example.net"), "uris"),
+        ("version", json!("v".repeat(65)), "version"),
+        ("cc_partition", json!("\u{1}".repeat(20)), "cc_partition"),
         ("limits", json!({"mem": 128, "disk": 256}), "fds"),
         (
             "limits",
@@ -151,21 +153,26 @@ async fn a_start_without_room_is_refused_and_told() {
     }
 }
 
-#[tokio::test]
-async fn empty_pools_refuse_one_start_and_harm_no_other() {
-    let pools = ("[network]", "[network]\nports = \"61001-61002\"");
+/// On a host with two places of a kind, for which there is a word.
+async fn a_third_is_refused(pool: (&str, &str), word: &str) {
     let host = Host::with(tests::Setup {
-        config: &[pools],
+        config: &[pool],
         ..Default::default()
     })
     .await;
     let sleeper = Droplet::sample("sleeper");
     host.run(host.message("first", &sleeper)).await;
     host.run(host.message("second", &sleeper)).await;
-    let mut message = host.message("third", &sleeper);
-    message["wait"] = json!("running");
-    let (_, why) = refused(&host, &message.to_string()).await;
-    assert!(why.contains("port"), "{why}");
+    // Refused, not accepted and then failed; more than once: a refusal uses nothing up.
+    for _ in 0..3 {
+        let (code, why) = refused(&host, &host.message("third", &sleeper).to_string()).await;
+        assert_eq!(code, "host_full", "{why}");
+        assert!(why.contains(word), "{why}");
+    }
+    let more = json!({"droplet": "first", "instances": 3});
+    let answer = host.request(&host.subject("scale"), &more).await;
+    assert_eq!(answer["error"]["code"], "host_full", "{answer}");
+    assert_eq!(host.tree().named("wshd").len(), 2);
     let found = host
         .request_all(
             "dea.find.droplet",
@@ -176,6 +183,75 @@ async fn empty_pools_refuse_one_start_and_harm_no_other() {
     assert_eq!(found[0]["state"], "RUNNING");
     host.stop("first").await;
     host.stop("second").await;
+}
+
+#[tokio::test]
+async fn a_start_without_a_port_is_refused_and_harms_no_other() {
+    let ports = ("[network]", "[network]\nports = \"61001-61002\"");
+    a_third_is_refused(ports, "no free port: 2 in use").await;
+}
+
+#[tokio::test]
+async fn a_start_without_an_address_is_refused_and_harms_no_other() {
+    let addresses = ("10.254.0.0/16", "10.254.0.0/29");
+    a_third_is_refused(addresses, "no free address: 2 in use").await;
+}
+
+#[tokio::test]
+async fn a_heartbeat_tells_of_all_instances_within_what_the_bus_takes() {
+    let config = std::env::temp_dir().join(format!("ostler-payload-{}", std::process::id()));
+    std::fs::write(&config, "max_payload: 2000\n").unwrap();
+    let host = Host::with(tests::Setup {
+        bus: &["--config", config.to_str().unwrap()],
+        ..Default::default()
+    })
+    .await;
+    std::fs::remove_file(&config).unwrap();
+    let mut heartbeats = host.watch("dea.heartbeat").await;
+    let message = |index: usize| {
+        let mut message = host.message("app", &Droplet::sample("sleeper"));
+        message["index"] = json!(index);
+        message["version"] = json!("v".repeat(64));
+        message["limits"] = json!({"mem": 16, "disk": 16, "fds": 64});
+        message
+    };
+    let mut count = 0;
+    let why = loop {
+        let start = message(count);
+        let answer = host.request(&host.subject("start"), &start).await;
+        if answer["ok"] == false {
+            break answer["error"].clone();
+        }
+        count += 1;
+    };
+    assert_eq!(why["code"], "host_full", "{why}");
+    assert!(why["message"].as_str().unwrap().contains("2000"), "{why}");
+    assert!(count >= 6, "{count} instances in 2000 bytes");
+    let told = |beat: &Value, state: &str| {
+        let entries = beat["droplets"].as_array().unwrap().iter();
+        entries.filter(|entry| entry["state"] == state).count()
+    };
+    heartbeats
+        .until("all of them", |beat| told(beat, "RUNNING") == count)
+        .await;
+    // All of them in one answer are more than the bus takes: that is the answer.
+    let find = json!({"droplet": "app"});
+    let found = host.request(&host.subject("find"), &find).await;
+    assert_eq!(found["error"]["code"], "too_large", "{found}");
+    // What crashed is told, until its place is wanted.
+    host.tree().named("wshd")[0].signal(nix::sys::signal::Signal::SIGKILL);
+    heartbeats
+        .until("a crash", |beat| {
+            (told(beat, "RUNNING"), told(beat, "CRASHED")) == (count - 1, 1)
+        })
+        .await;
+    host.run(message(count)).await;
+    heartbeats
+        .until("a crash less", |beat| told(beat, "RUNNING") == count)
+        .await;
+    let (code, _) = refused(&host, &message(count + 1).to_string()).await;
+    assert_eq!(code, "host_full");
+    host.stop("app").await;
 }
 
 /// Starts `message`, which is accepted and then fails; gives `exit_description`.

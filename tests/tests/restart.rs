@@ -1,8 +1,9 @@
 //! The agent may die at any moment; no instance, no byte and no reason is lost.
 
+use futures_util::StreamExt;
 use nix::sys::signal::Signal;
-use serde_json::json;
-use std::collections::BTreeSet;
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 use tests::{Droplet, Host, Output, Process, Tree, numbered, rounds};
 
@@ -165,6 +166,202 @@ async fn hang_up_is_a_goodbye_that_leaves_the_apps() {
     assert_eq!(survivors(&alone), before);
     host.start_agent().await;
     host.stop("sleeper").await;
+}
+
+#[tokio::test]
+async fn an_agent_can_be_asked_from_its_first_word_on() {
+    let mut host = Host::start().await;
+    host.run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
+    for round in 0..rounds() {
+        host.kill9().await;
+        let subject = ["dea.heartbeat", "dea.advertise"][usize::from(round % 2 == 1)];
+        let mut first = host.watch(subject).await;
+        host.spawn_agent();
+        first.next().await;
+        let find = json!({"droplet": "app"});
+        let found = host.request(&host.subject("find"), &find).await;
+        assert_eq!(found["matched"], 1, "{found}");
+    }
+    host.stop("app").await;
+}
+
+#[tokio::test]
+async fn an_agent_that_leaves_answers_whoever_reached_it() {
+    let mut host = Host::start().await;
+    host.run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
+    let mut dice = Dice(7);
+    for round in 0..rounds() {
+        // Everybody has an inbox: there comes one answer, or the server's word that nobody listens.
+        let inbox = host.nats().new_inbox();
+        let mut answers = host.nats().subscribe(format!("{inbox}.*")).await.unwrap();
+        let (nats, subject) = (host.nats().clone(), host.subject("stop"));
+        let (enough, mut asked_enough) = tokio::sync::oneshot::channel::<()>();
+        let asking = tokio::spawn(async move {
+            let mut count = 0_usize;
+            while asked_enough.try_recv().is_err() {
+                let body = json!({"droplet": "nobody", "request_id": format!("{round}-{count}")});
+                nats.publish_with_reply(
+                    subject.clone(),
+                    format!("{inbox}.{count}"),
+                    body.to_string().into(),
+                )
+                .await
+                .unwrap();
+                nats.flush().await.unwrap();
+                count += 1;
+            }
+            count
+        });
+        tokio::time::sleep(dice.milliseconds(60)).await;
+        let status = host.end(Signal::SIGHUP).await;
+        assert!(status.success(), "{status}");
+        enough.send(()).unwrap();
+        let count = asking.await.unwrap();
+        let mut answered = BTreeMap::new();
+        while answered.len() < count {
+            let next = tokio::time::timeout(Duration::from_secs(5), answers.next()).await;
+            let Ok(Some(answer)) = next else {
+                panic!(
+                    "{} of {count} got no answer\n{}",
+                    count - answered.len(),
+                    host.log()
+                )
+            };
+            *answered.entry(answer.subject.to_string()).or_insert(0) += 1;
+        }
+        let more = tokio::time::timeout(Duration::from_millis(200), answers.next()).await;
+        assert!(more.is_err(), "answered twice: {more:?}");
+        host.start_agent().await;
+    }
+    host.stop("app").await;
+}
+
+#[tokio::test]
+async fn an_end_is_told_whole_whatever_cuts_the_agent_off() {
+    let mut host = Host::start().await;
+    let mut events = host.watch("droplet.*").await;
+    let mut dice = Dice(11);
+    for round in 0..rounds() {
+        let droplet = format!("end-{round}");
+        let eats = round % 2 == 0;
+        let mut message = if eats {
+            host.message(&droplet, &Droplet::sample("hog"))
+        } else {
+            host.message(&droplet, &Droplet::shell("echo last words; exit 7"))
+        };
+        message["limits"]["mem"] = json!(32);
+        let answer = host.request(&host.subject("start"), &message).await;
+        assert_eq!(answer["ok"], true, "{answer}");
+        // Somewhere between the start and the last trace of it, once or twice.
+        tokio::time::sleep(dice.milliseconds(350)).await;
+        host.kill9().await;
+        host.spawn_agent();
+        if round % 3 == 0 {
+            tokio::time::sleep(dice.milliseconds(60)).await;
+            host.kill9().await;
+            host.spawn_agent();
+        }
+        let exit = events
+            .until("exit of it", |event| {
+                event["droplet"] == *droplet && event["reason"].is_string()
+            })
+            .await;
+        assert_eq!(exit["instance"], answer["instance"], "{exit}");
+        assert_eq!(exit["oom"], eats, "{exit}");
+        let (status, words) = if eats {
+            (137, "out of memory")
+        } else {
+            (7, "app instance exited")
+        };
+        assert_eq!(exit["exit_status"], status, "{exit}");
+        assert_eq!(exit["exit_description"], words, "{exit}");
+        host.tree_until("empty machine", |tree| tree.named("wshd").is_empty())
+            .await;
+        let mut again = host.watch("dea.start").await;
+        host.restart().await;
+        drop(again.arrived());
+        events.arrived();
+        let of_it: Vec<&Value> = events
+            .all()
+            .iter()
+            .filter(|event| event["droplet"] == *droplet)
+            .collect();
+        // Said again after a kill between the saying and the confirmation: the same, not another one.
+        let (ooms, exits): (Vec<&Value>, Vec<&Value>) =
+            of_it.iter().partition(|event| event["victim"].is_object());
+        assert!(exits.iter().all(|other| **other == exit), "{of_it:#?}");
+        assert_eq!(!ooms.is_empty(), eats, "{of_it:#?}");
+        if eats {
+            assert_eq!(of_it[0]["victim"]["comm"], "hog", "{of_it:#?}");
+            assert!(ooms.iter().all(|oom| *oom == ooms[0]), "{of_it:#?}");
+        }
+        host.stop(&droplet).await;
+    }
+}
+
+#[tokio::test]
+async fn many_are_adopted_beside_starts_that_were_cut_off() {
+    let mut host = Host::start().await;
+    let sleeper = Droplet::sample("sleeper");
+    let message = |host: &Host, droplet: &str, index: u64| {
+        let mut message = host.message(droplet, &sleeper);
+        message["index"] = json!(index);
+        message["uris"] = json!([]);
+        message
+    };
+    let many = 12;
+    for index in 0..many {
+        host.run(message(&host, "old", index)).await;
+    }
+    host.tree_until("apps", |tree| tree.named("sleep").len() == 12)
+        .await;
+    let before = survivors(&host.tree());
+    let mut dice = Dice(13);
+    let mut exits = host.watch("droplet.exited").await;
+    for round in 0..rounds() {
+        for index in 0..3 {
+            let start = message(&host, "new", index);
+            let answer = host.request(&host.subject("start"), &start).await;
+            assert_eq!(answer["ok"], true, "{answer}");
+        }
+        tokio::time::sleep(dice.milliseconds(80)).await;
+        host.restart().await;
+        let mut heartbeats = host.watch("dea.heartbeat").await;
+        heartbeats
+            .until("all settled", |beat| {
+                let entries = beat["droplets"].as_array().unwrap();
+                entries.len() == 15 && entries.iter().all(|entry| entry["state"] != "STARTING")
+            })
+            .await;
+        let crashes: Vec<Value> = exits
+            .arrived()
+            .into_iter()
+            .filter(|exit| exit["reason"] == "CRASHED")
+            .collect();
+        assert_eq!(crashes, Vec::<Value>::new(), "{}", host.log());
+        let find = json!({"droplet": "new", "include_stats": true});
+        let mut ports = BTreeSet::new();
+        for droplet in ["old", "new"] {
+            let find = json!({"droplet": droplet, "include_stats": true});
+            let found = host
+                .request_all("dea.find.droplet", &find, Duration::from_millis(500))
+                .await;
+            ports.extend(found.iter().map(|one| one["stats"]["port"].as_u64()));
+        }
+        assert_eq!(
+            ports.len(),
+            15,
+            "round {round}: a port each: {ports:?}, {find}"
+        );
+        host.stop("new").await;
+        host.tree_until("the old ones alone", |tree| tree.named("wshd").len() == 12)
+            .await;
+    }
+    let after = survivors(&host.tree());
+    assert!(before.is_subset(&after), "{before:?}\n{after:?}");
+    host.stop("old").await;
 }
 
 #[tokio::test]

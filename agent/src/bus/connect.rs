@@ -2,14 +2,19 @@
 
 use crate::config::Nats;
 use crate::instances::outlet::Link;
+use async_nats::connection::State;
 use async_nats::{Client, ConnectOptions, Event};
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
 use tracing::{info, warn};
 
 /// Longest wait before the next try to connect, in milliseconds.
 const RECONNECT_CAP_MS: u64 = 10_000;
+
+/// Most time that a connection that was just made takes to serve. If it is lost meanwhile, that is told.
+const TAKEOVER: Duration = Duration::from_secs(1);
 
 /// Why there is no client: only settings can be wrong, a server that is away is waited for.
 #[derive(Debug, thiserror::Error)]
@@ -83,16 +88,18 @@ async fn watch_link(
     link: watch::Sender<Link>,
 ) {
     while let Some(event) = events.recv().await {
+        // Those that the client has no room for it drops, but then others follow: each is a reason to look.
+        if !matches!(event, Event::Disconnected | Event::Closed) {
+            look(&client, &link).await;
+        }
         match event {
             Event::Connected => {
-                let connects = client.statistics().connects.load(Ordering::Relaxed);
-                let max_payload = client.max_payload();
-                info!(connects, max_payload, "connected to the bus");
-                link.send_replace(Link {
-                    up: true,
+                let Link {
                     connects,
                     max_payload,
-                });
+                    ..
+                } = *link.borrow();
+                info!(connects, max_payload, "connected to the bus");
             }
             Event::Disconnected | Event::Closed => {
                 warn!("the bus is away; apps run on, and the agent keeps trying");
@@ -109,6 +116,18 @@ async fn watch_link(
             Event::LameDuckMode | Event::Draining => info!(%event, "the bus asked to leave"),
         }
     }
+}
+
+/// The connection as it is. The client announces one before it has taken over what the server said of
+/// itself (0.51, `Connector::try_connect_to_server`); a flush is done by that connection only.
+async fn look(client: &Client, link: &watch::Sender<Link>) {
+    drop(timeout(TAKEOVER, client.flush()).await);
+    let now = Link {
+        up: client.connection_state() == State::Connected,
+        connects: client.statistics().connects.load(Ordering::Relaxed),
+        max_payload: client.max_payload(),
+    };
+    link.send_if_modified(|link| std::mem::replace(link, now) != now);
 }
 
 /// Full jitter: anything up to a bound that doubles from 100 ms to the cap.

@@ -7,10 +7,15 @@
 use crate::instances::outlet::{Inlet, Message, Request};
 use async_nats::{Client, HeaderMap, Subscriber};
 use futures_util::StreamExt;
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 use tokio::sync::oneshot;
+use tokio::time::{Instant, interval};
 use tracing::{debug, warn};
+
+/// How long a server that answers pings may keep a barrier before it is worth a word, and again.
+const OVERDUE: Duration = Duration::from_secs(30);
 
 /// Publishes what is asked for until every [`Outlet`](crate::instances::outlet::Outlet) is gone.
 pub async fn publish(client: Client, inlet: Inlet) {
@@ -29,6 +34,7 @@ pub async fn publish(client: Client, inlet: Inlet) {
     } = inlet;
     let mut link = link.subscribe();
     let mut barriers = Barriers::default();
+    let mut overdue = interval(OVERDUE);
     loop {
         let request = tokio::select! {
             // An echo first: it frees those who wait for it. Then the link, so that a barrier of a
@@ -40,6 +46,10 @@ pub async fn publish(client: Client, inlet: Inlet) {
             }
             Ok(()) = link.changed() => {
                 barriers.drop_all();
+                continue;
+            }
+            _ = overdue.tick() => {
+                barriers.complain(&inbox);
                 continue;
             }
             Some(request) = control.recv() => request,
@@ -98,20 +108,20 @@ async fn send(client: &Client, message: Message) {
 /// Last words reach the socket before the process ends.
 async fn leave(client: Client, echoes: Subscriber) {
     drop(echoes);
-    drop(tokio::time::timeout(std::time::Duration::from_secs(2), client.flush()).await);
+    drop(tokio::time::timeout(Duration::from_secs(2), client.flush()).await);
 }
 
 /// Barriers on their way to the server and back.
 #[derive(Default)]
 struct Barriers {
     next: u64,
-    waiting: HashMap<u64, oneshot::Sender<u64>>,
+    waiting: BTreeMap<u64, (Instant, oneshot::Sender<u64>)>,
 }
 
 impl Barriers {
     fn add(&mut self, answer: oneshot::Sender<u64>) -> u64 {
         self.next += 1;
-        self.waiting.insert(self.next, answer);
+        self.waiting.insert(self.next, (Instant::now(), answer));
         self.next
     }
 
@@ -119,9 +129,20 @@ impl Barriers {
         let number = std::str::from_utf8(body)
             .ok()
             .and_then(|text| text.parse().ok());
-        if let Some(answer) = number.and_then(|number: u64| self.waiting.remove(&number)) {
+        if let Some((_, answer)) = number.and_then(|number: u64| self.waiting.remove(&number)) {
             // Whoever waited may have left.
             let _gone = answer.send(connects);
+        }
+    }
+
+    /// A server that answers pings and returns no barrier has no leave to.
+    fn complain(&self, inbox: &str) {
+        let oldest = self.waiting.values().next();
+        if oldest.is_some_and(|(sent, _)| sent.elapsed() >= OVERDUE) {
+            warn!(
+                inbox,
+                "the server does not return messages to this host's own inbox, so nothing counts as delivered: allow publish and subscribe on it"
+            );
         }
     }
 

@@ -6,6 +6,7 @@
 use super::replay::{Replay, Seen};
 use crate::instances::instance::events;
 use crate::instances::outlet::Message as Outgoing;
+use crate::instances::record::RecordError;
 use crate::instances::stable::Ask;
 use crate::instances::world::World;
 use async_nats::{Client, Message, Subscriber};
@@ -14,6 +15,7 @@ use futures_util::stream::select_all;
 use messages::command::{Asked, Command, Query, json, parse};
 use messages::reply::{ErrorCode, Reply};
 use messages::subjects::{Incoming, subscriptions};
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Mutex, mpsc, oneshot};
@@ -29,20 +31,25 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
 /// Everything an answer needs.
 struct Desk {
     world: Arc<World>,
-    asks: mpsc::Sender<Ask>,
     replay: Mutex<Replay>,
+    /// Whatever is owed holds the desk, and so keeps this open.
+    _owing: mpsc::Sender<Infallible>,
 }
 
-/// Subscribes, tells the stable that this host can be asked, and serves until it is dropped.
-pub async fn receive(client: Client, world: Arc<World>, asks: mpsc::Sender<Ask>) {
+/// Subscribes, tells the stable that this host can be asked, and serves until `leave`. Then it hears
+/// out what the server sent until it knew that nobody listens any more, and ends when every answer is
+/// on its way.
+///
+/// # Errors
+/// If the answers of earlier lives cannot be read.
+pub async fn receive(
+    client: Client,
+    world: Arc<World>,
+    asks: mpsc::Sender<Ask>,
+    mut leave: oneshot::Receiver<()>,
+) -> Result<(), RecordError> {
     let base = world.config.base.clone();
-    let replay = match crate::host::blocking(move || Replay::open(&base)).await {
-        Ok(replay) => replay,
-        Err(error) => {
-            error!(%error, "no command can be taken");
-            return;
-        }
-    };
+    let replay = crate::host::blocking(move || Replay::open(&base)).await?;
     let mut subscribers: Vec<Subscriber> = Vec::new();
     for subject in subscriptions(&world.id) {
         match client.subscribe(subject).await {
@@ -51,28 +58,60 @@ pub async fn receive(client: Client, world: Arc<World>, asks: mpsc::Sender<Ask>)
         }
     }
     let mut messages = select_all(subscribers);
+    let (owing, mut owed) = mpsc::channel(1);
     let desk = Arc::new(Desk {
         world,
-        asks,
         replay: Mutex::new(replay),
+        _owing: owing,
     });
-    desk.ask(Ask::Ready).await;
-    while let Some(message) = messages.next().await {
+    ask(&asks, Ask::Ready).await;
+    let mut leaving = false;
+    loop {
+        let message = tokio::select! {
+            // The parting must not wait behind a flood.
+            biased;
+            _asked_or_alone = &mut leave, if !leaving => {
+                leaving = true;
+                if !desk.world.outlet.mark().up() {
+                    break;
+                }
+                for subscriber in messages.iter_mut() {
+                    if let Err(error) = subscriber.drain().await {
+                        debug!(%error, "not unsubscribed");
+                    }
+                }
+                continue;
+            }
+            message = messages.next() => message,
+        };
+        let Some(message) = message else { break };
         let span = info_span!(parent: None, "request", subject = %message.subject);
-        take(&desk, message).instrument(span).await;
+        take(&desk, &asks, message).instrument(span).await;
     }
+    // The stable has heard everything.
+    drop(asks);
+    drop(desk);
+    // Nothing is ever sent: it ends when all have let go.
+    while owed.recv().await.is_some() {}
+    Ok(())
 }
 
-async fn take(desk: &Arc<Desk>, message: Message) {
+/// Waits for room in the stable's mailbox; it is closed only when the agent ends, and then the duty to
+/// answer is dropped, which is an answer.
+async fn ask(asks: &mpsc::Sender<Ask>, ask: Ask) {
+    drop(asks.send(ask).await);
+}
+
+async fn take(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, message: Message) {
     let Some(incoming) = Incoming::parse(&message.subject, &desk.world.id) else {
         debug!("not ours");
         return;
     };
     let reply_to = message.reply.map(|subject| subject.to_string());
     match parse(incoming, &message.payload) {
-        Ok((Asked::Command(command), raw)) => command_to(desk, command, raw, reply_to).await,
-        Ok((Asked::Query(query), _)) => query_to(desk, query, reply_to),
-        Ok((Asked::Trigger(trigger), _)) => desk.ask(Ask::Trigger(trigger)).await,
+        Ok((Asked::Command(command), raw)) => command_to(desk, asks, command, raw, reply_to).await,
+        Ok((Asked::Query(query), _)) => query_to(desk, asks, query, reply_to),
+        Ok((Asked::Trigger(trigger), _)) => ask(asks, Ask::Trigger(trigger)).await,
         Err(bad) => {
             warn!(problem = bad.message, "a message was not understood");
             let refusal = Reply::error(bad.code, bad.message);
@@ -108,6 +147,7 @@ fn is_command(incoming: Incoming) -> bool {
 
 async fn command_to(
     desk: &Arc<Desk>,
+    asks: &mpsc::Sender<Ask>,
     command: Command,
     raw: serde_json::Value,
     reply_to: Option<String>,
@@ -129,7 +169,7 @@ async fn command_to(
         Command::Start(_) | Command::Scale(_) | Command::FindHere(_)
     );
     let (answer, answered) = oneshot::channel();
-    let ask = Ask::Command {
+    let asked = Ask::Command {
         command,
         raw: raw.clone(),
         answer,
@@ -137,11 +177,11 @@ async fn command_to(
     tokio::spawn(answer_later(Arc::clone(desk), id, answered, reply_to));
     if !may_be_busy {
         // Stops and updates are never refused: here they wait.
-        return desk.ask(ask).await;
+        return ask(asks, asked).await;
     }
     if let Err(mpsc::error::TrySendError::Full(Ask::Command {
         command, answer, ..
-    })) = desk.asks.try_send(ask)
+    })) = asks.try_send(asked)
     {
         let busy = Reply::error(ErrorCode::Busy, "too many commands at once: send it again");
         if matches!(command, Command::Start(_)) {
@@ -180,34 +220,39 @@ async fn answer_later(
     desk.answer(reply_to, &reply).await;
 }
 
-fn query_to(desk: &Arc<Desk>, query: Query, reply_to: Option<String>) {
+fn query_to(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, query: Query, reply_to: Option<String>) {
     // Nobody to answer: nothing to do.
     let Some(reply_to) = reply_to else { return };
     let (answers, mut answered) = mpsc::channel::<Vec<u8>>(ANSWERS);
-    if desk.asks.try_send(Ask::Query { query, answers }).is_err() {
+    if asks.try_send(Ask::Query { query, answers }).is_err() {
         debug!("too busy for a query");
         return;
     }
-    let outlet = desk.world.outlet.clone();
+    let desk = Arc::clone(desk);
     tokio::spawn(async move {
         while let Some(body) = answered.recv().await {
+            let outlet = &desk.world.outlet;
             outlet.send(Outgoing::plain(reply_to.clone(), body)).await;
         }
     });
 }
 
 impl Desk {
-    async fn ask(&self, ask: Ask) {
-        // The stable ends only when the agent does.
-        drop(self.asks.send(ask).await);
-    }
-
     async fn answer(&self, reply_to: Option<String>, reply: &Reply) {
         let Some(subject) = reply_to else { return };
-        let message = Outgoing {
+        let message = |reply: &Reply| Outgoing {
             subject,
             headers: reply.headers(),
             body: reply.body(),
+        };
+        let (size, most) = (reply.body().len(), self.world.outlet.mark().max_payload());
+        let message = if size > most {
+            let why = format!(
+                "done, but its answer has {size} bytes and the bus takes {most}: ask for less at once"
+            );
+            message(&Reply::error(ErrorCode::TooLarge, why))
+        } else {
+            message(reply)
         };
         self.world.outlet.send(message).await;
     }

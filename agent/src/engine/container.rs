@@ -1,7 +1,7 @@
 //! One container that this agent holds: its jobs, signals, limits, and its end.
 
 use super::oom::Victims;
-use super::{EngineError, Limits, Saved, Shared, Usage, blocking, destroy, lock, owned};
+use super::{EngineError, Limits, Place, Saved, Shared, Usage, blocking, destroy, lock, owned};
 use crate::host::cgroups::{CgroupError, Group};
 use crate::host::depot::Directory;
 use crate::host::helpers::Child;
@@ -36,6 +36,8 @@ pub(super) struct Inner {
     pub(super) group: Group,
     pub(super) lease: Lease,
     pub(super) ports: Mutex<Vec<(u16, u16)>>,
+    /// Holds the port that is mapped first, until it is.
+    place: Mutex<Option<Place>>,
     /// The supervisors that this agent started, by job.
     pub(super) supervisors: Mutex<BTreeMap<u32, Child>>,
     /// Whose deaths for memory were told.
@@ -73,6 +75,7 @@ impl Container {
             group,
             lease,
             ports: Mutex::new(ports),
+            place: Mutex::default(),
             supervisors: Mutex::default(),
             victims: Mutex::default(),
             destroyed: tokio::sync::Mutex::new(Destroyed::No),
@@ -82,6 +85,11 @@ impl Container {
         Ok(Self {
             inner: Arc::new(inner),
         })
+    }
+
+    /// What is left of its place: the port that [`Self::map_port`] takes first.
+    pub(super) fn keep(&self, place: Place) {
+        lock(&self.inner.place).replace(place);
     }
 
     /// Its name.
@@ -120,7 +128,11 @@ impl Container {
     /// No port is left, or the kernel refused the element.
     pub async fn map_port(&self, inside: Option<u16>) -> Result<(u16, u16), EngineError> {
         let network = &self.inner.shared.network;
-        let host = network.take_port()?;
+        let reserved = lock(&self.inner.place).take();
+        let host = match reserved.and_then(|mut place| place.port()) {
+            Some(port) => port,
+            None => network.take_port()?,
+        };
         let pair = (host, inside.unwrap_or(host));
         // First: if this future is dropped, `destroy` knows of it.
         lock(&self.inner.ports).push(pair);

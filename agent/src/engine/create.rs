@@ -1,7 +1,7 @@
 //! Making a container: a chain of steps, each with an undo that is known before the step begins.
 
 use super::container::Container;
-use super::{EngineError, Shared, Spec, blocking, destroy, identity, launch, owned};
+use super::{EngineError, Place, Shared, Spec, blocking, destroy, identity, launch, owned};
 use crate::host::cgroups::Group;
 use crate::host::depot::{DepotError, Directory, is_handle};
 use crate::host::network::Lease;
@@ -13,7 +13,11 @@ use std::sync::Arc;
 use std::time::Instant;
 use tracing::Instrument;
 
-pub(super) async fn create(shared: Arc<Shared>, spec: Spec) -> Result<Container, EngineError> {
+pub(super) async fn create(
+    shared: Arc<Shared>,
+    spec: Spec,
+    mut place: Place,
+) -> Result<Container, EngineError> {
     if !is_handle(&spec.handle) {
         return Err(EngineError::Handle(spec.handle));
     }
@@ -24,8 +28,9 @@ pub(super) async fn create(shared: Arc<Shared>, spec: Spec) -> Result<Container,
             shared: Arc::clone(&shared),
             steps: Vec::new(),
         };
-        match build(shared, &spec, &mut undo).await {
+        match build(shared, &spec, &mut place, &mut undo).await {
             Ok(container) => {
+                container.keep(place);
                 let elapsed_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
                 tracing::info!(pid = container.pid(), elapsed_ms, "container created");
                 Ok(Unclaimed(Some(container)))
@@ -65,11 +70,12 @@ impl Drop for Unclaimed {
 async fn build(
     shared: Arc<Shared>,
     spec: &Spec,
+    place: &mut Place,
     undo: &mut Undo,
 ) -> Result<Container, EngineError> {
     let lowers: Vec<PathBuf> = spec.layers.iter().chain([&spec.stack]).cloned().collect();
     let lowers = blocking(move || check_layers(lowers)).await?;
-    let lease = shared.network.lease()?;
+    let lease = place.lease().ok_or(EngineError::Protocol)?;
     undo.steps.push(Step::Lease(lease.clone()));
     let directory = make_directory(&shared, spec, lowers, &lease, undo).await?;
     let group = make_group(&shared, spec).await?;

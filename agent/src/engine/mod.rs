@@ -18,6 +18,7 @@ mod follow;
 mod identity;
 mod launch;
 mod oom;
+mod place;
 mod supervisor;
 mod sweep;
 #[cfg(test)]
@@ -28,6 +29,7 @@ pub use container::Container;
 pub use error::EngineError;
 pub use follow::Followed;
 pub use oom::{Level, OomReport};
+pub use place::Place;
 
 pub use crate::host::cgroups::{Limits, Usage};
 pub use crate::host::depot::SeedFile;
@@ -146,13 +148,21 @@ impl Engine {
         })
     }
 
-    /// Makes a container; when this returns, its init serves. It is made by a task of its own: if the
-    /// caller goes away, the container does too.
+    /// Takes addresses and a port for a container that is to be made.
+    ///
+    /// # Errors
+    /// A pool is empty; nothing was taken.
+    pub fn reserve(&self) -> Result<Place, EngineError> {
+        Place::take(&self.shared)
+    }
+
+    /// Makes a container in its place; when this returns, its init serves. It is made by a task of its
+    /// own: if the caller goes away, the container does too.
     ///
     /// # Errors
     /// The first thing that failed; everything before it was undone.
-    pub async fn create(&self, spec: Spec) -> Result<Container, EngineError> {
-        create::create(Arc::clone(&self.shared), spec).await
+    pub async fn create(&self, spec: Spec, place: Place) -> Result<Container, EngineError> {
+        create::create(Arc::clone(&self.shared), spec, place).await
     }
 
     /// Finds a container of an earlier agent again. Addresses and ports of one that lives are taken

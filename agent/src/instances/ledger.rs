@@ -69,9 +69,89 @@ fn holds_disk(record: &Record) -> bool {
     }
 }
 
+/// What one instance takes of the host's heartbeat.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Entry {
+    /// Whose it is.
+    pub handle: String,
+    /// Most bytes that it can have.
+    pub bytes: usize,
+    /// Since when it is there only to tell of a crash, in seconds since the epoch.
+    pub crashed: Option<f64>,
+}
+
+/// What a heartbeat can hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// Instances.
+    pub instances: usize,
+    /// Bytes of all entries.
+    pub bytes: usize,
+}
+
+/// Which crashed instances must be forgotten, oldest first, so that `wanted` has room beside the rest;
+/// `None` if it has none even so.
+pub fn make_room(mut entries: Vec<Entry>, wanted: Room, most: Room) -> Option<Vec<String>> {
+    let fits = |used: Room| {
+        let sum = |used: usize, wanted: usize| used.saturating_add(wanted);
+        sum(used.instances, wanted.instances) <= most.instances
+            && sum(used.bytes, wanted.bytes) <= most.bytes
+    };
+    let mut used = Room {
+        instances: entries.len(),
+        bytes: entries.iter().map(|entry| entry.bytes).sum(),
+    };
+    entries.retain(|entry| entry.crashed.is_some());
+    entries.sort_by(|one, other| f64::total_cmp(&since(one), &since(other)));
+    let mut leaving = Vec::new();
+    let mut crashed = entries.into_iter();
+    while !fits(used) {
+        let oldest = crashed.next()?;
+        used.instances -= 1;
+        used.bytes -= oldest.bytes;
+        leaving.push(oldest.handle);
+    }
+    Some(leaving)
+}
+
+fn since(entry: &Entry) -> f64 {
+    entry.crashed.unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{Amount, Short, admit};
+    use super::{Amount, Entry, Room, Short, admit, make_room};
+
+    fn leaving(wanted: usize, most: Room) -> Option<Vec<String>> {
+        let entry = |handle: &str, crashed| Entry {
+            handle: handle.into(),
+            bytes: 100,
+            crashed,
+        };
+        let entries = vec![
+            entry("younger", Some(2.0)),
+            entry("alive", None),
+            entry("older", Some(1.0)),
+        ];
+        let wanted = Room {
+            instances: wanted,
+            bytes: wanted * 100,
+        };
+        make_room(entries, wanted, most)
+    }
+
+    #[test]
+    fn crashed_instances_leave_first_and_no_more_of_them_than_need_to() {
+        let most = |instances, bytes| Room { instances, bytes };
+        assert_eq!(leaving(1, most(4, 400)), Some(vec![]));
+        for tight in [most(3, 1000), most(10, 399)] {
+            assert_eq!(leaving(1, tight), Some(vec!["older".into()]));
+        }
+        let both = Some(vec!["older".into(), "younger".into()]);
+        assert_eq!(leaving(2, most(3, 1000)), both);
+        assert_eq!(leaving(3, most(3, 1000)), None);
+        assert_eq!(leaving(usize::MAX / 200, most(1000, 1000)), None);
+    }
 
     #[test]
     fn equality_fits_and_disk_is_named_first() {

@@ -1,7 +1,9 @@
 //! What happens when the agent, an init, or an app dies.
 
 use super::fs;
-use super::world::{Told, appears, frame, fresh_handle, job, kill, processes, shell, world};
+use super::world::{
+    Told, appears, create, frame, fresh_handle, job, kill, processes, shell, world,
+};
 use crate::engine::adopt::{INIT_DIED, REBOOTED};
 use crate::engine::{Adopted, Container, Level, Saved};
 use container::spool::Cursor;
@@ -42,7 +44,7 @@ async fn dead(pid: i32) {
 fn another_agent_adopts_what_lives() {
     world(|world| async move {
         let engine = world.engine().await;
-        let container = engine.create(world.spec(&world.handle)).await.unwrap();
+        let container = create(&engine, world.spec(&world.handle)).await.unwrap();
         let port = container.map_port(None).await.unwrap();
         let script = "echo one; until [ -e /shared/go ]; do sleep 0.01; done; echo two; exit 4";
         container.spawn(1, "vcap", shell(script)).await.unwrap();
@@ -91,7 +93,7 @@ fn another_agent_adopts_what_lives() {
 fn the_dead_are_told_why_and_removed() {
     world(|world| async move {
         let engine = world.engine().await;
-        let container = engine.create(world.spec(&world.handle)).await.unwrap();
+        let container = create(&engine, world.spec(&world.handle)).await.unwrap();
         container.map_port(None).await.unwrap();
         let script = "echo last; touch /shared/up; sleep 1000";
         container.spawn(1, "vcap", shell(script)).await.unwrap();
@@ -137,7 +139,7 @@ fn the_dead_are_told_why_and_removed() {
 fn a_record_is_enough_to_destroy() {
     world(|world| async move {
         let engine = world.engine().await;
-        let container = engine.create(world.spec(&world.handle)).await.unwrap();
+        let container = create(&engine, world.spec(&world.handle)).await.unwrap();
         container.map_port(None).await.unwrap();
         container
             .spawn(1, "vcap", shell("sleep 1000"))
@@ -158,12 +160,15 @@ fn a_record_is_enough_to_destroy() {
 fn what_no_record_knows_is_swept() {
     world(|world| async move {
         let engine = world.engine().await;
-        let container = engine.create(world.spec(&world.handle)).await.unwrap();
+        let container = create(&engine, world.spec(&world.handle)).await.unwrap();
         container
             .spawn(1, "vcap", shell("sleep 1000"))
             .await
             .unwrap();
-        let kept = engine.create(world.spec(&fresh_handle())).await.unwrap();
+        let kept = engine
+            .create(world.spec(&fresh_handle()), engine.reserve().unwrap())
+            .await
+            .unwrap();
         drop((container, engine));
         fs::create_dir_all(world.base.join("containers/not-a-handle")).unwrap();
         fs::create_dir_all(world.base.join("trash/99/a")).unwrap();
@@ -184,7 +189,7 @@ fn what_no_record_knows_is_swept() {
 fn an_init_that_dies_is_noticed_and_its_jobs_end() {
     world(|world| async move {
         let engine = world.engine().await;
-        let container = engine.create(world.spec(&world.handle)).await.unwrap();
+        let container = create(&engine, world.spec(&world.handle)).await.unwrap();
         container
             .spawn(1, "vcap", shell("echo x; sleep 1000"))
             .await
@@ -210,7 +215,7 @@ fn an_init_that_dies_is_noticed_and_its_jobs_end() {
 fn a_supervisor_killed_with_its_container_still_ends_the_job() {
     world(|world| async move {
         let engine = world.engine().await;
-        let container = engine.create(world.spec(&world.handle)).await.unwrap();
+        let container = create(&engine, world.spec(&world.handle)).await.unwrap();
         container
             .spawn(1, "vcap", shell("echo x; sleep 1000"))
             .await
@@ -239,7 +244,7 @@ fn a_kill_for_memory_is_reported_with_its_victim() {
         let engine = world.engine().await;
         let mut spec = world.spec(&world.handle);
         spec.limits.memory_bytes = Some(16 << 20);
-        let container = engine.create(spec).await.unwrap();
+        let container = create(&engine, spec).await.unwrap();
         let mut reports = container.oom(0);
         let mut victims = Vec::new();
         for number in 1..=2 {

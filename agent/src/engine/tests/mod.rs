@@ -13,7 +13,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::time::timeout;
-use world::{Told, appears, frame, job, kill, processes, run, shell, world};
+use world::{Told, appears, create, frame, job, kill, processes, run, shell, world};
 
 #[test]
 fn a_container_lives_and_leaves_nothing() {
@@ -31,7 +31,7 @@ fn a_container_lives_and_leaves_nothing() {
             gid: 1000,
             bytes,
         });
-        let container = engine.create(spec).await.unwrap();
+        let container = create(&engine, spec).await.unwrap();
         let ports = container.map_port(Some(8080)).await.unwrap();
         assert_eq!(container.saved().ports, [ports]);
         assert!(run(&["nft", "list", "ruleset"]).contains(&ports.0.to_string()));
@@ -82,7 +82,7 @@ fn a_container_lives_and_leaves_nothing() {
 fn a_killed_linker_comes_back_without_loss_or_repeat() {
     world(|world| async move {
         let engine = world.engine().await;
-        let container = engine.create(world.spec(&world.handle)).await.unwrap();
+        let container = create(&engine, world.spec(&world.handle)).await.unwrap();
         let script = "i=0; while [ $i -lt 3000 ]; do echo line $i; i=$((i+1)); \
                       [ $((i % 100)) = 0 ] && sleep 0.02; done";
         container.spawn(1, "vcap", shell(script)).await.unwrap();
@@ -109,7 +109,7 @@ fn a_killed_linker_comes_back_without_loss_or_repeat() {
 fn a_killed_supervisor_is_taken_over_and_the_app_goes_on() {
     world(|world| async move {
         let engine = world.engine().await;
-        let container = engine.create(world.spec(&world.handle)).await.unwrap();
+        let container = create(&engine, world.spec(&world.handle)).await.unwrap();
         let script = "i=0; until [ -e /shared/go ]; do echo line $i; i=$((i+1)); sleep 0.01; done; \
                       echo last; exit 9";
         container.spawn(1, "vcap", shell(script)).await.unwrap();
@@ -145,7 +145,7 @@ fn a_killed_supervisor_is_taken_over_and_the_app_goes_on() {
 fn nobody_reading_stops_no_app() {
     world(|world| async move {
         let engine = world.engine().await;
-        let container = engine.create(world.spec(&world.handle)).await.unwrap();
+        let container = create(&engine, world.spec(&world.handle)).await.unwrap();
         let script = "dd if=/dev/zero bs=64k count=320 2>/dev/null; touch /shared/done";
         container.spawn(1, "vcap", shell(script)).await.unwrap();
         let mut records = container.follow(1, Cursor::default());
@@ -166,7 +166,7 @@ fn nobody_reading_stops_no_app() {
 fn dropping_the_receiver_ends_the_linker() {
     world(|world| async move {
         let engine = world.engine().await;
-        let container = engine.create(world.spec(&world.handle)).await.unwrap();
+        let container = create(&engine, world.spec(&world.handle)).await.unwrap();
         container
             .spawn(1, "vcap", shell("echo x; sleep 1000"))
             .await
@@ -195,7 +195,7 @@ fn dropping_the_receiver_ends_the_linker() {
 fn a_term_reaches_every_process_but_the_init() {
     world(|world| async move {
         let engine = world.engine().await;
-        let container = engine.create(world.spec(&world.handle)).await.unwrap();
+        let container = create(&engine, world.spec(&world.handle)).await.unwrap();
         let script = "trap : TERM; sh -c 'trap \"echo bye; exit 3\" TERM; touch /shared/up; \
                       while :; do sleep 0.1; done'; echo $?";
         container.spawn(1, "vcap", shell(script)).await.unwrap();
@@ -231,14 +231,14 @@ fn a_failed_creation_is_undone_and_says_why() {
         let engine = world.engine().await;
         let mut spec = world.spec(&world.handle);
         spec.stack = world.stack.join("missing");
-        let error = engine.create(spec).await.unwrap_err();
+        let error = create(&engine, spec).await.unwrap_err();
         assert!(matches!(&error, EngineError::Layer { path, .. } if path.ends_with("missing")));
         world.nothing_left(&world.handle).await;
 
         // Found out by the init, when everything else is there.
         let mut spec = world.spec(&world.handle);
         spec.binds[0].source = world.shared.join("missing");
-        let error = engine.create(spec).await.unwrap_err();
+        let error = create(&engine, spec).await.unwrap_err();
         assert!(
             matches!(
                 error,
@@ -253,18 +253,22 @@ fn a_failed_creation_is_undone_and_says_why() {
 
         let mut spec = world.spec(&world.handle);
         spec.limits.memory_bytes = Some(1);
-        let _ = engine.create(spec).await.expect_err("one byte of memory");
+        let _ = create(&engine, spec).await.expect_err("one byte of memory");
         world.nothing_left(&world.handle).await;
 
-        let error = engine.create(world.spec("../23456789")).await.unwrap_err();
+        let error = create(&engine, world.spec("../23456789"))
+            .await
+            .unwrap_err();
         assert!(matches!(error, EngineError::Handle(_)), "{error}");
 
-        let container = engine.create(world.spec(&world.handle)).await.unwrap();
-        let error = engine.create(world.spec(&world.handle)).await.unwrap_err();
+        let container = create(&engine, world.spec(&world.handle)).await.unwrap();
+        let error = create(&engine, world.spec(&world.handle))
+            .await
+            .unwrap_err();
         assert!(matches!(error, EngineError::HandleInUse(_)), "{error}");
         let mut spec = world.spec(&world.handle);
         spec.stack = world.stack.join("missing");
-        let _ = engine.create(spec).await.unwrap_err();
+        let _ = create(&engine, spec).await.unwrap_err();
         let mut spec = world.spec(&world.handle);
         spec.files.push(SeedFile {
             path: "/".into(),
@@ -273,7 +277,7 @@ fn a_failed_creation_is_undone_and_says_why() {
             gid: 0,
             bytes: vec![],
         });
-        let _ = engine.create(spec).await.unwrap_err();
+        let _ = create(&engine, spec).await.unwrap_err();
         assert_eq!(job(&container, 1, "echo alive").await.out(), "alive\n");
         container.destroy().await.unwrap();
         world.nothing_left(&world.handle).await;
@@ -287,7 +291,7 @@ fn helpers_that_are_missing_or_broken_leave_nothing() {
         config.helpers = world.stack.clone();
         config.network.pool = (std::net::Ipv4Addr::new(10, 253, 0, 0), 22);
         let other = super::Engine::open(config).await.unwrap();
-        let error = other.create(world.spec(&world.handle)).await.unwrap_err();
+        let error = create(&other, world.spec(&world.handle)).await.unwrap_err();
         assert!(matches!(error, EngineError::Helper(_)), "{error}");
         world.nothing_left(&world.handle).await;
 
@@ -301,7 +305,7 @@ fn helpers_that_are_missing_or_broken_leave_nothing() {
             config.helpers = silent.clone();
             config.network.pool = (std::net::Ipv4Addr::new(10, number, 0, 0), 22);
             let other = super::Engine::open(config).await.unwrap();
-            let error = other.create(world.spec(&world.handle)).await.unwrap_err();
+            let error = create(&other, world.spec(&world.handle)).await.unwrap_err();
             let expected = match number {
                 252 => matches!(
                     &error,
@@ -327,7 +331,7 @@ fn a_creation_that_nobody_waits_for_leaves_nothing() {
         for wait_ms in [0, 1, 2, 4, 8, 12, 16, 20, 25, 30, 40, 60] {
             let handle = world::fresh_handle();
             let wait = Duration::from_millis(wait_ms);
-            if let Ok(container) = timeout(wait, engine.create(world.spec(&handle))).await {
+            if let Ok(container) = timeout(wait, create(&engine, world.spec(&handle))).await {
                 container.unwrap().destroy().await.unwrap();
             }
             // Creation and destruction go on without us, and hold the engine.
@@ -343,7 +347,7 @@ fn a_creation_that_nobody_waits_for_leaves_nothing() {
 fn limits_change_while_it_runs() {
     world(|world| async move {
         let engine = world.engine().await;
-        let container = engine.create(world.spec(&world.handle)).await.unwrap();
+        let container = create(&engine, world.spec(&world.handle)).await.unwrap();
         let limits = super::Limits {
             memory_bytes: Some(32 << 20),
             ..super::Limits::default()
@@ -368,7 +372,7 @@ fn twenty_in_a_row() {
         for _ in 0..20 {
             let handle = world::fresh_handle();
             let began = Instant::now();
-            let container: Container = engine.create(world.spec(&handle)).await.unwrap();
+            let container: Container = create(&engine, world.spec(&handle)).await.unwrap();
             let created = began.elapsed();
             container.destroy().await.unwrap();
             eprintln!(

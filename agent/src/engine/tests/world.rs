@@ -1,7 +1,9 @@
 //! A place for one test: a network namespace, a base directory and a control group of its own, and the
 //! means to look whether anything was left there.
 
-use crate::engine::{Container, Engine, EngineConfig, Followed, Limits, NetworkConfig, Spec};
+use crate::engine::{
+    Container, Engine, EngineConfig, EngineError, Followed, Limits, NetworkConfig, Spec,
+};
 use crate::host::cgroups::Cgroups;
 use container::frames::Frame;
 use container::job::JobRequest;
@@ -235,6 +237,11 @@ impl Drop for Cleanup {
             removed.unwrap();
         }
     }
+}
+
+/// A container in a place of its own.
+pub(super) async fn create(engine: &Engine, spec: Spec) -> Result<Container, EngineError> {
+    engine.create(spec, engine.reserve()?).await
 }
 
 /// Eleven digits from the time and a counter.

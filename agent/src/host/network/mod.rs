@@ -166,20 +166,26 @@ impl Network {
         self.mtu
     }
 
-    /// Addresses for a new container.
+    /// Addresses and a host port for a new container: both or none.
     ///
     /// # Errors
-    /// [`NetworkError::NoAddress`].
-    pub fn lease(&self) -> Result<Lease, NetworkError> {
+    /// [`NetworkError::NoAddress`], [`NetworkError::NoPort`].
+    pub fn reserve(&self) -> Result<(Lease, u16), NetworkError> {
         let mut pools = self.pools();
-        let block = pools
-            .blocks
-            .take(Instant::now())
-            .ok_or_else(|| NetworkError::NoAddress {
+        let now = Instant::now();
+        let Some(block) = pools.blocks.take(now) else {
+            return Err(NetworkError::NoAddress {
                 in_use: pools.blocks.in_use(),
                 resting: pools.blocks.resting(),
-            })?;
-        Ok(self.pool.block(block))
+            });
+        };
+        match pools.ports.take(now) {
+            Some(port) => Ok((self.pool.block(block), self.port(port))),
+            None => {
+                pools.blocks.untake(block, now);
+                Err(no_port(&pools))
+            }
+        }
     }
 
     /// Claims the addresses of a container that lives already.
@@ -198,20 +204,16 @@ impl Network {
             .release(self.pool.number(&lease), Instant::now());
     }
 
-    /// A host port for a new mapping.
+    /// A host port for one more mapping.
     ///
     /// # Errors
     /// [`NetworkError::NoPort`].
     pub fn take_port(&self) -> Result<u16, NetworkError> {
         let mut pools = self.pools();
-        let number = pools
-            .ports
-            .take(Instant::now())
-            .ok_or_else(|| NetworkError::NoPort {
-                in_use: pools.ports.in_use(),
-                resting: pools.ports.resting(),
-            })?;
-        Ok(u16::try_from(number).map_or(u16::MAX, |number| self.first_port.wrapping_add(number)))
+        match pools.ports.take(Instant::now()) {
+            Some(number) => Ok(self.port(number)),
+            None => Err(no_port(&pools)),
+        }
     }
 
     /// Claims the port of a mapping that exists already, or existed until its container died.
@@ -344,12 +346,23 @@ impl Network {
         .await;
     }
 
+    fn port(&self, number: u32) -> u16 {
+        u16::try_from(number).map_or(u16::MAX, |number| self.first_port.wrapping_add(number))
+    }
+
     fn port_number(&self, port: u16) -> u32 {
         u32::from(port).wrapping_sub(u32::from(self.first_port))
     }
 
     fn pools(&self) -> MutexGuard<'_, Pools> {
         self.pools.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn no_port(pools: &Pools) -> NetworkError {
+    NetworkError::NoPort {
+        in_use: pools.ports.in_use(),
+        resting: pools.ports.resting(),
     }
 }
 

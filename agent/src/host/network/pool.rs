@@ -57,6 +57,13 @@ impl Pool {
         Some(number)
     }
 
+    /// Takes back what [`Pool::take`] gave at `now` and nobody used: it need not rest.
+    pub(super) fn untake(&mut self, number: u32, now: Instant) {
+        if self.in_use.remove(&number) {
+            self.resting.push_front((now, number));
+        }
+    }
+
     /// Claims a number that its holder says it has, also when it is resting. One outside the range
     /// (of an earlier configuration) is claimed too: it is in use, whatever the range is today.
     pub(super) fn adopt(&mut self, number: u32) -> Result<(), InUse> {
@@ -128,6 +135,17 @@ mod tests {
         let later = now + REST * 2;
         assert_eq!(pool.take(later), Some(2));
         assert_eq!(pool.take(later), Some(0));
+    }
+
+    #[test]
+    fn what_nobody_used_need_not_rest() {
+        let now = Instant::now();
+        let mut pool = Pool::new(2, REST);
+        assert_eq!((pool.take(now), pool.take(now)), (Some(0), Some(1)));
+        pool.release(0, now);
+        pool.untake(1, now);
+        assert_eq!((pool.take(now), pool.take(now)), (Some(1), None));
+        assert_eq!((pool.in_use(), pool.resting()), (1, 1));
     }
 
     #[test]

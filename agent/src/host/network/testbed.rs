@@ -111,7 +111,7 @@ pub(super) struct Container {
 
 impl Container {
     pub(super) async fn new(network: &Network, handle: &str) -> Self {
-        let (namespace, lease) = (Namespace::new(), network.lease().unwrap());
+        let (namespace, lease) = (Namespace::new(), network.reserve().unwrap().0);
         network
             .attach(handle, namespace.0.as_fd(), &lease)
             .await

@@ -518,7 +518,7 @@ fn an_attach_that_fails_leaves_nothing_and_harms_nobody() {
             "{again}"
         );
         assert!(again.to_string().contains(&format!("os-{ONE}")), "{again}");
-        let lease = network.lease().unwrap();
+        let lease = network.reserve().unwrap().0;
         let file = File::open("/dev/null").unwrap();
         network.attach(TWO, file.as_fd(), &lease).await.unwrap_err();
         assert_eq!(ruleset() + &links(), before);
@@ -595,17 +595,17 @@ fn addresses_and_ports_are_given_out_once() {
         network.adopt_lease(&second).unwrap();
         let taken = network.adopt_lease(&second).unwrap_err();
         assert_eq!(taken.to_string(), "\"10.9.8.6\" is in use already");
+        let (lease, port) = network.reserve().unwrap();
         assert_eq!(
-            network.lease().unwrap().container,
-            Ipv4Addr::new(10, 9, 8, 2)
+            (lease.container, port),
+            (Ipv4Addr::new(10, 9, 8, 2), 65_534)
         );
         network.release(second);
-        let empty = network.lease().unwrap_err().to_string();
+        let empty = network.reserve().unwrap_err().to_string();
         assert_eq!(
             empty,
             "no free address: 1 in use, 1 resting; a larger network pool has more"
         );
-        network.adopt_port(65_534).unwrap();
         network.adopt_port(65_534).unwrap_err();
         network.adopt_port(80).unwrap();
         assert_eq!(network.take_port().unwrap(), 65_535);

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use ureq::Timeout;
 use ureq::http::Uri;
+use ureq::tls::{Certificate, RootCerts, TlsConfig};
 
 use super::FetchOptions;
 use super::digest::{Digest, Hasher};
@@ -63,7 +64,8 @@ impl Download<'_> {
         digest: &Digest,
         into: (&mut File, &Path),
     ) -> Result<(u64, Digest), DropletError> {
-        let mut request = agent(self.options.inactivity, self.left(0)?).get(uri);
+        let roots = trusted();
+        let mut request = agent(self.options.inactivity, self.left(0)?, roots).get(uri);
         if let Some(authorization) = authorization {
             request = request.header("Authorization", authorization);
         }
@@ -213,10 +215,26 @@ impl Download<'_> {
     }
 }
 
+/// Whose certificates a server's may be signed by: the host's own store, which an operator adds to with
+/// `update-ca-certificates` or names in `SSL_CERT_FILE`. Read for each download, so that a change counts
+/// at once. A host without a store has the public ones.
+fn trusted() -> RootCerts {
+    let found = rustls_native_certs::load_native_certs();
+    for error in &found.errors {
+        tracing::warn!(%error, "a certificate of this host's store cannot be used");
+    }
+    if found.certs.is_empty() {
+        return RootCerts::WebPki;
+    }
+    let certificates = found.certs.iter();
+    RootCerts::from(certificates.map(|one| Certificate::from_der(one).to_owned()))
+}
+
 /// A client for one download. It takes no proxy from the environment: droplets come from inside, and
 /// the DEA did not either.
-fn agent(inactivity: Duration, total: Duration) -> ureq::Agent {
+fn agent(inactivity: Duration, total: Duration, roots: RootCerts) -> ureq::Agent {
     ureq::Agent::config_builder()
+        .tls_config(TlsConfig::builder().root_certs(roots).build())
         .http_status_as_error(false)
         .proxy(None)
         .max_redirects(MAX_REDIRECTS)

@@ -45,6 +45,8 @@ pub(super) enum End {
 impl Instance {
     /// Brings the end about, and stays until nothing is left to do.
     pub(super) async fn finish(mut self, end: End) {
+        // If it never came to a container.
+        self.place = None;
         if self.record.exit.is_none() {
             if matches!(end, End::Stop) {
                 self.stop().await;

@@ -16,7 +16,7 @@ use super::output::JobView;
 use super::record::{self, Limits, Record, Stopping};
 use super::state::{Act, Ask, admit};
 use super::world::{World, now};
-use crate::engine::{Adopted, Container, OomReport};
+use crate::engine::{Adopted, Container, OomReport, Place};
 use messages::start::StartRequest;
 use messages::state::State;
 use std::pin::pin;
@@ -125,6 +125,7 @@ pub struct Instance {
     message: StartRequest,
     container: Option<Container>,
     remains: Option<Remains>,
+    place: Option<Place>,
     wants: watch::Receiver<Wants>,
     queries: mpsc::Receiver<Query>,
     job: watch::Receiver<JobView>,
@@ -169,13 +170,13 @@ impl Remains {
 }
 
 /// Makes an instance from its record; the caller runs [`Instance::live`] in a task of its own.
-/// `remains` is what was found of the container that the record names.
+/// It has what was found of the container that the record names, or a place for one.
 #[must_use]
 pub fn instance(
     world: Arc<World>,
     record: Record,
     message: StartRequest,
-    remains: Option<Remains>,
+    (remains, place): (Option<Remains>, Option<Place>),
 ) -> (Instance, Reins) {
     let (wants_in, wants) = watch::channel(Wants::default());
     let (queries_in, queries) = mpsc::channel(QUERIES);
@@ -187,6 +188,7 @@ pub fn instance(
         message,
         container: None,
         remains,
+        place,
         wants,
         queries,
         job: watch::channel(JobView::default()).1,

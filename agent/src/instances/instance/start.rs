@@ -9,7 +9,7 @@ use crate::host::blocking;
 use crate::host::cgroups;
 use crate::host::depot::SeedFile;
 use crate::instances::droplets::{self, Digest, Owner};
-use crate::instances::output::{self, CursorFile, Source};
+use crate::instances::output::{self, CursorFile, JobView, Source};
 use crate::instances::record::Limits;
 use crate::instances::startup::{self, environment::AppEnv};
 use crate::instances::state::Ask;
@@ -20,6 +20,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::sync::watch;
+use tokio::time::{Instant, sleep_until};
 use tracing::error;
 
 /// The job of an app in its container.
@@ -64,7 +65,7 @@ impl Instance {
                 handle = self.record.handle,
                 why, "a container cannot be adopted yet"
             );
-            tokio::time::sleep(ADOPT_AGAIN).await;
+            self.heed_for(ADOPT_AGAIN).await;
             remains = Some(Remains::of(&self.world, &self.record).await);
         }
         let died = match remains {
@@ -106,6 +107,18 @@ impl Instance {
         }
     }
 
+    /// Records what is wanted meanwhile, and does no more about it.
+    async fn heed_for(&mut self, time: Duration) {
+        let until = Instant::now() + time;
+        loop {
+            self.apply_wants().await;
+            tokio::select! {
+                Ok(()) = self.wants.changed() => {}
+                () = sleep_until(until) => return,
+            }
+        }
+    }
+
     /// Accepted, and cut off before the app ran: nothing of it can be missed.
     async fn begin_again(&mut self) -> End {
         let destroyed = match (self.container.take(), self.record.container.take()) {
@@ -117,7 +130,9 @@ impl Instance {
             return failed(error);
         }
         self.record.spawned = false;
-        // The cursor of the job that never ran is none for the next.
+        // What is known of the job that never ran, and its cursor, are none for the next.
+        self.job = watch::channel(JobView::default()).1;
+        self.ooms = None;
         let cursor = self.cursor_path();
         blocking(move || drop(std::fs::remove_file(cursor))).await;
         if self.record.stopping.is_some() {
@@ -237,8 +252,12 @@ impl Instance {
             gid: owner.gid,
             bytes: script.into_bytes(),
         });
-        let config = &self.world.config;
         let engine = self.world.engine.clone();
+        let place = match self.place.take() {
+            Some(place) => place,
+            None => engine.reserve().map_err(failed)?,
+        };
+        let config = &self.world.config;
         let spec = Spec {
             handle: self.record.handle.clone(),
             stack: self.stack()?,
@@ -251,7 +270,7 @@ impl Instance {
             binds: Vec::new(),
         };
         let created = self
-            .attend(async move { engine.create(spec).await })
+            .attend(async move { engine.create(spec, place).await })
             .await?;
         created.map_err(failed)
     }

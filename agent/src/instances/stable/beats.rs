@@ -8,15 +8,32 @@ use messages::outgoing::{
 };
 use messages::subjects;
 use std::collections::BTreeMap;
+use tracing::warn;
 
 impl Stable {
-    /// The complete state of this host, never split.
+    /// The complete state of this host, never split. Admission sees to it that it fits; where a server
+    /// takes less than the one before it did, those that live are told rather than nobody.
     pub(super) fn heartbeat(&self) {
+        let whole = self.beat(in_heartbeat);
+        let most = self.link.max_payload;
+        if whole.len() <= most {
+            return self.say(Message::plain(subjects::HEARTBEAT, whole));
+        }
+        warn!(
+            bytes = whole.len(),
+            most, "too many instances for one heartbeat of this bus: crashed ones are left out"
+        );
+        let living = self.beat(|state| in_heartbeat(state) && state != State::Crashed);
+        self.say(Message::plain(subjects::HEARTBEAT, living));
+    }
+
+    fn beat(&self, told: impl Fn(State) -> bool) -> Vec<u8> {
         let droplets = self
             .stalls
             .values()
+            .filter(|stall| !stall.leaves)
             .map(|stall| &stall.view)
-            .filter(|view| in_heartbeat(view.record.state))
+            .filter(|view| told(view.record.state))
             .map(|view| HeartbeatEntry {
                 cc_partition: view.cc_partition.clone(),
                 droplet: view.droplet.clone(),
@@ -31,11 +48,14 @@ impl Stable {
             dea: self.world.id.clone(),
             droplets,
         };
-        self.say(Message::plain(subjects::HEARTBEAT, heartbeat.to_bytes()));
+        heartbeat.to_bytes()
     }
 
-    /// What is free here.
+    /// What is free here, as long as somebody may ask for it.
     pub(super) fn advertise(&self) {
+        if self.parting {
+            return;
+        }
         let (capacity, reserved) = (self.capacity(), self.reserved());
         let config = &self.world.config;
         let advertise = Advertise {

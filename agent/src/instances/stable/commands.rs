@@ -2,13 +2,14 @@
 
 use super::waiting::Until;
 use super::{Stable, now};
+use crate::engine::Place;
 use crate::host::blocking;
 use crate::instances::instance::events;
-use crate::instances::ledger::{self, Amount, Short};
+use crate::instances::ledger::{self, Amount, Entry, Room, Short};
 use crate::instances::record::{self, Limits, Record, StopReason, make_private, write_durably};
 use messages::command::{Command, UpdateRequest};
 use messages::filter::{Candidate, Filter};
-use messages::outgoing::FindReply;
+use messages::outgoing::{FindReply, Heartbeat, HeartbeatEntry, ToBytes};
 use messages::reply::{ErrorCode, Reply};
 use messages::start::{StartRequest, Wait};
 use messages::state::State;
@@ -17,9 +18,6 @@ use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use tokio::sync::oneshot;
 use tracing::{info, warn};
-
-/// Bytes that one instance takes in a heartbeat, rounded up (measured: 236).
-const HEARTBEAT_ENTRY: usize = 256;
 
 /// Apps that are remembered for `scale`, those that have instances here not counted.
 const MOST_TEMPLATES: usize = 1000;
@@ -81,9 +79,9 @@ impl Stable {
         request: StartRequest,
         raw: &Value,
     ) -> Result<(Asked, Reply), Reply> {
-        self.admit_start(&request, 1, Amount::default())?;
+        let place = self.admit_start(&request, 1, Amount::default())?.pop();
         let droplet = request.droplet.to_string();
-        let accepted = self.accept(request, raw.clone());
+        let accepted = self.accept(request, raw.clone(), place);
         let reply = Reply::ok(json!({
             "dea": self.world.id, "droplet": droplet, "index": accepted.index,
             "instance": accepted.instance, "handle": accepted.handle,
@@ -112,13 +110,21 @@ impl Stable {
         Some((view.record.handle.clone(), reply))
     }
 
-    /// Whether `count` more instances like this one can be had beside what others grow by.
+    /// Whether `count` more instances like this one can be had beside what others grow by: then their
+    /// places are taken, and crashed instances leave where there was no room for one more. All or
+    /// nothing.
     pub(super) fn admit_start(
-        &self,
+        &mut self,
         request: &StartRequest,
-        count: u64,
+        count: usize,
         grown: Amount,
-    ) -> Result<(), Reply> {
+    ) -> Result<Vec<Place>, Reply> {
+        if self.parting {
+            return Err(Reply::error(
+                ErrorCode::ShuttingDown,
+                "this host takes no more starts: its agent is leaving",
+            ));
+        }
         let stack = request.stack.as_deref().unwrap_or_default();
         let config = &self.world.config;
         if !config.stacks.contains_key(stack) {
@@ -140,14 +146,60 @@ impl Stable {
                 "`sha1` is null: a digest of the droplet is needed",
             ));
         }
-        let wanted = usize::try_from(count).unwrap_or(usize::MAX);
-        if self.stalls.len().saturating_add(wanted) > self.most_instances() {
-            return Err(self.host_full());
-        }
-        let more = |each: u64, grown: u64| each.saturating_mul(count).saturating_add(grown);
+        let more = |each: u64, grown: u64| each.saturating_mul(count as u64).saturating_add(grown);
         self.admit_amount(Amount {
             memory: more(request.limits.mem, grown.memory),
             disk: more(request.limits.disk, grown.disk),
+        })?;
+        let bytes = heartbeat_bytes(request);
+        let leaving = self.room_for(Room {
+            instances: count,
+            bytes: bytes.saturating_mul(count),
+        })?;
+        let places = std::iter::repeat_with(|| self.world.engine.reserve())
+            .take(count)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|full| Reply::error(ErrorCode::HostFull, full.to_string()))?;
+        for handle in leaving {
+            self.want(&handle, |wants| wants.reap = true);
+            if let Some(stall) = self.stalls.get_mut(&handle) {
+                stall.leaves = true;
+            }
+        }
+        Ok(places)
+    }
+
+    /// Which crashed instances must leave so that so many more fit.
+    fn room_for(&self, wanted: Room) -> Result<Vec<String>, Reply> {
+        let empty = Heartbeat {
+            dea: self.world.id.clone(),
+            droplets: Vec::new(),
+        };
+        let most = Room {
+            instances: self.world.config.resources.instances,
+            bytes: self.link.max_payload.saturating_sub(empty.to_bytes().len()),
+        };
+        let here = self.stalls.iter().filter(|(_, stall)| !stall.leaves);
+        let entries: Vec<Entry> = here
+            .map(|(handle, stall)| {
+                let record = &stall.view.record;
+                let over = record.state == State::Crashed && record.exit.is_some();
+                Entry {
+                    handle: handle.clone(),
+                    bytes: stall.heartbeat_bytes,
+                    crashed: over.then_some(record.state_timestamp),
+                }
+            })
+            .collect();
+        let have = entries.len();
+        ledger::make_room(entries, wanted, most).ok_or_else(|| {
+            Reply::error(
+                ErrorCode::HostFull,
+                format!(
+                    "this host has {have} instances; it may have {} (`resources.instances`), and a heartbeat of theirs must stay below the {} bytes that the bus takes",
+                    most.instances, self.link.max_payload
+                ),
+            )
         })
     }
 
@@ -175,23 +227,6 @@ impl Stable {
         })
     }
 
-    /// What the configuration allows and one heartbeat can tell.
-    pub(super) fn most_instances(&self) -> usize {
-        self.world
-            .config
-            .resources
-            .instances
-            .min(self.link.max_payload / HEARTBEAT_ENTRY)
-    }
-
-    pub(super) fn host_full(&self) -> Reply {
-        let (have, most) = (self.stalls.len(), self.most_instances());
-        Reply::error(
-            ErrorCode::HostFull,
-            format!("this host has {have} of {most} instances"),
-        )
-    }
-
     pub(super) fn capacity(&self) -> Amount {
         let resources = &self.world.config.resources;
         Amount {
@@ -204,13 +239,18 @@ impl Stable {
         ledger::reserved(self.stalls.values().map(|stall| &stall.view.record))
     }
 
-    pub(super) fn accept(&mut self, request: StartRequest, raw: Value) -> Accepted {
+    pub(super) fn accept(
+        &mut self,
+        request: StartRequest,
+        raw: Value,
+        place: Option<Place>,
+    ) -> Accepted {
         let record = self.record(&request, raw);
         let (handle, instance) = (record.handle.clone(), record.instance.clone());
         let index = request.index;
         info!(handle, droplet = %request.droplet, index, "accepted a start");
         let (accepted, on_disk) = oneshot::channel();
-        self.board(record, request, None, accepted);
+        self.board(record, request, (None, place), accepted);
         Accepted {
             handle,
             instance,
@@ -351,6 +391,15 @@ impl Stable {
         let reply = Reply::ok(json!({"dea": self.world.id, "matched": asked.len()}));
         self.answer_when(asked, Until::Recorded, reply, answer);
     }
+}
+
+/// Most bytes that an instance of this start takes in a heartbeat.
+pub(super) fn heartbeat_bytes(request: &StartRequest) -> usize {
+    HeartbeatEntry::bytes_at_most(
+        request.droplet.as_str(),
+        &request.cc_partition,
+        request.index,
+    )
 }
 
 /// Instances, each with the number of what it was asked.

@@ -15,10 +15,10 @@ use super::instance::{Change, Instance, Query, Reins, Remains, View, Wants, inst
 use super::outlet::{Link, Message};
 use super::record::{Record, StopReason, Stopping};
 use super::world::{World, now};
-use crate::engine::Saved;
+use crate::engine::{Place, Saved};
 use crate::host::{blocking, in_background};
 use messages::command::{Command, Trigger};
-use messages::reply::{ErrorCode, Reply};
+use messages::reply::Reply;
 use messages::start::StartRequest;
 use messages::state::State;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, MissedTickBehavior, interval, timeout_at};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout_at};
 use tracing::{error, info, warn};
 use waiting::Waiting;
 
@@ -41,6 +41,9 @@ const DROPLET_REAPER: Duration = Duration::from_secs(60);
 
 /// What a shutdown may take beyond the longest grace: kill, last bytes, last events.
 const SHUTDOWN_REST: Duration = Duration::from_secs(15);
+
+/// What the agent's leaving waits for what was asked before it, and for its being recorded.
+const LAST_ASKS: Duration = Duration::from_secs(2);
 
 /// What a shutdown waits for a bus that is away, once every process is dead.
 const SHUTDOWN_WITHOUT_BUS: Duration = Duration::from_secs(2);
@@ -84,6 +87,10 @@ pub enum Ask {
 struct Stall {
     view: View,
     reins: Reins,
+    /// Most bytes that it takes in a heartbeat.
+    heartbeat_bytes: usize,
+    /// It crashed, and makes room for another one: it is counted and told no more.
+    leaves: bool,
 }
 
 /// The hello is said once in an agent's life, when it can be asked and heard.
@@ -105,6 +112,8 @@ pub struct Stable {
     waiting: Vec<Waiting>,
     link: Link,
     greeting: Greeting,
+    /// The goodbye is said: no more starts.
+    parting: bool,
 }
 
 impl std::fmt::Debug for Stable {
@@ -168,6 +177,7 @@ impl Stable {
                 ..Link::default()
             },
             greeting: Greeting::TooEarly,
+            parting: false,
         };
         for (record, remains) in adopted {
             stable.take_in(record, remains);
@@ -179,7 +189,7 @@ impl Stable {
         match StartRequest::from_value(&record.start) {
             Ok(message) => {
                 let (accepted, _) = oneshot::channel();
-                self.board(record, message, remains, accepted);
+                self.board(record, message, (remains, None), accepted);
             }
             Err(why) => {
                 error!(handle = record.handle, %why, "a kept start message is not understood");
@@ -192,15 +202,21 @@ impl Stable {
         &mut self,
         record: Record,
         message: StartRequest,
-        remains: Option<Remains>,
+        begins_with: (Option<Remains>, Option<Place>),
         accepted: oneshot::Sender<Result<(), String>>,
     ) {
         let handle = record.handle.clone();
+        let heartbeat_bytes = commands::heartbeat_bytes(&message);
         let (instance, reins): (Instance, Reins) =
-            instance(Arc::clone(&self.world), record, message, remains);
-        let view = instance.view();
+            instance(Arc::clone(&self.world), record, message, begins_with);
+        let stall = Stall {
+            view: instance.view(),
+            reins,
+            heartbeat_bytes,
+            leaves: false,
+        };
         self.tasks.spawn(instance.live(accepted));
-        self.stalls.insert(handle, Stall { view, reins });
+        self.stalls.insert(handle, stall);
     }
 
     /// Serves until the agent goes.
@@ -216,13 +232,23 @@ impl Stable {
         let mut routes = ticks(intervals.router_register);
         let mut reaper = ticks(REAPER);
         let mut droplet_reaper = ticks(DROPLET_REAPER);
-        let parting = loop {
+        let mut parting = None;
+        let mut deadline = Instant::now();
+        // At the end all that was asked is heard, so that nobody waits for an answer in vain.
+        let mut asked_out = false;
+        while parting.is_none() || !asked_out {
             tokio::select! {
                 // What the instances told first: every answer is made from it. Then the parting, which
                 // must not wait behind a flood of asks.
                 biased;
                 Some(change) = self.changed.recv() => self.change(change),
-                parting = &mut farewell => break parting.unwrap_or(Farewell::Leave),
+                how = &mut farewell, if parting.is_none() => {
+                    parting = Some(how.unwrap_or(Farewell::Leave));
+                    deadline = Instant::now() + LAST_ASKS;
+                    self.goodbye();
+                    self.parting = true;
+                }
+                () = sleep_until(deadline), if parting.is_some() => break,
                 Ok(()) = link.changed() => {
                     let now = *link.borrow_and_update();
                     self.link(now);
@@ -233,16 +259,18 @@ impl Stable {
                 _ = routes.tick() => self.register_routes(),
                 _ = reaper.tick() => self.reap(),
                 _ = droplet_reaper.tick() => self.reap_droplets(),
-                Some(ask) = inbox.recv() => self.hear(ask).await,
+                ask = inbox.recv(), if !asked_out => match ask {
+                    Some(ask) => self.hear(ask).await,
+                    None => asked_out = true,
+                },
             }
-        };
-        inbox.close();
-        while let Ok(ask) = inbox.try_recv() {
-            self.turn_away(ask);
         }
-        self.goodbye();
-        if parting == Farewell::Shutdown {
+        drop(inbox);
+        self.until_recorded(deadline).await;
+        if parting == Some(Farewell::Shutdown) {
             self.shut_down(link).await;
+        } else {
+            self.dismiss_waiting();
         }
     }
 
@@ -261,22 +289,6 @@ impl Stable {
                 self.greeting = Greeting::Owed;
                 self.link(self.link);
             }
-        }
-    }
-
-    /// What came too late is answered all the same.
-    fn turn_away(&self, ask: Ask) {
-        if let Ask::Command {
-            command,
-            raw,
-            answer,
-        } = ask
-        {
-            let refusal = Reply::error(ErrorCode::ShuttingDown, "this host is shutting down");
-            if matches!(command, Command::Start(_)) {
-                self.tell_refusal(&raw, &refusal);
-            }
-            drop(answer.send(refusal));
         }
     }
 
@@ -430,6 +442,7 @@ impl Stable {
                 "not everything was said in time; removing it all the same"
             );
         }
+        self.dismiss_waiting();
         self.tasks.shutdown().await;
         self.world.engine.sweep(&HashSet::new()).await;
         for handle in self.stalls.into_keys() {
@@ -440,9 +453,12 @@ impl Stable {
         }
     }
 
-    /// Never waits: what the host says on its own, it says again.
+    /// Never waits: what the host says on its own, it says again. Nothing is said before it can be
+    /// asked: whoever hears of this host may send it a command at once.
     fn say(&self, message: Message) {
-        self.world.outlet.offer(message);
+        if self.greeting != Greeting::TooEarly {
+            self.world.outlet.offer(message);
+        }
     }
 }
 

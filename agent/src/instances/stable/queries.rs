@@ -128,6 +128,9 @@ impl Stable {
             memory: request.memory,
             disk: request.disk,
         };
+        if self.parting {
+            return;
+        }
         let (capacity, reserved) = (self.capacity(), self.reserved());
         if crate::instances::ledger::admit(capacity, reserved, wanted).is_err() {
             return;

@@ -52,8 +52,12 @@ impl Stable {
                 ),
             )
         })?;
-        if request.instances > self.most_instances() as u64 {
-            return Err(self.host_full());
+        let most = self.world.config.resources.instances;
+        if request.instances > most as u64 {
+            return Err(Reply::error(
+                ErrorCode::HostFull,
+                format!("this host may have {most} instances (`resources.instances`)"),
+            ));
         }
         let have = self.alive(&droplet);
         let plan = scale::plan(&have, request.instances);
@@ -137,13 +141,17 @@ impl Stable {
                 .map_err(|bad| Reply::error(ErrorCode::Internal, bad.to_string()))?;
             messages.push((message, raw.clone()));
         }
-        match messages.first() {
-            Some((first, _)) => self.admit_start(first, messages.len() as u64, grown)?,
-            None => self.admit_amount(grown)?,
-        }
+        // The last has the longest index, and so the longest entry in heartbeats.
+        let Some((last, _)) = messages.last() else {
+            self.admit_amount(grown)?;
+            return Ok(Vec::new());
+        };
+        let places = self.admit_start(last, messages.len(), grown)?;
+        let places = places.into_iter().map(Some);
         Ok(messages
             .into_iter()
-            .map(|(message, raw)| self.accept(message, raw))
+            .zip(places)
+            .map(|((message, raw), place)| self.accept(message, raw, place))
             .collect())
     }
 }

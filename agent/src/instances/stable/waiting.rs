@@ -6,6 +6,7 @@ use messages::reply::{ErrorCode, Reply};
 use messages::start::Wait;
 use messages::state::State;
 use tokio::sync::oneshot;
+use tokio::time::{Instant, timeout_at};
 
 /// One owed answer.
 #[derive(Debug)]
@@ -64,6 +65,33 @@ impl Stable {
             answer: Some(answer),
         });
         self.tell_all_waiting();
+    }
+
+    /// Answers that only need a record on disk come in a moment: waits for them, until `deadline`.
+    pub(super) async fn until_recorded(&mut self, deadline: Instant) {
+        while self
+            .waiting
+            .iter()
+            .any(|waiting| waiting.until == Until::Recorded)
+        {
+            match timeout_at(deadline, self.changed.recv()).await {
+                Ok(Some(change)) => self.change(change),
+                Ok(None) | Err(_) => return,
+            }
+        }
+    }
+
+    /// Whoever still waits is told to ask this agent's successor.
+    pub(super) fn dismiss_waiting(&mut self) {
+        for mut waiting in self.waiting.drain(..) {
+            let refusal = Reply::error(
+                ErrorCode::ShuttingDown,
+                "accepted, but the agent leaves before it can say more: ask again",
+            );
+            if let Some(answer) = waiting.answer.take() {
+                drop(answer.send(refusal));
+            }
+        }
     }
 
     /// An instance changed: answers what became answerable.
