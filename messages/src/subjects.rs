@@ -105,6 +105,11 @@ impl Incoming {
         ("router.start", Self::RouterStart),
     ];
 
+    /// The verbs after `dea.<id>.`.
+    pub fn verbs_here() -> impl Iterator<Item = &'static str> {
+        Self::HERE.iter().map(|(verb, _)| *verb)
+    }
+
     /// What `subject` asks of the host `id`; `None` if it is none of ours.
     #[must_use]
     pub fn parse(subject: &str, id: &str) -> Option<Self> {
@@ -125,18 +130,15 @@ fn find(table: &[(&str, Incoming)], name: &str) -> Option<Incoming> {
         .map(|(_, incoming)| *incoming)
 }
 
-/// All subjects that the host `id` subscribes to.
+/// All subjects that the host `id` subscribes to: what is said to every host, and last whatever is said
+/// to this one.
 #[must_use]
 pub fn subscriptions(id: &str) -> Vec<String> {
-    let here = Incoming::HERE
-        .iter()
-        .map(|(verb, _)| format!("dea.{id}.{verb}"));
-    here.chain(
-        Incoming::EVERYWHERE
-            .iter()
-            .map(|(subject, _)| (*subject).to_owned()),
-    )
-    .collect()
+    let everywhere = Incoming::EVERYWHERE.iter();
+    everywhere
+        .map(|(subject, _)| (*subject).to_owned())
+        .chain([format!("dea.{id}.*")])
+        .collect()
 }
 
 /// Where an instance's output goes; `.stdout` or `.stderr` is added.
@@ -151,8 +153,11 @@ mod tests {
 
     #[test]
     fn every_subscription_is_understood_once() {
+        let mut subjects = subscriptions("host-1");
+        assert_eq!(subjects.pop().as_deref(), Some("dea.host-1.*"));
+        subjects.extend(Incoming::verbs_here().map(|verb| format!("dea.host-1.{verb}")));
         let mut seen = Vec::new();
-        for subject in subscriptions("host-1") {
+        for subject in subjects {
             let incoming = Incoming::parse(&subject, "host-1").unwrap();
             assert!(!seen.contains(&incoming), "{subject}");
             seen.push(incoming);

@@ -393,6 +393,9 @@ async fn a_stop_for_nobody_is_answered() {
         let body: Value = serde_json::from_slice(&answer.payload).unwrap();
         assert_eq!(body["ok"], false, "{broken}: {body}");
     }
+    let strange = host.request(&host.subject("restart"), &json!({})).await;
+    assert_eq!(strange["error"]["code"], "bad_subject", "{strange}");
+    assert!(strange.to_string().contains("scale"), "{strange}");
     // Broadcasts that nobody can read harm nobody.
     for subject in [
         "dea.stop",

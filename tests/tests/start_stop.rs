@@ -4,7 +4,7 @@ use futures_util::StreamExt;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::time::Duration;
-use tests::{Droplet, Host, Network, get, patience};
+use tests::{Droplet, Host, Network, get, patience, rounds};
 
 /// The keys of a JSON object, sorted.
 fn keys(value: &Value) -> Vec<&str> {
@@ -284,6 +284,45 @@ async fn commands_without_a_reply_work_as_ever() {
 }
 
 #[tokio::test]
+async fn commands_of_one_sender_are_done_in_his_order() {
+    let host = Host::start().await;
+    let sleeper = Droplet::sample("sleeper");
+    let mut exits = host.watch("droplet.exited").await;
+    let start = |index: u64| {
+        let mut message = host.message("app", &sleeper);
+        message["index"] = json!(index);
+        (host.subject("start"), message)
+    };
+    let stop = |droplet: &str| ("dea.stop".to_owned(), json!({"droplet": droplet}));
+    for round in 0..rounds() {
+        // Without a flush between them: they come in one piece.
+        let burst = [
+            start(0),
+            start(1),
+            start(2),
+            stop("app"),
+            stop("nobody"),
+            stop("app"),
+            start(3),
+        ];
+        for (subject, message) in burst {
+            let body = message.to_string().into();
+            host.nats().publish(subject, body).await.unwrap();
+        }
+        host.nats().flush().await.unwrap();
+        for _ in 0..3 {
+            let exit = exits.next().await;
+            assert_eq!(exit["reason"], "STOPPED", "round {round}: {exit}");
+            assert_ne!(exit["index"], 3, "round {round}");
+        }
+        let last = json!({"droplet": "app", "wait": "stopped"});
+        let answer = host.request(&host.subject("stop"), &last).await;
+        assert_eq!(answer["ok"], true, "round {round}: {answer}");
+        assert_eq!(exits.next().await["index"], 3, "round {round}");
+    }
+}
+
+#[tokio::test]
 async fn find_droplet_tells_one_answer_per_instance() {
     let host = Host::start().await;
     let sleeper = Droplet::sample("sleeper");
@@ -430,7 +469,7 @@ async fn an_app_finds_what_the_dea_gave() {
     let host = Host::start().await;
     let mut output = host.output("env").await;
     let mut message = host.message("env", &Droplet::shell("pwd; umask; id -u; id -G; hostname; env -0 | sort -z | tr '\\0' '\\n'; echo end; sleep infinity"));
-    message["env"] = json!(["GREETING=hello = world", "EMPTY"]);
+    message["env"] = json!(["GREETING=hello = world", "EMPTY", "t=x", "ostler_term=x"]);
     message["vcap_application"] = json!({"name": "env", "space_name": "prod"});
     message["services"] = json!([{"name": "db", "label": "pg-9", "plan": "small", "credentials": {"uri": "postgres://u:$x@h/db"}}]);
     host.run(message).await;
@@ -451,6 +490,7 @@ async fn an_app_finds_what_the_dea_gave() {
     };
     assert_eq!(variable("GREETING"), "hello = world");
     assert_eq!(variable("EMPTY"), "");
+    assert_eq!((variable("t"), variable("ostler_term")), ("x", "x"));
     assert_eq!(variable("HOME"), "/home/vcap/app");
     assert_eq!(variable("TMPDIR"), "/home/vcap/tmp");
     assert_eq!(variable("MEMORY_LIMIT"), "128m");

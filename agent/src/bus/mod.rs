@@ -1,5 +1,6 @@
 //! The only room that names the NATS client: connect, subscribe, parse, route, answer, publish.
 
+mod arrivals;
 mod connect;
 mod publish;
 mod receive;

@@ -11,11 +11,14 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::oneshot;
-use tokio::time::{Instant, interval};
+use tokio::time::{Instant, interval, sleep};
 use tracing::{debug, warn};
 
 /// How long a server that answers pings may keep a barrier before it is worth a word, and again.
 const OVERDUE: Duration = Duration::from_secs(30);
+
+/// How long a pause is: many times what a server takes to answer.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// Publishes what is asked for until every [`Outlet`](crate::instances::outlet::Outlet) is gone.
 pub async fn publish(client: Client, inlet: Inlet) {
@@ -61,6 +64,10 @@ pub async fn publish(client: Client, inlet: Inlet) {
                 if link.borrow().up {
                     send(&client, message).await;
                 }
+            }
+            Request::Pause(answer) => {
+                drop(answer.send(()));
+                sleep(PAUSE).await;
             }
             Request::Barrier(answer) => {
                 let number = barriers.add(answer);

@@ -3,6 +3,7 @@
 //! A command with a reply-to is answered exactly once, whatever happens: the duty to answer is a
 //! channel, and losing that channel is itself an answer. Queries are answered as the protocol says.
 
+use super::arrivals::Arrivals;
 use super::replay::{Replay, Seen};
 use crate::instances::instance::events;
 use crate::instances::outlet::Message as Outgoing;
@@ -10,8 +11,6 @@ use crate::instances::record::RecordError;
 use crate::instances::stable::Ask;
 use crate::instances::world::World;
 use async_nats::{Client, Message, Subscriber};
-use futures_util::StreamExt;
-use futures_util::stream::select_all;
 use messages::command::{Asked, Command, Query, json, parse};
 use messages::reply::{ErrorCode, Reply};
 use messages::subjects::{Incoming, subscriptions};
@@ -57,7 +56,7 @@ pub async fn receive(
             Err(error) => error!(%error, "cannot subscribe"),
         }
     }
-    let mut messages = select_all(subscribers);
+    let mut messages = Arrivals::of(subscribers);
     let (owing, mut owed) = mpsc::channel(1);
     let desk = Arc::new(Desk {
         world,
@@ -75,11 +74,10 @@ pub async fn receive(
                 if !desk.world.outlet.mark().up() {
                     break;
                 }
-                for subscriber in messages.iter_mut() {
-                    if let Err(error) = subscriber.drain().await {
-                        debug!(%error, "not unsubscribed");
-                    }
-                }
+                // The client forgets a subscription at whatever it does next, and what is on its way is
+                // lost: so it shall have nothing to do but to read it.
+                desk.world.outlet.pause().await;
+                messages.drain();
                 continue;
             }
             message = messages.next() => message,
@@ -103,11 +101,21 @@ async fn ask(asks: &mpsc::Sender<Ask>, ask: Ask) {
 }
 
 async fn take(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, message: Message) {
-    let Some(incoming) = Incoming::parse(&message.subject, &desk.world.id) else {
-        debug!("not ours");
-        return;
-    };
     let reply_to = message.reply.map(|subject| subject.to_string());
+    let Some(incoming) = Incoming::parse(&message.subject, &desk.world.id) else {
+        // Of all subjects only this host's own are subscribed to with a wildcard.
+        let verbs: Vec<&str> = Incoming::verbs_here().collect();
+        let why = format!(
+            "{} is no command: this host knows dea.{}.{{{}}}",
+            message.subject,
+            desk.world.id,
+            verbs.join(",")
+        );
+        warn!(problem = why, "a message was not understood");
+        return desk
+            .answer(reply_to, &Reply::error(ErrorCode::BadSubject, why))
+            .await;
+    };
     match parse(incoming, &message.payload) {
         Ok((Asked::Command(command), raw)) => command_to(desk, asks, command, raw, reply_to).await,
         Ok((Asked::Query(query), _)) => query_to(desk, asks, query, reply_to),

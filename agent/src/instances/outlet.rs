@@ -53,6 +53,8 @@ pub enum Request {
     /// Answer with the number of connects once a message to ourselves, sent after everything before
     /// this request, has come back from the server. Dropped if the connection goes first.
     Barrier(oneshot::Sender<u64>),
+    /// Answer, and then say nothing for a few milliseconds.
+    Pause(oneshot::Sender<()>),
 }
 
 /// The instances' end.
@@ -166,6 +168,14 @@ impl Outlet {
     /// Waits until the server has everything that was said, or the connection is gone.
     pub async fn settle(&self) {
         confirmed(&self.control, self.mark()).await;
+    }
+
+    /// From here on nothing is said for a few milliseconds, whatever is asked for.
+    pub async fn pause(&self) {
+        let (tell, told) = oneshot::channel();
+        if self.control.send(Request::Pause(tell)).await.is_ok() {
+            drop(told.await);
+        }
     }
 
     /// Waits for a connection.

@@ -19,11 +19,12 @@ use super::StartCommand;
 /// Where the script belongs, relative to the container's root; mode 0755.
 pub const PATH: &str = "home/vcap/startup";
 
-/// The job: argv of the process that `wshd` starts as vcap in `/home/vcap`. Right for every droplet.
+/// The job: argv of the process that `wshd` starts as vcap in `/home/vcap`. Right for every droplet: no
+/// variable is used, for each name may be one of the app's own.
 pub const JOB: [&str; 3] = [
     "/bin/bash",
     "-c",
-    "trap t=143 TERM INT QUIT; umask 077; [ $t ] && exit $t; ./startup; exit $?",
+    "trap 'set -- 143' TERM INT QUIT; umask 077; [ $1 ] && exit $1; ./startup; exit $?",
 ];
 
 /// The text of the script, or `None` for a droplet that brings its own.
@@ -51,11 +52,12 @@ export DROPLET_BASE_DIR=$ostler_home
 unset ostler_home ostler_script
 cd "$DROPLET_BASE_DIR/app" || exit
 
-trap ostler_term=143 TERM INT QUIT
+set --
+trap 'set -- 143' TERM INT QUIT
 # Without this, bash would write how the app ended among the app's own errors.
 exec {{ostler_err}}>&2 2>/dev/null
 # A stop that came in the instant before there is an app.
-[ -z "${{ostler_term:-}}" ] || exit "$ostler_term"
+[ $# = 0 ] || exit "$1"
 (
   exec 2>&$ostler_err {{ostler_err}}>&-
   echo "$BASHPID" >> "$DROPLET_BASE_DIR/run.pid"

@@ -1,0 +1,126 @@
+//! All subscriptions as one queue, in the order in which the connection brought the messages.
+//!
+//! The client gives each subscription a channel of its own, and whoever polls several channels gets a
+//! burst out of order: three starts and a stop become a start, the stop, and two starts. But it hands
+//! its messages over one after the other, and each time calls the waker of that channel's reader. So
+//! here the waker itself takes the message, there and then, and the order is kept.
+
+use async_nats::{Message, Subscriber};
+use futures_util::{FutureExt, StreamExt};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Wake, Waker};
+use tokio::sync::mpsc;
+use tokio::task::unconstrained;
+use tracing::{debug, warn};
+
+/// Messages that may wait to be taken: as many as the client keeps for one subscription.
+const WAITING: usize = 65_536;
+
+/// What arrives on all of them, until each has ended.
+pub(super) struct Arrivals {
+    queue: mpsc::Receiver<Message>,
+    taps: Vec<Arc<Tap>>,
+}
+
+impl Arrivals {
+    /// Begins to take; what came before is taken first, in the order of the subscriptions.
+    pub(super) fn of(subscribers: Vec<Subscriber>) -> Self {
+        let (into, queue) = mpsc::channel(WAITING);
+        let tap = |subscriber| {
+            let source = Source {
+                subscriber,
+                into: Some(into.clone()),
+            };
+            Arc::new(Tap {
+                turn: AtomicU8::new(IDLE),
+                source: Mutex::new(source),
+            })
+        };
+        let taps: Vec<Arc<Tap>> = subscribers.into_iter().map(tap).collect();
+        taps.iter().for_each(|tap| Arc::clone(tap).wake());
+        Self { queue, taps }
+    }
+
+    /// The next message; `None` when every subscription has ended.
+    pub(super) async fn next(&mut self) -> Option<Message> {
+        self.queue.recv().await
+    }
+
+    /// Tells the server that nobody listens any more. What it had sent before still comes, and then
+    /// the end.
+    pub(super) fn drain(&self) {
+        for tap in &self.taps {
+            let mut source = tap.source.lock().unwrap_or_else(PoisonError::into_inner);
+            // The client's own queue has room for thousands of such words.
+            let asked = source.subscriber.drain().now_or_never();
+            if !matches!(asked, Some(Ok(()))) {
+                debug!("a subscription could not be ended");
+            }
+        }
+    }
+}
+
+/// One subscription, and the waker of its channel.
+struct Tap {
+    turn: AtomicU8,
+    source: Mutex<Source>,
+}
+
+struct Source {
+    subscriber: Subscriber,
+    /// `None` once the subscription has ended.
+    into: Option<mpsc::Sender<Message>>,
+}
+
+const IDLE: u8 = 0;
+/// Somebody is taking.
+const TAKING: u8 = 1;
+/// Somebody is taking and was woken meanwhile: he looks again.
+const AGAIN: u8 = 2;
+
+impl Wake for Tap {
+    fn wake(self: Arc<Self>) {
+        if self.turn.swap(AGAIN, Ordering::AcqRel) != IDLE {
+            return;
+        }
+        let waker = Waker::from(Arc::clone(&self));
+        loop {
+            self.turn.store(TAKING, Ordering::Release);
+            self.source
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(&mut Context::from_waker(&waker));
+            let done =
+                self.turn
+                    .compare_exchange(TAKING, IDLE, Ordering::AcqRel, Ordering::Acquire);
+            if done.is_ok() {
+                return;
+            }
+        }
+    }
+}
+
+impl Source {
+    /// Takes what there is; the waker is in its place again then.
+    fn take(&mut self, context: &mut Context<'_>) {
+        // This runs in the client's task and must not use up that task's budget: it would be told to
+        // come again later.
+        while let Poll::Ready(message) =
+            Pin::new(&mut unconstrained(self.subscriber.next())).poll(context)
+        {
+            match (message, &self.into) {
+                (Some(message), Some(into)) => {
+                    if into.try_send(message).is_err() {
+                        warn!("a message was dropped: this host reads too slowly");
+                    }
+                }
+                (None, _) | (_, None) => {
+                    self.into = None;
+                    return;
+                }
+            }
+        }
+    }
+}
