@@ -10,9 +10,13 @@ use crate::instances::record::{Records, make_private, write_durably};
 use crate::instances::stable::{self, Farewell, Stable};
 use crate::instances::world::World;
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 use std::collections::HashSet;
 use std::error::Error;
 use std::fs::File;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -35,7 +39,7 @@ const WORKERS: usize = 2;
 /// Whatever keeps the agent from starting; once it runs, nothing ends it but a signal.
 pub fn agent(path: &Path, overrides: Overrides) -> Outcome<()> {
     let config = config::load(path, overrides, host_memory_mb())?;
-    let _lock = prepare(&config.base)?;
+    let _locks = prepare(&config.base)?;
     runtime()?.block_on(run(config))
 }
 
@@ -45,14 +49,17 @@ pub fn agent(path: &Path, overrides: Overrides) -> Outcome<()> {
 /// If an agent runs, or something could not be removed.
 pub fn clean(path: &Path, overrides: Overrides) -> Outcome<()> {
     let config = config::load(path, overrides, host_memory_mb())?;
-    let lock = prepare(&config.base)?;
+    let locks = prepare(&config.base)?;
     let swept = runtime()?.block_on(async {
         let engine = Engine::open(engine_config(&config)).await?;
         let swept = engine.sweep(&HashSet::new()).await;
         engine.close().await;
         Outcome::Ok(swept)
     })?;
-    drop(lock);
+    if !swept.left.is_empty() {
+        return Err(format!("not everything could be removed: {}", swept.left.join("; ")).into());
+    }
+    drop(locks);
     for name in [
         "instances",
         "containers",
@@ -66,7 +73,8 @@ pub fn clean(path: &Path, overrides: Overrides) -> Outcome<()> {
         remove(&config.base.join(name))?;
     }
     println!(
-        "removed {swept} containers and what an agent keeps in {}, but the host's id",
+        "removed {} containers and what an agent keeps in {}, but the host's id",
+        swept.cleared,
         config.base.display()
     );
     Ok(())
@@ -93,11 +101,15 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
         .build()
 }
 
-/// Makes the base directory and takes it for this process.
-fn prepare(base: &Path) -> Outcome<Flock<File>> {
+/// What an agent has for itself as long as it lives: the host and the base directory.
+type Locks = (UnixListener, Flock<File>);
+
+/// Makes the base directory and takes it and the host for this process.
+fn prepare(base: &Path) -> Outcome<Locks> {
     if !nix::unistd::geteuid().is_root() {
         return Err("must be run as root: it makes namespaces, mounts and network links".into());
     }
+    let host = only_agent_here()?;
     make_private(base)?;
     let path = base.join("lock");
     let file = File::options()
@@ -105,13 +117,27 @@ fn prepare(base: &Path) -> Outcome<Flock<File>> {
         .truncate(false)
         .write(true)
         .open(&path)?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| {
-        format!(
-            "another agent holds {} ({errno}): give this one a base directory of its own",
-            path.display()
-        )
-        .into()
-    })
+    let base = Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|(_, errno)| format!("another agent holds {} ({errno})", path.display()))?;
+    Ok((host, base))
+}
+
+/// Two agents in one network namespace would take each other's links and rules for leftovers. An
+/// abstract socket belongs to the namespace and is free again when its holder has ended (unix(7)).
+fn only_agent_here() -> Outcome<UnixListener> {
+    let name = SocketAddr::from_abstract_name("ostler-agent")?;
+    match UnixListener::bind_addr(&name) {
+        Ok(listener) => Ok(listener),
+        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+            let other = UnixStream::connect_addr(&name)?;
+            let pid = getsockopt(&other, PeerCredentials)?.pid();
+            Err(format!(
+                "process {pid} is the agent of this host already, or cleans it up: end it, or run this one in another network namespace"
+            )
+            .into())
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// The host's durable id: made once, kept in `<base>/id`.

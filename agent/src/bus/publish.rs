@@ -66,7 +66,7 @@ pub async fn publish(client: Client, inlet: Inlet) {
                 }
             }
             Request::Pause(answer) => {
-                drop(answer.send(()));
+                let _gone = answer.send(());
                 sleep(PAUSE).await;
             }
             Request::Barrier(answer) => {

@@ -18,9 +18,13 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::time::timeout;
 
 /// How long processes may take to die of SIGKILL. What takes longer waits in the kernel for something.
 pub(super) const KILL_DEADLINE: Duration = Duration::from_secs(10);
+
+/// How long the death of its init may take to end all others, before they are killed one by one.
+const KILL_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A container. Cheap to clone; dropping it leaves the container running.
 #[derive(Debug, Clone)]
@@ -192,12 +196,16 @@ impl Container {
     /// Kills every process in it and waits until they are dead. A dead one is fine.
     ///
     /// # Errors
-    /// [`EngineError::Stuck`] after ten seconds.
+    /// [`EngineError::Stuck`] after eleven seconds.
     pub async fn kill(&self) -> Result<(), EngineError> {
         // ESRCH: it is dead already.
         let _dead_already = pidfd::send_signal(self.inner.init.get_ref(), 9);
-        let died = tokio::time::timeout(KILL_DEADLINE, self.died()).await;
-        if died.is_err() {
+        if timeout(KILL_PATIENCE, self.died()).await.is_err() {
+            // A group that somebody froze is thawed by it (v1), and a busy one dies at once.
+            let group = self.inner.group.clone();
+            blocking(move || group.kill()).await;
+        }
+        if timeout(KILL_DEADLINE, self.died()).await.is_err() {
             let group = self.inner.group.clone();
             let pids = blocking(move || group.pids()).await;
             return Err(stuck(&self.inner.handle, pids));

@@ -30,6 +30,7 @@ pub use error::EngineError;
 pub use follow::Followed;
 pub use oom::{Level, OomReport};
 pub use place::Place;
+pub use sweep::Swept;
 
 pub use crate::host::cgroups::{Limits, Usage};
 pub use crate::host::depot::SeedFile;
@@ -43,6 +44,7 @@ use crate::host::network::{Attached, Network};
 use crate::host::{blocking, in_background};
 use oom::KillLog;
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -185,10 +187,18 @@ impl Engine {
     }
 
     /// Removes what no record knows: processes, control groups, links and directories that bear a
-    /// handle which is not in `known`. (Their set elements go with [`Self::rebuild_network`].) `known` must name every container that is, or is being, made.
-    /// Returns how many handles were cleared; what resists is logged.
-    pub async fn sweep(&self, known: &std::collections::HashSet<String>) -> usize {
-        sweep::sweep(&self.shared, known).await
+    /// handle which is not in `known`. (Their set elements go with [`Self::rebuild_network`].) `known`
+    /// must name every container that is, or is being, made. What resists is logged, too.
+    pub async fn sweep(&self, known: &HashSet<String>) -> Swept {
+        let strays = sweep::strays(&self.shared, known).await;
+        sweep::clear(&self.shared, strays).await
+    }
+
+    /// [`Self::sweep`] of what is there now; the long part of it is done beside whatever comes next.
+    pub async fn sweep_beside(&self, known: &HashSet<String>) {
+        let strays = sweep::strays(&self.shared, known).await;
+        let shared = Arc::clone(&self.shared);
+        tokio::spawn(async move { sweep::clear(&shared, strays).await });
     }
 
     /// Removes a container of which only the record is left: dead, or not to be adopted. One that is

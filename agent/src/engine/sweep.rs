@@ -14,46 +14,69 @@ pub(super) fn attached(saved: &Saved) -> Attached {
     }
 }
 
-/// Removes what bears a handle that nobody knows. What bears no handle is not ours.
-pub(super) async fn sweep(shared: &Shared, known: &HashSet<String>) -> usize {
-    let strays = match strays(shared, known).await {
-        Ok(strays) => strays,
-        Err(error) => {
-            tracing::warn!(%error, "leftovers could not be listed");
-            return 0;
-        }
-    };
-    let mut cleared = 0;
-    for handle in strays {
-        // Its processes first: a directory in use is not to be pulled away.
-        match clear(shared, &handle).await {
-            Ok(()) => {
-                cleared += 1;
-                tracing::info!(handle, "leftover container removed");
-            }
-            Err(error) => tracing::warn!(handle, %error, "leftover container was not removed"),
-        }
+/// What came of a sweep.
+#[derive(Debug, Default)]
+pub struct Swept {
+    /// Handles of which nothing is left.
+    pub cleared: usize,
+    /// What resisted, and why.
+    pub left: Vec<String>,
+}
+
+/// Handles that nobody knows, and what went wrong in finding them. What bears no handle is not ours.
+#[derive(Debug, Default)]
+pub(super) struct Strays {
+    handles: BTreeSet<String>,
+    trouble: Vec<String>,
+}
+
+/// Finds them. Their links go at once: later, a link without a record may be a new container's.
+pub(super) async fn strays(shared: &Shared, known: &HashSet<String>) -> Strays {
+    let mut strays = Strays::default();
+    let (depot, cgroups) = (shared.depot.clone(), shared.cgroups.clone());
+    let found = blocking(move || Ok::<_, EngineError>([depot.list()?, cgroups.list()?])).await;
+    match found {
+        Ok(found) => strays.handles.extend(
+            found
+                .into_iter()
+                .flatten()
+                .filter(|name| is_handle(name) && !known.contains(name)),
+        ),
+        Err(error) => strays.trouble.push(error.to_string()),
     }
     if let Err(error) = shared.network.sweep_links(known).await {
-        tracing::warn!(%error, "leftover links were not removed");
+        strays.trouble.push(error.to_string());
+    }
+    strays
+}
+
+/// Removes them and what is in the trash.
+pub(super) async fn clear(shared: &Shared, strays: Strays) -> Swept {
+    let mut swept = Swept {
+        cleared: 0,
+        left: strays.trouble,
+    };
+    for handle in strays.handles {
+        // Its processes first: a directory in use is not to be pulled away.
+        match clear_one(shared, &handle).await {
+            Ok(()) => {
+                swept.cleared += 1;
+                tracing::info!(handle, "leftover container removed");
+            }
+            Err(error) => swept.left.push(format!("container {handle}: {error}")),
+        }
     }
     let depot = shared.depot.clone();
     if let Err(error) = blocking(move || depot.empty_trash()).await {
-        tracing::warn!(%error, "trash was left");
+        swept.left.push(format!("trash: {error}"));
     }
-    cleared
+    for left in &swept.left {
+        tracing::warn!(left, "something was not removed");
+    }
+    swept
 }
 
-async fn strays(shared: &Shared, known: &HashSet<String>) -> Result<BTreeSet<String>, EngineError> {
-    let (depot, cgroups) = (shared.depot.clone(), shared.cgroups.clone());
-    let found = blocking(move || Ok::<_, EngineError>([depot.list()?, cgroups.list()?])).await?;
-    let found = found.into_iter().flatten();
-    Ok(found
-        .filter(|name| is_handle(name) && !known.contains(name))
-        .collect())
-}
-
-async fn clear(shared: &Shared, handle: &str) -> Result<(), EngineError> {
+async fn clear_one(shared: &Shared, handle: &str) -> Result<(), EngineError> {
     destroy::end_processes(shared, handle).await?;
     destroy::remains(shared, handle).await
 }

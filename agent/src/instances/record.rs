@@ -6,6 +6,7 @@
 
 use crate::engine::Saved;
 use crate::host::depot::is_handle;
+use messages::start::StartRequest;
 use messages::state::State;
 use serde::{Deserialize, Serialize};
 use std::io::Write;
@@ -151,8 +152,21 @@ pub struct RecordError {
 pub struct Found {
     /// The records of this format.
     pub records: Vec<Record>,
-    /// Files that are none, put aside, with the reason.
-    pub broken: Vec<(PathBuf, String)>,
+    /// Those that this agent cannot use. They stay as they are, for the agent that can.
+    pub unread: Vec<Unread>,
+}
+
+/// A record that is of another format, or none at all.
+#[derive(Debug)]
+pub struct Unread {
+    /// The instance, after its directory.
+    pub handle: String,
+    /// Where it is.
+    pub path: PathBuf,
+    /// Why it cannot be used.
+    pub why: String,
+    /// What it says of a container, if it says that as this agent would.
+    pub container: Option<Saved>,
 }
 
 impl Records {
@@ -203,8 +217,7 @@ impl Records {
         }
     }
 
-    /// Reads all records. A file that cannot be understood is put aside as `record.broken` and told,
-    /// and stops nobody else. Blocks.
+    /// Reads all records. One that cannot be used is told, and stops nobody else. Blocks.
     ///
     /// # Errors
     /// If the directory cannot be listed.
@@ -216,33 +229,35 @@ impl Records {
         };
         let mut found = Found::default();
         for entry in std::fs::read_dir(&self.dir).map_err(failed)? {
-            let dir = entry.map_err(failed)?.path();
-            let path = dir.join("record.json");
+            let entry = entry.map_err(failed)?;
+            let path = entry.path().join("record.json");
+            let unread = |why, container| Unread {
+                handle: entry.file_name().to_string_lossy().into_owned(),
+                path: path.clone(),
+                why,
+                container,
+            };
             match std::fs::read(&path) {
                 Ok(bytes) => match understand(&bytes) {
                     Ok(record) => found.records.push(record),
-                    Err(why) => {
-                        drop(std::fs::rename(&path, dir.join("record.broken")));
-                        found.broken.push((path, why));
-                    }
+                    Err(why) => found.unread.push(unread(why, container_of(&bytes))),
                 },
                 // An accepted start has a record; a directory without one was never answered.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                    if !dir.join("record.broken").exists() {
-                        drop(std::fs::remove_dir_all(&dir));
-                    }
+                    drop(std::fs::remove_dir_all(entry.path()));
                 }
-                Err(source) => {
-                    return Err(RecordError {
-                        act: "read",
-                        path,
-                        source,
-                    });
-                }
+                Err(error) => found.unread.push(unread(error.to_string(), None)),
             }
         }
         Ok(found)
     }
+}
+
+/// The container that a record names which cannot be used otherwise.
+fn container_of(bytes: &[u8]) -> Option<Saved> {
+    let mut record: serde_json::Value = serde_json::from_slice(bytes).ok()?;
+    let saved: Saved = serde_json::from_value(record.get_mut("container")?.take()).ok()?;
+    is_handle(&saved.handle).then_some(saved)
 }
 
 fn understand(bytes: &[u8]) -> Result<Record, String> {
@@ -265,6 +280,8 @@ fn understand(bytes: &[u8]) -> Result<Record, String> {
         // Directories and control groups are found by it: nothing else may stand there.
         return Err(format!("{handle:?} is no handle"));
     }
+    StartRequest::from_value(&record.start)
+        .map_err(|bad| format!("its start message is not understood: {bad}"))?;
     Ok(record)
 }
 
@@ -321,7 +338,10 @@ mod tests {
             format: FORMAT,
             boot_id: "b".into(),
             handle: handle.into(),
-            start: serde_json::json!({"droplet": "a"}),
+            start: serde_json::json!({
+                "droplet": "a", "index": 0, "version": "v", "name": "a", "services": [],
+                "limits": {"mem": 1, "disk": 2, "fds": 8}, "cc_partition": "default",
+            }),
             request_id: None,
             instance: "i".into(),
             private_instance: "p".into(),
@@ -379,7 +399,10 @@ mod tests {
             let found = records.load().unwrap();
             assert_eq!(found.records.len(), 1);
             assert_eq!(found.records[0].unsent, record("x").unsent);
-            assert_eq!(found.broken.len(), if round == 0 { 3 } else { 0 });
+            let mut unread: Vec<&str> = found.unread.iter().map(|one| &*one.handle).collect();
+            unread.sort_unstable();
+            let all = ["00000000002", "00000000003", "00000000004"];
+            assert_eq!(unread, all, "round {round}: they stay");
         }
         assert!(
             !records.dir("00000000005").exists(),

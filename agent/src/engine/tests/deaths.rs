@@ -69,7 +69,10 @@ fn another_agent_adopts_what_lives() {
         engine.rebuild_network(&[&saved]).await.unwrap();
         assert!(super::run(&["nft", "list", "ruleset"]).contains(&port.0.to_string()));
         assert_eq!(
-            engine.sweep(&HashSet::from([world.handle.clone()])).await,
+            engine
+                .sweep(&HashSet::from([world.handle.clone()]))
+                .await
+                .cleared,
             0
         );
         engine
@@ -176,7 +179,7 @@ fn what_no_record_knows_is_swept() {
         let engine = world.engine().await;
         let known = HashSet::from([kept.handle().to_owned()]);
         engine.rebuild_network(&[&kept.saved()]).await.unwrap();
-        assert_eq!(engine.sweep(&known).await, 1);
+        assert_eq!(engine.sweep(&known).await.cleared, 1);
         world.nothing_left(&world.handle).await;
         assert!(world.base.join("containers/not-a-handle").exists());
         assert!(!world.base.join("trash/99").exists());

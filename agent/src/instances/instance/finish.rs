@@ -4,6 +4,7 @@
 //! the one `droplet.exited`; and, when the bus has all of it, what is on disk.
 
 use super::{Event, Instance, events, job_is};
+use crate::engine::{Container, EngineError};
 use crate::instances::output::JobView;
 use crate::instances::record::Exit;
 use crate::instances::state::Ask;
@@ -19,6 +20,13 @@ const LAST_BYTES: Duration = Duration::from_secs(5);
 
 /// How long a killed job may take to be reported, before its container is killed.
 const LAST_STATUS: Duration = Duration::from_secs(2);
+
+/// Between two tries to kill what waits in the kernel.
+const STUCK_PAUSE: Duration = Duration::from_secs(5);
+
+/// Between the first two tries to remove a container, and then twice as long each time up to a minute.
+const DESTROY_PAUSE: Duration = Duration::from_secs(1);
+const DESTROY_PAUSE_MOST: Duration = Duration::from_secs(60);
 
 /// Most characters of a failure that `exit_description` repeats.
 const DESCRIPTION_MAX: usize = 500;
@@ -123,9 +131,7 @@ impl Instance {
     /// Ends every process, learns the job's status and offsets, records and announces the exit.
     async fn bury(&mut self, words: Option<String>) {
         if let Some(container) = self.container.clone() {
-            if let Err(error) = container.kill().await {
-                error!(handle = self.record.handle, %error, "not everything is dead");
-            }
+            self.kill_all(&container).await;
             self.last_bytes().await;
             self.report_late_kills().await;
         }
@@ -135,6 +141,17 @@ impl Instance {
         let event = events::exited(&self.view(), job.end);
         self.announce(event).await;
         self.tell();
+    }
+
+    /// Stays until every process is dead: nothing may be called stopped before.
+    async fn kill_all(&mut self, container: &Container) {
+        while let Err(error) = container.kill().await {
+            error!(handle = self.record.handle, %error, "not everything is dead");
+            if !matches!(error, EngineError::Stuck { .. }) {
+                return;
+            }
+            self.hear_for(STUCK_PAUSE).await;
+        }
     }
 
     async fn job_ends_within(&mut self, limit: Duration) -> bool {
@@ -204,7 +221,17 @@ impl Instance {
     }
 
     fn output_said(&self) -> bool {
-        !self.record.spawned || self.container.is_none() || self.job.borrow().delivered
+        !self.followed || self.container.is_none() || self.job.borrow().delivered
+    }
+
+    /// Sees to whatever comes, for so long.
+    async fn hear_for(&mut self, time: Duration) {
+        let all = async {
+            loop {
+                self.hear().await;
+            }
+        };
+        let _over: Result<(), _> = timeout(time, all).await;
     }
 
     /// Sees to whatever comes next.
@@ -223,14 +250,20 @@ impl Instance {
     }
 
     async fn destroy(&mut self) {
-        let destroyed = match (self.container.take(), self.record.container.clone()) {
-            (Some(container), _) => container.destroy().await,
-            (None, Some(saved)) => self.world.engine.destroy_handle(&saved).await,
-            (None, None) => return,
-        };
-        if let Err(error) = destroyed {
-            error!(handle = self.record.handle, %error, "remains will be swept at the next start");
+        let mut pause = DESTROY_PAUSE;
+        loop {
+            let destroyed = match (self.container.clone(), self.record.container.clone()) {
+                (Some(container), _) => container.destroy().await,
+                (None, Some(saved)) => self.world.engine.destroy_handle(&saved).await,
+                (None, None) => return,
+            };
+            let Err(error) = destroyed else { break };
+            // As long as something of it is there, its addresses are taken and its record stays.
+            error!(handle = self.record.handle, %error, "a container is not removed yet");
+            self.hear_for(pause).await;
+            pause = (pause * 2).min(DESTROY_PAUSE_MOST);
         }
+        self.container = None;
         self.record.container = None;
         self.record.port = None;
         self.keep().await;

@@ -129,6 +129,8 @@ pub struct Instance {
     wants: watch::Receiver<Wants>,
     queries: mpsc::Receiver<Query>,
     job: watch::Receiver<JobView>,
+    /// Somebody brings the job's output to the bus.
+    followed: bool,
     ooms: Option<mpsc::Receiver<OomReport>>,
     instance_id: watch::Sender<String>,
     announcer: announce::Announcer,
@@ -192,6 +194,7 @@ pub fn instance(
         wants,
         queries,
         job: watch::channel(JobView::default()).1,
+        followed: false,
         ooms: None,
         instance_id,
         announcer,

@@ -132,6 +132,7 @@ impl Instance {
         self.record.spawned = false;
         // What is known of the job that never ran, and its cursor, are none for the next.
         self.job = watch::channel(JobView::default()).1;
+        self.followed = false;
         self.ooms = None;
         let cursor = self.cursor_path();
         blocking(move || drop(std::fs::remove_file(cursor))).await;
@@ -329,6 +330,7 @@ impl Instance {
         };
         let (view, job) = watch::channel(known);
         self.job = job;
+        self.followed = true;
         self.ooms = Some(container.oom(self.record.oom_kills));
         tokio::spawn(output::pump(
             container,

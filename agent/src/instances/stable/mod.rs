@@ -13,9 +13,9 @@ mod waiting;
 use super::droplets::Digest;
 use super::instance::{Change, Instance, Query, Reins, Remains, View, Wants, instance};
 use super::outlet::{Link, Message};
-use super::record::{Record, StopReason, Stopping};
+use super::record::{Record, StopReason, Stopping, Unread};
 use super::world::{World, now};
-use crate::engine::{Place, Saved};
+use crate::engine::{Adopted, Container, Place, Saved};
 use crate::host::{blocking, in_background};
 use messages::command::{Command, Trigger};
 use messages::reply::Reply;
@@ -114,6 +114,8 @@ pub struct Stable {
     greeting: Greeting,
     /// The goodbye is said: no more starts.
     parting: bool,
+    /// What runs, but by records of another agent's: their addresses and ports are not given away.
+    _kept: Vec<Container>,
 }
 
 impl std::fmt::Debug for Stable {
@@ -136,9 +138,7 @@ impl Stable {
     ) -> Result<Self, Box<dyn std::error::Error>> {
         let records = world.records.clone();
         let found = blocking(move || records.load()).await?;
-        for (path, why) in &found.broken {
-            error!(path = %path.display(), why, "a record is broken and was put aside");
-        }
+        let kept = keep_unread(&world, &found.unread).await;
         // All are adopted before anything new is made: what lives takes its addresses and ports out of
         // the pools.
         let mut adopted = Vec::new();
@@ -156,14 +156,17 @@ impl Stable {
                 .filter_map(|(record, _)| record.container.as_ref())
                 .collect()
         };
-        let known: HashSet<String> = saved(|_| true)
+        let mut known: HashSet<String> = saved(|_| true)
             .iter()
             .map(|saved| saved.handle.clone())
             .collect();
-        let live = saved(|remains| !matches!(remains, Remains::Dead(..)));
+        known.extend(found.unread.iter().map(|unread| unread.handle.clone()));
+        let kept_saved: Vec<Saved> = kept.iter().map(Container::saved).collect();
+        let mut live = saved(|remains| !matches!(remains, Remains::Dead(..)));
+        live.extend(&kept_saved);
         world.engine.rebuild_network(&live).await?;
-        let swept = world.engine.sweep(&known).await;
-        info!(adopted = adopted.len(), swept, "took over what was here");
+        world.engine.sweep_beside(&known).await;
+        info!(adopted = adopted.len(), "took over what was here");
         let templates = commands::load_templates(&world.config.base).await;
         let mut stable = Self {
             world,
@@ -178,6 +181,7 @@ impl Stable {
             },
             greeting: Greeting::TooEarly,
             parting: false,
+            _kept: kept,
         };
         for (record, remains) in adopted {
             stable.take_in(record, remains);
@@ -460,6 +464,26 @@ impl Stable {
             self.world.outlet.offer(message);
         }
     }
+}
+
+/// Adopts the containers of records that this agent cannot use, so that their apps run on untouched.
+async fn keep_unread(world: &World, unread: &[Unread]) -> Vec<Container> {
+    let mut kept = Vec::new();
+    for one in unread {
+        error!(
+            handle = one.handle, path = %one.path.display(), why = one.why,
+            "a record cannot be used: what runs by it is left alone; start the agent that wrote it, or run `ostler clean`"
+        );
+        let Some(saved) = &one.container else {
+            continue;
+        };
+        match world.engine.adopt(saved).await {
+            Ok(Adopted::Alive(container)) => kept.push(container),
+            Ok(Adopted::Dead { .. }) => {}
+            Err(error) => error!(handle = one.handle, %error, "its container cannot be adopted"),
+        }
+    }
+    kept
 }
 
 fn ticks(period: Duration) -> tokio::time::Interval {
