@@ -292,6 +292,17 @@ impl Host {
         clean.unwrap_or_else(|| panic!("`ostler clean` does not end\n{}", self.log()))
     }
 
+    /// Starts another agent beside the one that runs, which must refuse, with a base directory of its own.
+    pub async fn end_of_second_agent(&self, base: &Path) -> ExitStatus {
+        let command = self.agent_command("agent");
+        let base = base.display().to_string();
+        let mut arguments: Vec<&str> = command.iter().skip(1).map(String::as_str).collect();
+        arguments.extend(["--base", &base]);
+        let second = Running::start(Path::new(&command[0]), &arguments, &self.agent_log());
+        let ended = second.ended(patience()).await;
+        ended.unwrap_or_else(|| panic!("a second agent runs\n{}", self.log()))
+    }
+
     fn start_clean(&self) -> Running {
         let command = self.agent_command("clean");
         let arguments: Vec<&str> = command.iter().skip(1).map(String::as_str).collect();
@@ -352,6 +363,18 @@ impl Host {
             lines.len(),
             lines[tail..].join("\n")
         )
+    }
+
+    /// The control group of a container, in the hierarchy of `controller` (cgroup v2 has one for all).
+    #[must_use]
+    pub fn group(&self, controller: &str, handle: &str) -> PathBuf {
+        let root = Path::new("/sys/fs/cgroup");
+        let hierarchy = if crate::is_cgroup_v2() {
+            root.to_owned()
+        } else {
+            root.join(controller)
+        };
+        hierarchy.join(&self.mark).join(handle)
     }
 
     /// What is on the machine of this host that a stopped agent must have removed; one line each.

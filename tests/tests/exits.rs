@@ -258,6 +258,27 @@ async fn a_stop_is_no_crash_however_it_ends() {
 }
 
 #[tokio::test]
+async fn a_stopped_app_is_dead_also_if_it_was_frozen() {
+    let host = Host::with(tests::Setup {
+        config: &[("[network]", "[instance]\nstop_grace = 1\n[network]")],
+        ..Default::default()
+    })
+    .await;
+    let answer = host
+        .run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
+    let group = host.group("freezer", answer["handle"].as_str().unwrap());
+    let (file, frozen) = if tests::is_cgroup_v2() {
+        ("cgroup.freeze", "1")
+    } else {
+        ("freezer.state", "FROZEN")
+    };
+    std::fs::write(group.join(file), frozen).unwrap();
+    host.stop("app").await;
+    assert_eq!(host.tree().named("wshd"), Vec::<&tests::Process>::new());
+}
+
+#[tokio::test]
 async fn term_reaches_each_process_of_a_job_once() {
     let host = Host::start().await;
     let mut output = host.output("family").await;

@@ -1,9 +1,8 @@
 //! The agent may die at any moment; no instance, no byte and no reason is lost.
 
-use futures_util::StreamExt;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::Duration;
 use tests::{Droplet, Host, Output, Process, Tree, numbered, rounds};
 
@@ -292,6 +291,68 @@ async fn an_end_is_told_whole_whatever_cuts_the_agent_off() {
         }
         host.stop(&droplet).await;
     }
+}
+
+#[tokio::test]
+async fn an_app_whose_record_is_another_agents_runs_on() {
+    let mut host = Host::start().await;
+    let mut message = host.message("app", &Droplet::sample("sinatra"));
+    message["uris"] = json!(["app.example.net"]);
+    let handle = host.run(message).await["handle"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    let find = json!({"droplet": "app", "include_stats": true});
+    let found = host.request("dea.find.droplet", &find).await;
+    let address = format!("127.0.0.1:{}", found["stats"]["port"]);
+    host.kill9().await;
+    let record = host
+        .base
+        .join("instances")
+        .join(&handle)
+        .join("record.json");
+    let text = std::fs::read_to_string(&record).unwrap();
+    std::fs::write(&record, text.replace("\"format\":1", "\"format\":2")).unwrap();
+    host.start_agent().await;
+    assert!(
+        host.log().contains("a record cannot be used"),
+        "{}",
+        host.log()
+    );
+    // Nothing of it is taken away or given to another.
+    let other = host
+        .run(host.message("other", &Droplet::sample("sleeper")))
+        .await;
+    assert_ne!(other["handle"], *handle);
+    assert_eq!(tests::get(&address, "/env/PORT").await.unwrap().0, 200);
+    host.stop("other").await;
+    // The agent that wrote it comes back.
+    host.kill9().await;
+    std::fs::write(&record, text).unwrap();
+    host.start_agent().await;
+    assert_eq!(tests::get(&address, "/env/PORT").await.unwrap().0, 200);
+    host.stop("app").await;
+}
+
+#[tokio::test]
+async fn a_host_has_one_agent() {
+    let mut host = Host::start().await;
+    host.run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
+    let status = host.clean().await;
+    assert!(!status.success(), "it would take the agent's apps away");
+    assert!(
+        host.log().contains("is the agent of this host"),
+        "{}",
+        host.log()
+    );
+    // Also with a base directory of its own.
+    let base = host.base.with_file_name("other");
+    let status = host.end_of_second_agent(&base).await;
+    assert!(!status.success());
+    assert!(host.tree().one("wshd").lives());
+    host.stop("app").await;
+    let _ = host.restart().await;
 }
 
 #[tokio::test]

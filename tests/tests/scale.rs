@@ -169,6 +169,155 @@ async fn limits_change_while_it_runs() {
     host.stop("hog").await;
 }
 
+/// What the kernel allows the only container of `droplet`, in bytes.
+fn kernel_limit(host: &Host, handle: &str) -> u64 {
+    let file = if tests::is_cgroup_v2() {
+        "memory.max"
+    } else {
+        "memory.limit_in_bytes"
+    };
+    let text = std::fs::read_to_string(host.group("memory", handle).join(file)).unwrap();
+    text.trim().parse().unwrap()
+}
+
+#[tokio::test]
+async fn limits_that_change_while_a_container_is_made_are_applied() {
+    let host = Host::start().await;
+    let sleeper = Droplet::sample("sleeper");
+    for round in 0..tests::rounds() {
+        let droplet = format!("app-{round}");
+        let mut message = host.message(&droplet, &sleeper);
+        message["limits"]["mem"] = json!(64);
+        let answer = host.request(&host.subject("start"), &message).await;
+        tokio::time::sleep(std::time::Duration::from_millis(2 * round % 30)).await;
+        let limits = json!({"droplet": droplet, "instances": 1, "limits": {"mem": 200}});
+        let scaled = host.request(&host.subject("scale"), &limits).await;
+        assert_eq!(scaled["ok"], true, "{scaled}");
+        let find = json!({"droplet": droplet, "wait": "running"});
+        let mut heartbeats = host.watch("dea.heartbeat").await;
+        heartbeats
+            .until("RUNNING", |beat| beat["droplets"][0]["state"] == "RUNNING")
+            .await;
+        let handle = answer["handle"].as_str().unwrap();
+        assert_eq!(
+            kernel_limit(&host, handle),
+            200 << 20,
+            "round {round}, {find}"
+        );
+        host.stop(&droplet).await;
+    }
+}
+
+#[tokio::test]
+async fn refused_limits_are_named_and_never_come_back() {
+    let host = Host::start().await;
+    let script = "trap 'unset x; echo small' USR1; x=$(head -c 50000000 /dev/zero | tr '\\0' x); echo big; while :; do sleep 0.05; done";
+    let mut output = host.output("app").await;
+    let answer = host.run(host.message("app", &Droplet::shell(script))).await;
+    output
+        .until("big", |output| output.text(0, "stdout") == "big\n")
+        .await;
+    let handle = answer["handle"].as_str().unwrap();
+    let scale = json!({"droplet": "app", "instances": 1, "limits": {"mem": 30}});
+    let scaled = host.request(&host.subject("scale"), &scale).await;
+    assert_eq!(scaled["refused"], json!([handle]), "{scaled}");
+    let shell = host.tree();
+    let shell = shell.0.iter().find(|one| one.title() == "bash main.sh");
+    shell
+        .expect("the app")
+        .signal(nix::sys::signal::Signal::SIGUSR1);
+    output
+        .until("small", |output| {
+            output.text(0, "stdout").ends_with("small\n")
+        })
+        .await;
+    let find = json!({"droplet": "app", "include_stats": true});
+    for _ in 0..3 {
+        let found = host.request("dea.find.droplet", &find).await;
+        assert_eq!(found["stats"]["mem_quota"], 128 << 20, "{found}");
+    }
+    assert_eq!(kernel_limit(&host, handle), 128 << 20);
+    host.stop("app").await;
+}
+
+#[tokio::test]
+async fn what_a_scale_leaves_out_stays_and_what_it_promises_is_reserved() {
+    let host = Host::start().await;
+    let sleeper = Droplet::sample("sleeper");
+    let mut message = host.message("app", &sleeper);
+    message["limits"]["mem"] = json!(64);
+    host.run(message).await;
+    let quotas = async |count: usize| {
+        let find = json!({"droplet": "app", "include_stats": true});
+        let wait = std::time::Duration::from_millis(500);
+        let found = host.request_all("dea.find.droplet", &find, wait).await;
+        assert_eq!(found.len(), count, "{found:?}");
+        let quota = |one: &Value, key: &str| one["stats"][key].as_u64().unwrap();
+        found
+            .iter()
+            .map(|one| {
+                (
+                    quota(one, "mem_quota") >> 20,
+                    quota(one, "disk_quota") >> 20,
+                )
+            })
+            .collect::<Vec<_>>()
+    };
+    for (limits, wanted) in [
+        (json!({"mem": 96}), (96, 256)),
+        (json!({"disk": 128}), (96, 128)),
+    ] {
+        let scale = json!({"droplet": "app", "instances": 1, "limits": limits});
+        let scaled = host.request(&host.subject("scale"), &scale).await;
+        assert_eq!(scaled["ok"], true, "{scaled}");
+        assert_eq!(quotas(1).await, [wanted]);
+    }
+    // Others of the same app are like it, and its process keeps its number of open files.
+    let scale = json!({"droplet": "app", "instances": 2, "limits": {"fds": 64}, "wait": "running"});
+    let scaled = host.request(&host.subject("scale"), &scale).await;
+    assert_eq!(scaled["ok"], true, "{scaled}");
+    assert_eq!(quotas(2).await, [(96, 128), (96, 128)]);
+    let find = host
+        .request(&host.subject("find"), &json!({"droplet": "app"}))
+        .await;
+    assert_eq!(find["matched"], 2, "{find}");
+    // Of two commands in one piece the second sees what the first was promised: 4096 MB in all.
+    let grow = json!({"droplet": "app", "instances": 2, "limits": {"mem": 1500}});
+    let mut big = host.message("big", &sleeper);
+    big["limits"]["mem"] = json!(1500);
+    let inbox = host.nats().new_inbox();
+    let mut answers = host.watch(&format!("{inbox}.*")).await;
+    for (number, (subject, body)) in [(host.subject("scale"), grow), (host.subject("start"), big)]
+        .into_iter()
+        .enumerate()
+    {
+        let to = format!("{inbox}.{number}");
+        let sent = host
+            .nats()
+            .publish_with_reply(subject, to, body.to_string().into());
+        sent.await.unwrap();
+    }
+    let both = [answers.next().await, answers.next().await];
+    let refused: Vec<_> = both.iter().filter(|answer| answer["ok"] == false).collect();
+    assert_eq!(refused.len(), 1, "{both:?}");
+    assert_eq!(refused[0]["error"]["code"], "not_enough_memory", "{both:?}");
+    host.stop("app").await;
+}
+
+#[tokio::test]
+async fn a_scale_is_answered_when_its_stops_are_kept() {
+    let mut host = Host::start().await;
+    host.run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
+    for _ in 0..tests::rounds() {
+        scaled(&host, "app", 4).await;
+        scaled(&host, "app", 1).await;
+        let _ = host.restart().await;
+        assert_eq!(indices(&host, 1).await, [0]);
+    }
+    host.stop("app").await;
+}
+
 #[tokio::test]
 async fn limits_that_no_host_has_are_refused_whole() {
     let host = Host::start().await;

@@ -21,9 +21,6 @@ use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio::time::timeout;
 use tracing::{Instrument, debug, error, info_span, warn};
 
-/// Answers of one query that may wait for the bus.
-const ANSWERS: usize = 64;
-
 /// How long an answer waits for a bus that is away.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
 
@@ -231,7 +228,7 @@ async fn answer_later(
 fn query_to(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, query: Query, reply_to: Option<String>) {
     // Nobody to answer: nothing to do.
     let Some(reply_to) = reply_to else { return };
-    let (answers, mut answered) = mpsc::channel::<Vec<u8>>(ANSWERS);
+    let (answers, mut answered) = mpsc::unbounded_channel::<Vec<u8>>();
     if asks.try_send(Ask::Query { query, answers }).is_err() {
         debug!("too busy for a query");
         return;

@@ -22,21 +22,16 @@ pub enum Short {
     Memory,
 }
 
-/// The sum of what instances in these records hold.
-pub fn reserved<'a>(records: impl Iterator<Item = &'a Record>) -> Amount {
-    records.fold(Amount::default(), |sum, record| Amount {
+/// The sum of what instances hold: each with its record, and how many MB of memory and of disk are its.
+pub fn reserved<'a>(instances: impl Iterator<Item = (&'a Record, u64, u64)>) -> Amount {
+    instances.fold(Amount::default(), |sum, (record, memory, disk)| Amount {
         memory: sum.memory
             + if holds_memory(record.state) {
-                record.limits.mem
+                memory
             } else {
                 0
             },
-        disk: sum.disk
-            + if holds_disk(record) {
-                record.limits.disk
-            } else {
-                0
-            },
+        disk: sum.disk + if holds_disk(record) { disk } else { 0 },
     })
 }
 

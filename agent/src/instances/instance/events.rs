@@ -3,18 +3,19 @@
 use super::View;
 use crate::engine::{Level, OomReport};
 use crate::instances::outlet::{Message, Outlet};
-use crate::instances::record::{Event, Record, StopReason};
+use crate::instances::record::{Event, StopReason};
 use crate::instances::world::{World, now};
-use messages::outgoing::{DropletOom, Exited, OutputOffsets, Reason, Route, ToBytes, Victim};
+use messages::outgoing::{DropletOom, Exited, OutputOffsets, Reason, Route, Victim};
 use messages::reply::Reply;
 use messages::subjects;
 
-/// The route of an instance, for these URIs.
-pub(crate) fn route(world: &World, record: &Record, view: &View, uris: Vec<String>) -> Route {
+/// The route of an instance.
+pub(super) fn route(world: &World, view: &View) -> Route {
+    let record = &view.record;
     Route {
         dea: world.id.clone(),
         app: view.droplet.clone(),
-        uris,
+        uris: record.uris.clone(),
         host: world.engine.local_ip().to_string(),
         port: record.port.unwrap_or_default(),
         tags: [(
@@ -25,18 +26,6 @@ pub(crate) fn route(world: &World, record: &Record, view: &View, uris: Vec<Strin
         private_instance_id: record.private_instance.clone(),
         private_instance_index: view.index.to_string(),
     }
-}
-
-/// The router learns of these URIs.
-pub(super) fn register(world: &World, view: &View, uris: Vec<String>) -> Message {
-    let route = route(world, &view.record, view, uris);
-    Message::plain(subjects::ROUTER_REGISTER, route.to_bytes())
-}
-
-/// The router forgets these URIs.
-pub(super) fn unregister(world: &World, view: &View, uris: Vec<String>) -> Message {
-    let route = route(world, &view.record, view, uris);
-    Message::plain(subjects::ROUTER_UNREGISTER, route.to_bytes())
 }
 
 /// `droplet.exited` of an instance whose exit is recorded; `end` holds the final offsets.

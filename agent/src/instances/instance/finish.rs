@@ -73,7 +73,7 @@ impl Instance {
     }
 
     async fn stop(&mut self) {
-        self.unroute();
+        self.route.close();
         self.enter(Ask::Stop).await;
         let grace = self
             .record
@@ -101,7 +101,7 @@ impl Instance {
             // The kernel killed one; the rest goes with it, and the job's own status comes first.
             self.kill_job().await;
         }
-        self.unroute();
+        self.route.close();
         let ask = match end {
             End::Failed(_) | End::Unhealthy => Ask::StartFailed,
             End::OutOfMemory => Ask::OutOfMemory,
@@ -295,19 +295,6 @@ impl Instance {
                 .changes
                 .send(super::Change::Gone(self.record.handle)),
         );
-    }
-
-    /// Routes are told once more on each step that needs them; the stable repeats them.
-    pub(super) fn route(&self) {
-        let uris = self.record.uris.clone();
-        self.send(events::register(&self.world, &self.view(), uris));
-    }
-
-    fn unroute(&self) {
-        if self.record.state == State::Running && self.record.port.is_some() {
-            let uris = self.record.uris.clone();
-            self.send(events::unregister(&self.world, &self.view(), uris));
-        }
     }
 }
 

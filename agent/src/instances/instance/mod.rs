@@ -10,7 +10,10 @@ mod announce;
 pub(crate) mod events;
 mod finish;
 mod health;
+mod route;
 mod start;
+
+pub use route::Route;
 
 use super::output::JobView;
 use super::record::{self, Limits, Record, Stopping};
@@ -62,8 +65,8 @@ pub struct Wants {
     pub stop: Option<Stopping>,
     /// The URIs and version that it shall have.
     pub update: Option<(Vec<String>, Option<String>)>,
-    /// The limits that it shall have.
-    pub limits: Option<Limits>,
+    /// The limits that it shall have, and the number of that wish: it is tried once.
+    pub limits: Option<(u64, Limits)>,
     /// Forget it, if it has crashed.
     pub reap: bool,
     /// Counts the changes of this structure.
@@ -93,6 +96,8 @@ pub struct Reins {
     pub wants: watch::Sender<Wants>,
     /// What it shall answer. A full mailbox is silence for a query.
     pub queries: mpsc::Sender<Query>,
+    /// To be repeated.
+    pub route: Arc<Route>,
 }
 
 /// Questions that may wait for one instance.
@@ -133,6 +138,7 @@ pub struct Instance {
     followed: bool,
     ooms: Option<mpsc::Receiver<OomReport>>,
     instance_id: watch::Sender<String>,
+    route: Arc<Route>,
     announcer: announce::Announcer,
     cpu: Option<(Instant, u64, f64)>,
     applied: u64,
@@ -184,7 +190,9 @@ pub fn instance(
     let (queries_in, queries) = mpsc::channel(QUERIES);
     let (instance_id, _) = watch::channel(record.instance.clone());
     let announcer = announce::Announcer::start(world.outlet.clone(), &record.unsent);
+    let route = Arc::new(Route::new(world.outlet.clone()));
     let instance = Instance {
+        route: Arc::clone(&route),
         world,
         record,
         message,
@@ -201,11 +209,16 @@ pub fn instance(
         cpu: None,
         applied: 0,
     };
+    if instance.record.state == State::Running {
+        let known = events::route(&instance.world, &instance.view());
+        route.known(known);
+    }
     (
         instance,
         Reins {
             wants: wants_in,
             queries: queries_in,
+            route,
         },
     )
 }
@@ -272,7 +285,7 @@ impl Instance {
         if let Some((uris, version)) = wants.update {
             changed |= self.update(uris, version);
         }
-        if let Some(limits) = wants.limits.filter(|limits| *limits != self.record.limits) {
+        if let Some((_, limits)) = wants.limits.filter(|(number, _)| *number > self.applied) {
             changed |= self.limit(limits).await;
         }
         if let (Some(stop), None) = (wants.stop, &self.record.stopping)
@@ -295,26 +308,28 @@ impl Instance {
         if self.record.uris == uris && self.record.version == version {
             return false;
         }
-        let old = std::mem::replace(&mut self.record.uris, uris);
+        self.record.uris = uris;
         if self.record.version != version {
             self.record.version = version;
             self.record.instance = crate::random::hex(16);
             self.instance_id.send_replace(self.record.instance.clone());
         }
-        if self.record.state == State::Running {
-            let added = without(&self.record.uris, &old);
-            let removed = without(&old, &self.record.uris);
-            if !added.is_empty() {
-                self.send(events::register(&self.world, &self.view(), added));
-            }
-            if !removed.is_empty() {
-                self.send(events::unregister(&self.world, &self.view(), removed));
-            }
-        }
+        self.route.change(&self.record.uris);
         true
     }
 
+    /// Takes on new limits, whole or not at all.
     async fn limit(&mut self, limits: Limits) -> bool {
+        // A process keeps the number of open files with which it was started.
+        let fds = if self.record.spawned {
+            self.record.limits.fds
+        } else {
+            limits.fds
+        };
+        let limits = Limits { fds, ..limits };
+        if limits == self.record.limits {
+            return false;
+        }
         if let Some(container) = &self.container {
             let wanted = start::engine_limits(&self.world.config, limits);
             if let Err(error) = container.limit(wanted).await {
@@ -440,17 +455,6 @@ impl Instance {
             self.keep().await;
         }
     }
-
-    fn send(&self, message: super::outlet::Message) {
-        self.world.outlet.offer(message);
-    }
-}
-
-fn without(some: &[String], others: &[String]) -> Vec<String> {
-    some.iter()
-        .filter(|one| !others.contains(one))
-        .cloned()
-        .collect()
 }
 
 /// Resolves when the job is so; never, if nobody follows it.

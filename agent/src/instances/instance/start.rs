@@ -2,7 +2,7 @@
 
 use super::finish::End;
 use super::health::{self, Check};
-use super::{Instance, Interrupt, Remains, job_is};
+use super::{Instance, Interrupt, Remains, events, job_is};
 use crate::config::Config;
 use crate::engine::{Container, REBOOTED, Spec};
 use crate::host::blocking;
@@ -20,7 +20,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 use tracing::error;
 
 /// The job of an app in its container.
@@ -70,13 +70,11 @@ impl Instance {
         }
         let died = match remains {
             Some(Remains::Alive(container)) => {
-                // Killed just after the job was handed over: it runs all the same.
-                self.record.spawned |= container.path().join(format!("jobs/{JOB}")).exists();
-                self.container = Some(container);
+                self.found(container);
                 None
             }
             Some(Remains::Dead(reason, container)) => {
-                self.container = Some(container);
+                self.found(container);
                 Some(reason)
             }
             Some(Remains::Unknown(_)) | None if self.record.boot_id != self.world.boot_id => {
@@ -99,12 +97,17 @@ impl Instance {
             return End::Died(self.record.failure.clone());
         }
         match died {
-            Some(reason) if self.record.spawned || self.container.is_none() => {
-                self.already(End::Died(Some(reason)))
-            }
+            Some(reason) if self.record.spawned => self.already(End::Died(Some(reason))),
             None if self.record.spawned && self.container.is_some() => self.carry_on().await,
             Some(_) | None => self.begin_again().await,
         }
+    }
+
+    /// Takes up the container of an earlier life.
+    fn found(&mut self, container: Container) {
+        // Killed just after the job was handed over: it ran all the same.
+        self.record.spawned |= container.path().join(format!("jobs/{JOB}")).exists();
+        self.container = Some(container);
     }
 
     /// Records what is wanted meanwhile, and does no more about it.
@@ -195,8 +198,14 @@ impl Instance {
             .map_err(failed)?;
         let command = startup::start_command(message_command.as_deref(), staging.as_ref());
         let script = startup::script::startup(&command.map_err(failed)?);
+        let made_with = self.record.limits;
         let container = self.create(layer.clone(), owner, script).await?;
         self.container = Some(container.clone());
+        if self.record.limits != made_with {
+            // They changed while it was made.
+            let limits = engine_limits(&self.world.config, self.record.limits);
+            container.limit(limits).await.map_err(failed)?;
+        }
         let (port, _) = container.map_port(None).await.map_err(failed)?;
         self.record.port = Some(port);
         self.record.container = Some(container.saved());
@@ -348,9 +357,28 @@ impl Instance {
 
     async fn until_started(&mut self) -> Result<(), End> {
         let mut job = self.job.clone();
-        self.attend(async move { job_is(&mut job, |job| job.started).await })
+        let limit = self.health_limit();
+        let started = self
+            .attend(timeout(limit, async move {
+                job_is(&mut job, |job| job.started).await;
+            }))
             .await?;
-        Ok(())
+        started.map_err(|_late| {
+            let log = self.container.as_ref().map(|it| it.path().join("log"));
+            let log = log.unwrap_or_default();
+            failed(format!(
+                "nothing is known of the app after {limit:?}: its supervisor or linker does not work, see {}",
+                log.display()
+            ))
+        })
+    }
+
+    /// How long its port may take to open.
+    fn health_limit(&self) -> Duration {
+        match self.message.health_check_timeout {
+            Some(seconds) => Duration::from_secs(seconds),
+            None => self.world.config.instance.health_check_timeout,
+        }
     }
 
     async fn become_healthy(&mut self, layer: &Path) -> Result<(), End> {
@@ -359,7 +387,7 @@ impl Instance {
             return Err(End::Unhealthy);
         }
         if self.enter(Ask::Healthy).await {
-            self.route();
+            self.route.open(events::route(&self.world, &self.view()));
         }
         Ok(())
     }
@@ -369,10 +397,7 @@ impl Instance {
         let state_file = blocking(move || droplets::state_file(&layer))
             .await
             .map_err(failed)?;
-        let limit = match self.message.health_check_timeout {
-            Some(seconds) => Duration::from_secs(seconds),
-            None => self.world.config.instance.health_check_timeout,
-        };
+        let limit = self.health_limit();
         let Some(container) = &self.container else {
             return Ok((Check::None, limit));
         };

@@ -1,7 +1,6 @@
 //! What the host says on its own: hello, heartbeats, advertisements, routes, goodbye.
 
-use super::{Message, Stable, State};
-use crate::instances::instance::events;
+use super::{Greeting, Message, Stable, State};
 use crate::instances::state::in_heartbeat;
 use messages::outgoing::{
     Advertise, Goodbye, Heartbeat, HeartbeatEntry, PlacementProperties, ToBytes,
@@ -82,13 +81,11 @@ impl Stable {
 
     /// The routes of everything that serves.
     pub(super) fn register_routes(&self) {
+        if self.greeting == Greeting::TooEarly {
+            return;
+        }
         for stall in self.stalls.values() {
-            let record = &stall.view.record;
-            let serves = matches!(record.state, State::Running | State::Evacuating);
-            if serves && !record.uris.is_empty() && record.port.is_some() {
-                let route = events::route(&self.world, record, &stall.view, record.uris.clone());
-                self.say(Message::plain(subjects::ROUTER_REGISTER, route.to_bytes()));
-            }
+            stall.reins.route.repeat();
         }
     }
 

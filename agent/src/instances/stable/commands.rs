@@ -1,6 +1,6 @@
 //! Commands: start, stop, update, scale. Each is answered once.
 
-use super::waiting::Until;
+use super::waiting::{Owed, Until};
 use super::{Stable, now};
 use crate::engine::Place;
 use crate::host::blocking;
@@ -62,11 +62,11 @@ impl Stable {
     async fn start(&mut self, request: StartRequest, raw: Value, answer: oneshot::Sender<Reply>) {
         let until = Until::of(request.wait);
         if let Some((handle, known)) = self.with_request_id(request.request_id.as_deref()) {
-            self.answer_when(vec![(handle, 0)], until, known, answer);
+            self.answer_when(Owed::all(vec![(handle, 0)], until), known, answer);
             return;
         }
         match self.accept_one(request, &raw).await {
-            Ok((asked, reply)) => self.answer_when(asked, until, reply, answer),
+            Ok((asked, reply)) => self.answer_when(Owed::all(asked, until), reply, answer),
             Err(refusal) => {
                 self.tell_refusal(&raw, &refusal);
                 drop(answer.send(refusal));
@@ -81,13 +81,14 @@ impl Stable {
     ) -> Result<(Asked, Reply), Reply> {
         let place = self.admit_start(&request, 1, Amount::default())?.pop();
         let droplet = request.droplet.to_string();
+        // First: what was accepted can be scaled, whatever happens to the agent.
+        self.keep_template(droplet.clone(), raw.clone()).await;
         let accepted = self.accept(request, raw.clone(), place);
         let reply = Reply::ok(json!({
             "dea": self.world.id, "droplet": droplet, "index": accepted.index,
             "instance": accepted.instance, "handle": accepted.handle,
         }));
         let asked = on_disk(vec![accepted]).await?;
-        self.keep_template(droplet, raw.clone()).await;
         Ok((asked, reply))
     }
 
@@ -235,8 +236,13 @@ impl Stable {
         }
     }
 
+    /// What is reserved, with what was promised to instances that grow.
     pub(super) fn reserved(&self) -> Amount {
-        ledger::reserved(self.stalls.values().map(|stall| &stall.view.record))
+        ledger::reserved(self.stalls.values().map(|stall| {
+            let record = &stall.view.record;
+            let promised = stall.promised();
+            (record, promised.mem, promised.disk)
+        }))
     }
 
     pub(super) fn accept(
@@ -295,7 +301,7 @@ impl Stable {
     }
 
     /// Awaited, so that of two starts the later one's message stays.
-    async fn keep_template(&mut self, droplet: String, raw: Value) {
+    pub(super) async fn keep_template(&mut self, droplet: String, raw: Value) {
         let bytes = raw.to_string().into_bytes();
         self.templates.insert(droplet.clone(), raw);
         self.forget_a_template();
@@ -360,7 +366,7 @@ impl Stable {
         let reply = Reply::ok(json!({
             "dea": self.world.id, "matched": instances.len(), "instances": instances,
         }));
-        self.answer_when(asked, Until::of(wait), reply, answer);
+        self.answer_when(Owed::all(asked, Until::of(wait)), reply, answer);
     }
 
     async fn update(&mut self, request: &UpdateRequest, answer: oneshot::Sender<Reply>) {
@@ -389,7 +395,7 @@ impl Stable {
             self.keep_template(request.droplet.clone(), template).await;
         }
         let reply = Reply::ok(json!({"dea": self.world.id, "matched": asked.len()}));
-        self.answer_when(asked, Until::Recorded, reply, answer);
+        self.answer_when(Owed::all(asked, Until::Recorded), reply, answer);
     }
 }
 

@@ -13,7 +13,7 @@ mod waiting;
 use super::droplets::Digest;
 use super::instance::{Change, Instance, Query, Reins, Remains, View, Wants, instance};
 use super::outlet::{Link, Message};
-use super::record::{Record, StopReason, Stopping, Unread};
+use super::record::{Limits, Record, StopReason, Stopping, Unread};
 use super::world::{World, now};
 use crate::engine::{Adopted, Container, Place, Saved};
 use crate::host::{blocking, in_background};
@@ -73,8 +73,9 @@ pub enum Ask {
     Query {
         /// What is asked.
         query: messages::command::Query,
-        /// Where the answers go, each a body; closed when there are no more.
-        answers: mpsc::Sender<Vec<u8>>,
+        /// Where the answers go, each a body; closed when there are no more. Unbounded in type, bounded
+        /// by the number of instances.
+        answers: mpsc::UnboundedSender<Vec<u8>>,
     },
     /// Say something again.
     Trigger(Trigger),
@@ -91,6 +92,22 @@ struct Stall {
     heartbeat_bytes: usize,
     /// It crashed, and makes room for another one: it is counted and told no more.
     leaves: bool,
+}
+
+impl Stall {
+    /// The limits that it has or, as long as it has not answered to them, may get: the larger of each.
+    fn promised(&self) -> Limits {
+        let has = self.view.record.limits;
+        let wants = self.reins.wants.borrow();
+        match wants.limits {
+            Some((number, new)) if number > self.view.applied => Limits {
+                mem: has.mem.max(new.mem),
+                disk: has.disk.max(new.disk),
+                fds: has.fds.max(new.fds),
+            },
+            Some(_) | None => has,
+        }
+    }
 }
 
 /// The hello is said once in an agent's life, when it can be asked and heard.
@@ -388,8 +405,8 @@ impl Stable {
             return 0;
         };
         stall.reins.wants.send_modify(|wants| {
-            change(wants);
             wants.number += 1;
+            change(wants);
         });
         stall.reins.wants.borrow().number
     }

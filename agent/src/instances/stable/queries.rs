@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 const MEASURE: Duration = Duration::from_secs(1);
 
 impl Stable {
-    pub(super) fn query(&self, query: Asked, answers: mpsc::Sender<Vec<u8>>) {
+    pub(super) fn query(&self, query: Asked, answers: mpsc::UnboundedSender<Vec<u8>>) {
         match query {
             Asked::FindDroplet(request) => {
                 for stall in self.matching(&request.filter) {
@@ -35,10 +35,10 @@ impl Stable {
     }
 
     /// Answers for one instance; with stats, after its task has measured.
-    fn found(&self, stall: &Stall, include_stats: bool, answers: mpsc::Sender<Vec<u8>>) {
+    fn found(&self, stall: &Stall, include_stats: bool, answers: mpsc::UnboundedSender<Vec<u8>>) {
         let reply = self.find_reply(&stall.view);
         if !include_stats || stall.view.record.state != State::Running {
-            drop(answers.try_send(reply.to_bytes()));
+            drop(answers.send(reply.to_bytes()));
             return;
         }
         // A full mailbox: silence, as the protocol has no other word.
@@ -54,7 +54,7 @@ impl Stable {
                 stats: Some(stats(&view, host, measured)),
                 ..reply
             };
-            drop(answers.send(reply.to_bytes()).await);
+            drop(answers.send(reply.to_bytes()));
         });
     }
 
@@ -88,7 +88,7 @@ impl Stable {
     }
 
     /// Answers once every instance has measured, or not in time.
-    fn status(&self, answers: mpsc::Sender<Vec<u8>>) {
+    fn status(&self, answers: mpsc::UnboundedSender<Vec<u8>>) {
         let mut reply = StatusReply {
             hello: self.hello(),
             max_memory: self.capacity().memory,
@@ -106,11 +106,11 @@ impl Stable {
                 }
             }
             reply.used_memory = bytes >> 20;
-            drop(answers.send(reply.to_bytes()).await);
+            drop(answers.send(reply.to_bytes()));
         });
     }
 
-    fn droplet_status(&self, answers: &mpsc::Sender<Vec<u8>>) {
+    fn droplet_status(&self, answers: &mpsc::UnboundedSender<Vec<u8>>) {
         for stall in self.stalls.values() {
             let record = &stall.view.record;
             if matches!(record.state, State::Starting | State::Running) {
@@ -118,12 +118,12 @@ impl Stable {
                     name: stall.view.name.clone(),
                     uris: record.uris.clone(),
                 };
-                drop(answers.try_send(status.to_bytes()));
+                drop(answers.send(status.to_bytes()));
             }
         }
     }
 
-    fn discover(&self, request: &DiscoverRequest, answers: mpsc::Sender<Vec<u8>>) {
+    fn discover(&self, request: &DiscoverRequest, answers: mpsc::UnboundedSender<Vec<u8>>) {
         let wanted = crate::instances::ledger::Amount {
             memory: request.memory,
             disk: request.disk,
@@ -143,7 +143,7 @@ impl Stable {
         let body = self.hello().to_bytes();
         tokio::spawn(async move {
             tokio::time::sleep(Duration::from_millis(delay)).await;
-            drop(answers.send(body).await);
+            drop(answers.send(body));
         });
     }
 }

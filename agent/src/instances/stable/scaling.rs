@@ -2,11 +2,11 @@
 
 use super::Stable;
 use super::commands::{Accepted, Asked, on_disk, set};
-use super::waiting::Until;
+use super::waiting::{Owed, Until};
 use crate::instances::ledger::Amount;
 use crate::instances::record::{Limits, StopReason};
 use crate::instances::scale;
-use messages::command::ScaleRequest;
+use messages::command::{ScaleLimits, ScaleRequest};
 use messages::reply::{ErrorCode, Reply};
 use messages::start::{StartRequest, Wait};
 use messages::state::State;
@@ -16,32 +16,14 @@ use tokio::sync::oneshot;
 impl Stable {
     pub(super) async fn scale(&mut self, request: &ScaleRequest, answer: oneshot::Sender<Reply>) {
         let reply = self.scaled(request).await;
-        let (reply, started, changed) = match reply {
-            Ok(done) => done,
-            Err(refusal) => {
-                drop(answer.send(refusal));
-                return;
-            }
-        };
-        let asked = match request.wait {
-            Some(Wait::Running) => started,
-            Some(Wait::Stopped) => changed
-                .into_iter()
-                .filter(|(handle, _)| self.is_stopping(handle))
-                .collect(),
-            None => changed,
-        };
-        self.answer_when(asked, Until::of(request.wait), reply, answer);
+        match reply {
+            Ok((reply, owed)) => self.answer_when(owed, reply, answer),
+            Err(refusal) => drop(answer.send(refusal)),
+        }
     }
 
-    fn is_stopping(&self, handle: &str) -> bool {
-        self.stalls
-            .get(handle)
-            .is_some_and(|stall| stall.reins.wants.borrow().stop.is_some())
-    }
-
-    /// Converges; the answer, and what was started and what was changed.
-    async fn scaled(&mut self, request: &ScaleRequest) -> Result<(Reply, Asked, Asked), Reply> {
+    /// Converges; the answer, and what must come before it.
+    async fn scaled(&mut self, request: &ScaleRequest) -> Result<(Reply, Vec<Owed>), Reply> {
         let droplet = request.droplet.to_string();
         let template = self.templates.get(&droplet).cloned().ok_or_else(|| {
             Reply::error(
@@ -61,24 +43,27 @@ impl Stable {
         }
         let have = self.alive(&droplet);
         let plan = scale::plan(&have, request.instances);
-        let limits = scaled_limits(request, &template);
+        let limits = request.limits;
         let kept: Vec<String> = have
             .into_iter()
             .map(|(_, handle)| handle)
             .filter(|handle| !plan.stop.contains(handle))
             .collect();
         let grown = limits.map_or_else(Amount::default, |limits| self.growth(&kept, limits));
-        let started = self.starts(&template, limits, &plan.start, grown)?;
-        let mut changed: Asked = Vec::new();
+        let template = with_limits(template, limits);
+        let started = self.starts(&template, &plan.start, grown)?;
+        let mut stopped: Asked = Vec::new();
         for handle in &plan.stop {
             let number = self.want_stop(handle, StopReason::Stopped);
-            changed.push((handle.clone(), number));
+            stopped.push((handle.clone(), number));
         }
+        let mut limited = Vec::new();
         if let Some(limits) = limits {
-            for handle in kept {
-                let number = self.want(&handle, |wants| wants.limits = Some(limits));
-                changed.push((handle, number));
-            }
+            limited.extend(
+                kept.into_iter()
+                    .map(|handle| self.want_limits(handle, limits)),
+            );
+            self.keep_template(droplet.clone(), template).await;
         }
         let new: Vec<Value> = started
             .iter()
@@ -88,16 +73,48 @@ impl Stable {
             "dea": self.world.id, "droplet": droplet, "instances": request.instances,
             "started": new, "stopped": plan.stop,
         }));
-        Ok((reply, on_disk(started).await?, changed))
+        let until = |wait| match request.wait {
+            Some(wanted) if wanted == wait => Until::of(Some(wait)),
+            Some(_) | None => Until::Recorded,
+        };
+        let mut owed = Owed::all(on_disk(started).await?, until(Wait::Running));
+        owed.extend(Owed::all(stopped, until(Wait::Stopped)));
+        owed.extend(limited);
+        Ok((reply, owed))
+    }
+
+    /// Wants of an instance what the new limits name; the rest stays as it has, or will have, it.
+    fn want_limits(&self, handle: String, limits: ScaleLimits) -> Owed {
+        let new = self.stalls.get(&handle).map(|stall| {
+            let wants = stall.reins.wants.borrow();
+            let old = match wants.limits {
+                Some((number, limits)) if number > stall.view.applied => limits,
+                Some(_) | None => stall.view.record.limits,
+            };
+            changed(old, limits)
+        });
+        let number = self.want(&handle, |wants| {
+            wants.limits = new.map(|new| (wants.number, new));
+        });
+        Owed {
+            handle,
+            number,
+            until: Until::Recorded,
+            limits: new.map(|new| (new.mem, new.disk)),
+        }
     }
 
     /// What these instances need more with the new limits.
-    fn growth(&self, handles: &[String], limits: Limits) -> Amount {
-        let old = handles.iter().filter_map(|handle| self.stalls.get(handle));
-        old.map(|stall| stall.view.record.limits)
-            .fold(Amount::default(), |sum, old| Amount {
-                memory: sum.memory + limits.mem.saturating_sub(old.mem),
-                disk: sum.disk + limits.disk.saturating_sub(old.disk),
+    fn growth(&self, handles: &[String], limits: ScaleLimits) -> Amount {
+        let stalls = handles.iter().filter_map(|handle| self.stalls.get(handle));
+        stalls
+            .map(super::Stall::promised)
+            .fold(Amount::default(), |sum, old| {
+                let new = changed(old, limits);
+                Amount {
+                    memory: sum.memory + new.mem.saturating_sub(old.mem),
+                    disk: sum.disk + new.disk.saturating_sub(old.disk),
+                }
             })
     }
 
@@ -122,15 +139,10 @@ impl Stable {
     fn starts(
         &mut self,
         template: &Value,
-        limits: Option<Limits>,
         indices: &[u64],
         grown: Amount,
     ) -> Result<Vec<Accepted>, Reply> {
         let mut raw = template.clone();
-        if let Some(limits) = limits {
-            let limits = json!({"mem": limits.mem, "disk": limits.disk, "fds": limits.fds});
-            set(&mut raw, "limits", limits);
-        }
         for key in ["request_id", "wait"] {
             set(&mut raw, key, Value::Null);
         }
@@ -156,13 +168,31 @@ impl Stable {
     }
 }
 
-/// The limits that a scale asks for; what it leaves out stays as in the template.
-fn scaled_limits(request: &ScaleRequest, template: &Value) -> Option<Limits> {
-    let wanted = request.limits.as_ref()?;
-    let old = StartRequest::from_value(template).ok()?.limits;
-    Some(Limits {
-        mem: wanted.mem.unwrap_or(old.mem),
-        disk: wanted.disk.unwrap_or(old.disk),
-        fds: wanted.fds.unwrap_or(old.fds),
-    })
+/// What a scale leaves out stays as it was.
+fn changed(old: Limits, new: ScaleLimits) -> Limits {
+    Limits {
+        mem: new.mem.unwrap_or(old.mem),
+        disk: new.disk.unwrap_or(old.disk),
+        fds: new.fds.unwrap_or(old.fds),
+    }
+}
+
+/// The start message for instances that come with these limits.
+fn with_limits(mut template: Value, limits: Option<ScaleLimits>) -> Value {
+    let Some(limits) = limits else {
+        return template;
+    };
+    let named = [
+        ("mem", limits.mem),
+        ("disk", limits.disk),
+        ("fds", limits.fds),
+    ];
+    if let Some(old) = template.get_mut("limits") {
+        for (key, value) in named {
+            if let Some(value) = value {
+                set(old, key, json!(value));
+            }
+        }
+    }
+    template
 }

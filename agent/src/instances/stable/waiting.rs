@@ -1,22 +1,59 @@
 //! Answers that are owed when instances have reached a state (`"wait"`).
 
 use super::Stable;
+use super::commands::Asked;
 use crate::instances::record::Record;
 use messages::reply::{ErrorCode, Reply};
 use messages::start::Wait;
 use messages::state::State;
+use serde_json::json;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, timeout_at};
 
 /// One owed answer.
 #[derive(Debug)]
 pub(super) struct Waiting {
-    /// The instances that have not reached it yet, each with the number of what it was asked.
-    handles: Vec<(String, u64)>,
-    until: Until,
+    /// The instances that have not reached it yet.
+    owed: Vec<Owed>,
     /// What is answered when all have.
     then: Reply,
+    /// Instances whose new limits do not fit what they use.
+    refused: Vec<String>,
     answer: Option<oneshot::Sender<Reply>>,
+}
+
+impl Waiting {
+    fn reply(&self) -> Reply {
+        let mut reply = self.then.clone();
+        if let (Reply::Ok(fields), false) = (&mut reply, self.refused.is_empty()) {
+            fields.insert("refused".into(), json!(self.refused));
+        }
+        reply
+    }
+}
+
+/// What is waited for of one instance.
+#[derive(Debug)]
+pub(super) struct Owed {
+    pub(super) handle: String,
+    /// The number of what it was asked.
+    pub(super) number: u64,
+    pub(super) until: Until,
+    /// MB of memory and of disk that it was told to make do with.
+    pub(super) limits: Option<(u64, u64)>,
+}
+
+impl Owed {
+    /// The same for all of these.
+    pub(super) fn all(asked: Asked, until: Until) -> Vec<Self> {
+        let owed = |(handle, number)| Self {
+            handle,
+            number,
+            until,
+            limits: None,
+        };
+        asked.into_iter().map(owed).collect()
+    }
 }
 
 /// What is waited for.
@@ -50,18 +87,17 @@ enum Progress {
 }
 
 impl Stable {
-    /// Answers `then`, at once or when all of `handles` are where `until` says.
+    /// Answers `then`, at once or when all is as it is owed.
     pub(super) fn answer_when(
         &mut self,
-        handles: Vec<(String, u64)>,
-        until: Until,
+        owed: Vec<Owed>,
         then: Reply,
         answer: oneshot::Sender<Reply>,
     ) {
         self.waiting.push(Waiting {
-            handles,
-            until,
+            owed,
             then,
+            refused: Vec::new(),
             answer: Some(answer),
         });
         self.tell_all_waiting();
@@ -72,7 +108,8 @@ impl Stable {
         while self
             .waiting
             .iter()
-            .any(|waiting| waiting.until == Until::Recorded)
+            .flat_map(|waiting| &waiting.owed)
+            .any(|owed| owed.until == Until::Recorded)
         {
             match timeout_at(deadline, self.changed.recv()).await {
                 Ok(Some(change)) => self.change(change),
@@ -99,7 +136,7 @@ impl Stable {
         if self
             .waiting
             .iter()
-            .any(|waiting| waiting.handles.iter().any(|(one, _)| one == handle))
+            .any(|waiting| waiting.owed.iter().any(|owed| owed.handle == handle))
         {
             self.tell_all_waiting();
         }
@@ -113,19 +150,22 @@ impl Stable {
 
     fn still_waiting(&self, waiting: &mut Waiting) -> bool {
         let mut never = None;
-        waiting.handles.retain(|(handle, number)| {
-            match self.progress(handle, *number, waiting.until) {
-                Progress::There => false,
-                Progress::OnTheWay => true,
-                Progress::Never(why) => {
-                    never = Some(why);
-                    true
+        waiting.owed.retain(|owed| match self.progress(owed) {
+            Progress::There => {
+                if self.refuses(owed) {
+                    waiting.refused.push(owed.handle.clone());
                 }
+                false
+            }
+            Progress::OnTheWay => true,
+            Progress::Never(why) => {
+                never = Some(why);
+                true
             }
         });
         let reply = match never {
             Some(why) => Reply::error(ErrorCode::Ended, why),
-            None if waiting.handles.is_empty() => waiting.then.clone(),
+            None if waiting.owed.is_empty() => waiting.reply(),
             None => return true,
         };
         if let Some(answer) = waiting.answer.take() {
@@ -134,8 +174,17 @@ impl Stable {
         false
     }
 
-    fn progress(&self, handle: &str, number: u64, until: Until) -> Progress {
-        let Some(view) = self.stalls.get(handle).map(|stall| &stall.view) else {
+    fn refuses(&self, owed: &Owed) -> bool {
+        let has = self.stalls.get(&owed.handle).map(|stall| {
+            let limits = stall.view.record.limits;
+            (limits.mem, limits.disk)
+        });
+        owed.limits.is_some() && has.is_some() && owed.limits != has
+    }
+
+    fn progress(&self, owed: &Owed) -> Progress {
+        let (number, until) = (owed.number, owed.until);
+        let Some(view) = self.stalls.get(&owed.handle).map(|stall| &stall.view) else {
             return match until {
                 Until::Recorded | Until::Stopped => Progress::There,
                 Until::Running => Progress::Never("the instance is gone".into()),
