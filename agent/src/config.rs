@@ -158,6 +158,8 @@ pub struct Droplets {
     pub max_bytes: u64,
     /// Largest unpacked droplet, in bytes.
     pub max_unpacked_bytes: u64,
+    /// Directories below which `file` URIs may lie.
+    pub files: Vec<PathBuf>,
 }
 
 impl Default for Nats {
@@ -237,6 +239,7 @@ struct WrittenDroplets {
     total: u64,
     max_mb: u64,
     max_unpacked_mb: u64,
+    files: Vec<PathBuf>,
 }
 
 #[derive(Deserialize)]
@@ -329,6 +332,7 @@ impl Default for WrittenDroplets {
             total: 600,
             max_mb: 2048,
             max_unpacked_mb: 8192,
+            files: vec!["/srv".into()],
         }
     }
 }
@@ -434,6 +438,12 @@ fn check(written: Written, host_memory_mb: u64) -> Result<Config, Problem> {
                 "droplets.max_unpacked_mb",
                 written.droplets.max_unpacked_mb,
             )?,
+            files: written
+                .droplets
+                .files
+                .into_iter()
+                .map(|path| absolute("droplets.files", path))
+                .collect::<Result<_, _>>()?,
         },
         spool_bytes: megabytes("output.spool_mb", written.output.spool_mb)?,
         cgroup_parent: cgroup_parent(written.cgroup.parent)?,

@@ -210,16 +210,19 @@ async fn run(config: Config) -> Outcome<()> {
 /// All instances are gone: so is everything else but the host's id.
 async fn leave_nothing(world: &World) {
     world.engine.clone().close().await;
+    world.droplets.stop().await;
     let (droplets, base) = (world.droplets.clone(), world.config.base.clone());
-    let removed = blocking(move || {
-        droplets.remove_all().map_err(|error| error.to_string())?;
-        ["answers", "templates", "instances"]
-            .iter()
-            .try_for_each(|name| remove(&base.join(name)).map_err(|error| error.to_string()))
-    });
-    if let Err(error) = removed.await {
-        error!(error, "something stays");
-    }
+    blocking(move || {
+        if let Err(error) = droplets.remove_all() {
+            error!(%error, "something stays");
+        }
+        for name in ["answers", "templates", "instances", "containers", "trash"] {
+            if let Err(error) = remove(&base.join(name)) {
+                error!(%error, "something stays");
+            }
+        }
+    })
+    .await;
 }
 
 /// The signals that end the agent.
@@ -284,6 +287,7 @@ fn fetch_options(config: &Config) -> FetchOptions {
         total: config.droplets.total,
         max_bytes: config.droplets.max_bytes,
         max_unpacked_bytes: config.droplets.max_unpacked_bytes,
+        files: config.droplets.files.clone(),
         ..FetchOptions::default()
     }
 }

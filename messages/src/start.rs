@@ -19,6 +19,9 @@ pub struct Limits {
 /// Most MB of memory or disk that make sense: 1 PiB. Beyond, arithmetic in bytes would overflow.
 pub const MEGABYTES_MAX: u64 = 1 << 30;
 
+/// Largest index of an instance.
+const INDEX_MAX: u64 = 2_147_483_647;
+
 /// Most bytes of a `version` in JSON: every heartbeat repeats it, and a heartbeat is never split. The
 /// controllers of DEA's time send at most 36 (NG) or some 45 (V1).
 pub const VERSION_MAX: usize = 64;
@@ -115,7 +118,7 @@ impl StartRequest {
         let fields = Fields::of(value, "")?;
         Ok(Self {
             droplet: droplet(&fields)?,
-            index: fields.number("index")?,
+            index: index(&fields)?,
             version: label(&fields, "version", VERSION_MAX)?,
             name: fields.string("name")?,
             uris: fields.strings("uris")?,
@@ -180,6 +183,14 @@ pub(crate) fn wait(fields: &Fields<'_>, only: Wait) -> Read<Option<Wait>> {
         None => Ok(None),
         Some(text) if text == name => Ok(Some(only)),
         Some(_) => Err(fields.refuse("wait", wanted)),
+    }
+}
+
+/// An index: DEA's health managers read it as a Go `int`, 32 bits on some.
+fn index(fields: &Fields<'_>) -> Read<u64> {
+    match fields.number("index")? {
+        index @ 0..=INDEX_MAX => Ok(index),
+        _ => Err(fields.refuse("index", "from 0 to 2147483647")),
     }
 }
 

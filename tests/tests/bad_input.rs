@@ -75,6 +75,7 @@ async fn a_bad_start_message_is_refused_with_the_reason() {
         ("droplet", json!([]), "droplet"),
         ("index", json!("0"), "index"),
         ("index", json!(-1), "index"),
+        ("index", json!(2_147_483_648_u64), "index"),
         ("uris", json!("a.example.net"), "uris"),
         ("version", json!("v".repeat(65)), "version"),
         ("cc_partition", json!("\u{1}".repeat(20)), "cc_partition"),

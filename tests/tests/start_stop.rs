@@ -469,7 +469,13 @@ async fn an_app_finds_what_the_dea_gave() {
     let host = Host::start().await;
     let mut output = host.output("env").await;
     let mut message = host.message("env", &Droplet::shell("pwd; umask; id -u; id -G; hostname; env -0 | sort -z | tr '\\0' '\\n'; echo end; sleep infinity"));
-    message["env"] = json!(["GREETING=hello = world", "EMPTY", "t=x", "ostler_term=x"]);
+    message["env"] = json!([
+        "GREETING=hello = world",
+        "EMPTY",
+        "t=x",
+        "ostler_term=x",
+        "PAID=a\\$b\\\\c $HOME $PWD"
+    ]);
     message["vcap_application"] = json!({"name": "env", "space_name": "prod"});
     message["services"] = json!([{"name": "db", "label": "pg-9", "plan": "small", "credentials": {"uri": "postgres://u:$x@h/db"}}]);
     host.run(message).await;
@@ -490,6 +496,7 @@ async fn an_app_finds_what_the_dea_gave() {
     };
     assert_eq!(variable("GREETING"), "hello = world");
     assert_eq!(variable("EMPTY"), "");
+    assert_eq!(variable("PAID"), "a$b\\c /home/vcap/app /home/vcap");
     assert_eq!((variable("t"), variable("ostler_term")), ("x", "x"));
     assert_eq!(variable("HOME"), "/home/vcap/app");
     assert_eq!(variable("TMPDIR"), "/home/vcap/tmp");

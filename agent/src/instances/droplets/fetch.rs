@@ -1,11 +1,11 @@
 //! Streams a droplet's archive to disk and checks its digest on the way.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use ureq::Timeout;
 use ureq::http::Uri;
 use ureq::tls::{Certificate, RootCerts, TlsConfig};
@@ -13,6 +13,8 @@ use ureq::tls::{Certificate, RootCerts, TlsConfig};
 use super::FetchOptions;
 use super::digest::{Digest, Hasher};
 use super::error::DropletError;
+use super::stop::Stop;
+use super::tree::{open_directory, open_file_below};
 use super::uri::{Place, Source};
 
 /// How many times a server may send us elsewhere: a store behind a gateway needs one or two.
@@ -28,11 +30,13 @@ pub(super) fn fetch(
     into: (&mut File, &Path),
     options: &FetchOptions,
     deadline: Instant,
+    stop: &Stop,
 ) -> Result<u64, DropletError> {
     let download = Download {
         shown: &source.shown,
         options,
         deadline,
+        stop,
     };
     let (size, got) = match &source.place {
         Place::Web { uri, authorization } => {
@@ -54,6 +58,7 @@ struct Download<'a> {
     shown: &'a str,
     options: &'a FetchOptions,
     deadline: Instant,
+    stop: &'a Stop,
 }
 
 impl Download<'_> {
@@ -99,13 +104,21 @@ impl Download<'_> {
             why,
             transient: false,
         };
-        // Nonblocking: opening a fifo would wait for its writer.
-        let flags = nix::fcntl::OFlag::O_NONBLOCK.bits();
-        let mut file = OpenOptions::new()
-            .read(true)
-            .custom_flags(flags)
-            .open(path)
-            .map_err(|error| refused(error.to_string()))?;
+        let allowed = &self.options.files;
+        let below = |root: &'_ PathBuf| Some((root.clone(), path.strip_prefix(root).ok()?));
+        let Some((root, rest)) = allowed.iter().find_map(below) else {
+            return Err(refused(format!(
+                "it lies in none of the directories of `droplets.files`, which are {allowed:?}"
+            )));
+        };
+        let root = open_directory(&root).map_err(|error| refused(error.to_string()))?;
+        let mut file = open_file_below(root, rest).map_err(|errno| {
+            refused(if errno == Errno::EXDEV {
+                "a symlink leads out of its directory of `droplets.files`".into()
+            } else {
+                std::io::Error::from(errno).to_string()
+            })
+        })?;
         let is_file = file
             .metadata()
             .map_err(|error| refused(error.to_string()))?
@@ -139,6 +152,7 @@ impl Download<'_> {
             }
             // A server that never stops sending never lets a timeout of the socket pass.
             self.left(size)?;
+            self.stop.check()?;
             hasher.update(chunk);
             file.write_all(chunk)
                 .map_err(|error| DropletError::disk("store the droplet in", path, error))?;

@@ -8,6 +8,7 @@ use std::io::{self, Read};
 use std::rc::Rc;
 
 use super::error::DropletError;
+use super::stop::Stop;
 
 /// What may be read between two entries: headers, long names and pax records. Without a bound, one long
 /// name could fill the memory.
@@ -17,6 +18,7 @@ const METADATA_BYTES: u64 = 1024 * 1024;
 pub(super) struct Meter<R> {
     inner: R,
     budget: Rc<Budget>,
+    stop: Stop,
 }
 
 /// What may still be read.
@@ -30,7 +32,7 @@ pub(super) struct Budget {
 
 impl<R: Read> Meter<R> {
     /// Lets `max` bytes of `inner` through.
-    pub(super) fn new(inner: R, max: u64) -> (Self, Rc<Budget>) {
+    pub(super) fn new(inner: R, max: u64, stop: Stop) -> (Self, Rc<Budget>) {
         let budget = Rc::new(Budget {
             max,
             left: Cell::new(max),
@@ -41,6 +43,7 @@ impl<R: Read> Meter<R> {
             Self {
                 inner,
                 budget: Rc::clone(&budget),
+                stop,
             },
             budget,
         )
@@ -49,6 +52,9 @@ impl<R: Read> Meter<R> {
 
 impl<R: Read> Read for Meter<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if let Err(abandoned) = self.stop.check() {
+            return Err(self.budget.stop(abandoned));
+        }
         let count = match self.inner.read(buffer) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => return Err(error),

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! <base>/droplets/<digest>/<uid>-<gid>/        a whole layer: app -> /home/vcap/app, home/vcap/…
-//! <base>/droplets/.new-<digest>-<uid>-<gid>/   one in the making; worthless after a restart
+//! <base>/droplets/.new-<digest>-<try>/         one in the making; worthless after a restart
 //! <base>/droplets/.trash-<digest>              one on its way out
 //! ```
 //!
@@ -17,6 +17,7 @@ mod error;
 mod fetch;
 mod meter;
 mod staging;
+mod stop;
 pub(crate) mod tree;
 mod unpack;
 mod uri;
@@ -27,10 +28,13 @@ use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use stop::Stop;
 use tokio::sync::{Semaphore, oneshot, watch};
 
 pub use digest::Digest;
@@ -45,6 +49,9 @@ const FIRST_PAUSE: Duration = Duration::from_millis(250);
 /// The longest time between two tries.
 const MAX_PAUSE: Duration = Duration::from_secs(5);
 
+/// How long an agent that ends waits for downloads to notice.
+const STOP_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Longer than any download; a configured time above it counts as this.
 const A_DAY: Duration = Duration::from_secs(24 * 3600);
 
@@ -58,8 +65,10 @@ pub struct Owner {
 }
 
 /// The bounds of a download and of what comes out of it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FetchOptions {
+    /// Directories below which `file` URIs may lie.
+    pub files: Vec<PathBuf>,
     /// How long nothing may come: also for resolving and connecting.
     pub inactivity: Duration,
     /// For a whole download, retries included, unpacking not.
@@ -77,6 +86,7 @@ pub struct FetchOptions {
 impl Default for FetchOptions {
     fn default() -> Self {
         Self {
+            files: Vec::new(),
             inactivity: Duration::from_secs(30),
             total: Duration::from_secs(600),
             max_bytes: 2 << 30,
@@ -98,8 +108,19 @@ struct Inner {
     /// `<base>/droplets`.
     dir: PathBuf,
     options: FetchOptions,
-    running: Mutex<HashMap<Wanted, Outcome>>,
+    running: Mutex<HashMap<Wanted, Running>>,
+    /// When each droplet was last asked for: an instance may just be about to use it.
+    asked: Mutex<HashMap<Digest, Instant>>,
     slots: Semaphore,
+    /// Tells two tries for one droplet apart.
+    tries: AtomicU64,
+}
+
+/// A task that provides a droplet.
+#[derive(Debug)]
+struct Running {
+    outcome: watch::Sender<Option<Result<PathBuf, DropletError>>>,
+    stop: Stop,
 }
 
 /// What one task provides.
@@ -137,7 +158,9 @@ impl Droplets {
                 dir,
                 options,
                 running,
+                asked: Mutex::default(),
                 slots,
+                tries: AtomicU64::new(0),
             }),
         })
     }
@@ -157,6 +180,7 @@ impl Droplets {
         digest: &Digest,
         owner: Owner,
     ) -> Result<PathBuf, DropletError> {
+        lock(&self.inner.asked).insert(*digest, Instant::now());
         let mut outcome = self.outcome(
             uri,
             Wanted {
@@ -172,9 +196,11 @@ impl Droplets {
     }
 
     /// Removes the droplets whose names ([`Digest`]'s `Display`) are not in `in_use`, and says how many.
-    /// Spares those that a task is working on. Blocks, for seconds where much is to be removed. One that cannot be removed is logged and tried
-    /// again by the next call or the next start.
-    pub fn reap(&self, in_use: &HashSet<String>) -> usize {
+    /// Spares those that a task is working on, and those that were asked for no longer than `soon` ago:
+    /// an instance may just be about to use them. Blocks, for seconds where much is to be removed. One
+    /// that cannot be removed is logged and tried again by the next call or the next start.
+    pub fn reap(&self, in_use: &HashSet<String>, soon: Duration) -> usize {
+        lock(&self.inner.asked).retain(|_, asked| asked.elapsed() < soon);
         let names = names_in(&self.inner.dir).unwrap_or_else(|error| {
             tracing::warn!(error = cause(&error), "droplets could not be listed");
             Vec::new()
@@ -192,8 +218,26 @@ impl Droplets {
             .count()
     }
 
-    /// Removes everything, `<base>/droplets` included. Blocks. For an agent that leaves nothing behind:
-    /// downloads that still run fail.
+    /// Ends whatever is being fetched or unpacked, and waits for it, but not for a server that is silent.
+    pub async fn stop(&self) {
+        let running: Vec<Outcome> = {
+            let running = lock(&self.inner.running);
+            running.values().for_each(|task| task.stop.ask());
+            running
+                .values()
+                .map(|task| task.outcome.subscribe())
+                .collect()
+        };
+        let ended = async {
+            for mut outcome in running {
+                drop(outcome.wait_for(Option::is_some).await);
+            }
+        };
+        drop(tokio::time::timeout(STOP_PATIENCE, ended).await);
+    }
+
+    /// Removes everything, `<base>/droplets` included. Blocks. For an agent that leaves nothing behind,
+    /// after [`Self::stop`].
     ///
     /// # Errors
     /// If something cannot be removed.
@@ -203,20 +247,40 @@ impl Droplets {
 
     /// Joins the task for `wanted`, or starts it.
     fn outcome(&self, uri: &str, wanted: Wanted) -> Result<Outcome, DropletError> {
-        let mut running = self.running();
-        if let Some(outcome) = running.get(&wanted) {
-            return Ok(outcome.clone());
+        let mut running = lock(&self.inner.running);
+        if let Some(task) = running.get(&wanted) {
+            return Ok(task.outcome.subscribe());
         }
         let source = uri::parse(uri)?;
         let (tell, outcome) = watch::channel(None);
-        running.insert(wanted, outcome.clone());
+        let stop = Stop::default();
+        let task = Running {
+            outcome: tell.clone(),
+            stop: stop.clone(),
+        };
+        running.insert(wanted, task);
         drop(running);
         let droplets = self.clone();
-        // Owned by the map: whoever waits may leave, the next one finds it there.
         tokio::spawn(async move {
-            let result = droplets.provide(Arc::new(source), wanted).await;
-            droplets.running().remove(&wanted);
-            tell.send_replace(Some(result));
+            let mut work = pin!(droplets.provide(Arc::new(source), wanted, stop.clone()));
+            loop {
+                tokio::select! {
+                    result = &mut work => {
+                        lock(&droplets.inner.running).remove(&wanted);
+                        tell.send_replace(Some(result));
+                        return;
+                    }
+                    // Whoever waits may leave; when all have, nobody shall wait for its slot.
+                    () = tell.closed() => {
+                        let mut running = lock(&droplets.inner.running);
+                        if tell.receiver_count() == 0 {
+                            stop.ask();
+                            running.remove(&wanted);
+                            return;
+                        }
+                    }
+                }
+            }
         });
         Ok(outcome)
     }
@@ -225,14 +289,21 @@ impl Droplets {
         &self,
         source: Arc<uri::Source>,
         wanted: Wanted,
+        stop: Stop,
     ) -> Result<PathBuf, DropletError> {
+        let layer = self.inner.layer(wanted);
+        if tokio::fs::metadata(&layer).await.is_ok() {
+            return Ok(layer);
+        }
         let _slot = self.inner.slots.acquire().await;
         let deadline = Instant::now() + self.inner.options.total.min(A_DAY);
         let mut pause = FIRST_PAUSE;
         let mut retries = self.inner.options.retries;
         loop {
-            let (inner, source) = (Arc::clone(&self.inner), Arc::clone(&source));
-            let error = match on_a_thread(move || inner.provide(&source, wanted, deadline)).await {
+            let (inner, source, stop) =
+                (Arc::clone(&self.inner), Arc::clone(&source), stop.clone());
+            let work = move || inner.provide(&source, wanted, deadline, &stop);
+            let error = match on_a_thread(work).await {
                 Ok(layer) => return Ok(layer),
                 Err(error) => error,
             };
@@ -251,54 +322,63 @@ impl Droplets {
         let trash = self.inner.dir.join(format!(".trash-{name}"));
         // Left by a removal that failed.
         logged(remove_tree(&trash))?;
-        let running = self.running();
-        if running
+        let running = lock(&self.inner.running);
+        let asked = lock(&self.inner.asked);
+        let mut used = running
             .keys()
-            .any(|wanted| wanted.digest.to_string() == name)
-        {
+            .map(|wanted| &wanted.digest)
+            .chain(asked.keys());
+        if used.any(|digest| digest.to_string() == name) {
             return None;
         }
         let path = self.inner.dir.join(name);
         logged(fs::rename(&path, &trash).map_err(|e| DropletError::disk("rename", &path, e)))?;
         Some(trash)
     }
+}
 
-    fn running(&self) -> MutexGuard<'_, HashMap<Wanted, Outcome>> {
-        self.inner
-            .running
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
+/// What the holders do is too short to leave a half-changed value behind.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Inner {
+    /// Where a whole layer is, once it is there.
+    fn layer(&self, wanted: Wanted) -> PathBuf {
+        let Wanted { digest, owner } = wanted;
+        let name = format!("{}-{}", owner.uid, owner.gid);
+        self.dir.join(digest.to_string()).join(name)
+    }
+
     /// One try, on a thread of its own.
     fn provide(
         &self,
         source: &uri::Source,
         wanted: Wanted,
         deadline: Instant,
+        stop: &Stop,
     ) -> Result<PathBuf, DropletError> {
-        let Wanted { digest, owner } = wanted;
+        let digest = wanted.digest;
         let droplet = self.dir.join(digest.to_string());
-        let layer = droplet.join(format!("{}-{}", owner.uid, owner.gid));
-        if layer.is_dir() {
-            return Ok(layer);
-        }
-        let new = self
-            .dir
-            .join(format!(".new-{digest}-{}-{}", owner.uid, owner.gid));
-        remove_tree(&new)?;
+        let layer = self.layer(wanted);
+        // Its own: a try that was given up may still be at work on another one.
+        let number = self.tries.fetch_add(1, Ordering::Relaxed);
+        let new = self.dir.join(format!(".new-{digest}-{number}"));
         make_directory(&new, 0o700)?;
         let began = Instant::now();
-        let made = self.make(source, wanted, &new, deadline);
+        let made = self.make(source, wanted, &new, deadline, stop);
         let kept = made.and_then(|(made, bytes)| {
+            stop.check()?;
             DirBuilder::new()
                 .recursive(true)
                 .mode(0o700)
                 .create(&droplet)
                 .map_err(|error| DropletError::disk("make directory", &droplet, error))?;
-            fs::rename(&made, &layer).map_err(|e| DropletError::disk("rename", &made, e))?;
+            match fs::rename(&made, &layer) {
+                // A try that was given up in the last moment was quicker.
+                Err(_) if layer.is_dir() => {}
+                renamed => renamed.map_err(|e| DropletError::disk("rename", &made, e))?,
+            }
             sync(&droplet)?;
             sync(&self.dir)?;
             let elapsed_ms = began.elapsed().as_millis();
@@ -319,11 +399,12 @@ impl Inner {
         wanted: Wanted,
         new: &Path,
         deadline: Instant,
+        stop: &Stop,
     ) -> Result<(PathBuf, u64), DropletError> {
         let path = new.join("droplet.tgz");
         let mut archive = unnamed(&path)?;
         let into = (&mut archive, path.as_path());
-        let bytes = fetch::fetch(source, &wanted.digest, into, &self.options, deadline)?;
+        let bytes = fetch::fetch(source, &wanted.digest, into, &self.options, deadline, stop)?;
         io::Seek::rewind(&mut archive).map_err(|e| DropletError::disk("rewind", &path, e))?;
         let layer = new.join("layer");
         let home = layer.join("home/vcap");
@@ -337,7 +418,7 @@ impl Inner {
         for directory in ["app", "logs", "tmp"] {
             make_owned(&home.join(directory), wanted.owner)?;
         }
-        unpack::unpack(archive, &home, wanted.owner, &self.options)?;
+        unpack::unpack(archive, &home, wanted.owner, &self.options, stop)?;
         // One flush for thousands of files, instead of one for each.
         let flushed = tree::open_directory(&layer)
             .and_then(|directory| nix::unistd::syncfs(directory).map_err(io::Error::from));

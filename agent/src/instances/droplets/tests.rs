@@ -141,6 +141,7 @@ const VCAP: Owner = Owner {
 
 fn quick() -> FetchOptions {
     FetchOptions {
+        files: Vec::new(),
         inactivity: Duration::from_secs(10),
         total: Duration::from_secs(20),
         max_bytes: 4 << 20,
@@ -268,7 +269,7 @@ async fn fifty_waiters_make_one_request_and_share_an_error() {
         );
     }
     assert_eq!(server.requests(), 1);
-    assert!(droplets.running().is_empty());
+    assert!(lock(&droplets.inner.running).is_empty());
     assert!(leftovers(&scratch).is_empty());
 }
 
@@ -313,17 +314,62 @@ async fn a_waiter_that_leaves_disturbs_nobody() {
     let ask = |droplets: Droplets, uri: String| {
         tokio::spawn(async move { droplets.layer(&uri, &digest, VCAP).await })
     };
+    let waiters = || {
+        let running = lock(&droplets.inner.running);
+        running
+            .values()
+            .map(|task| task.outcome.receiver_count())
+            .sum::<usize>()
+    };
     let first = ask(droplets.clone(), uri.clone());
-    while droplets.running().is_empty() {
+    let second = ask(droplets.clone(), uri.clone());
+    while waiters() < 2 {
         tokio::task::yield_now().await;
     }
     first.abort();
     assert!(first.await.unwrap_err().is_cancelled());
-    let second = ask(droplets.clone(), uri.clone());
-    tokio::task::yield_now().await;
     go.send(()).unwrap();
     second.await.unwrap().unwrap();
     assert_eq!(server.requests(), 1);
+}
+
+#[tokio::test]
+async fn slow_downloads_delay_nothing_that_is_here_and_end_when_nobody_waits() {
+    let scratch = Scratch::new();
+    let body = droplet();
+    let digest = digest_of(&body);
+    let server = Server::start(move |mut request| match request.path.as_str() {
+        "/d" => request.answer("200 OK", "", &body),
+        _ => request.wait(),
+    });
+    let options = FetchOptions {
+        inactivity: Duration::from_secs(2),
+        ..quick()
+    };
+    let droplets = Droplets::open(scratch.path(), options).unwrap();
+    let here = server.uri("/d");
+    droplets.layer(&here, &digest, VCAP).await.unwrap();
+    let slow = u8::try_from(PARALLEL).unwrap();
+    let tasks: Vec<_> = (0..slow)
+        .map(|number| {
+            let (droplets, uri) = (droplets.clone(), server.uri("/slow"));
+            let wanted = Digest::Sha256([number; 32]);
+            tokio::spawn(async move { droplets.layer(&uri, &wanted, VCAP).await })
+        })
+        .collect();
+    while droplets.inner.slots.available_permits() > 0 {
+        tokio::task::yield_now().await;
+    }
+    droplets.layer(&here, &digest, VCAP).await.unwrap();
+    tasks.iter().for_each(tokio::task::JoinHandle::abort);
+    while droplets.inner.slots.available_permits() < PARALLEL {
+        tokio::task::yield_now().await;
+    }
+    assert!(lock(&droplets.inner.running).is_empty());
+    // Their threads notice when they look up, and clear away what they made.
+    while !leftovers(&scratch).is_empty() {
+        tokio::task::yield_now().await;
+    }
 }
 
 /// One try against `answer`; the error, and that nothing is left of it.
@@ -585,7 +631,11 @@ async fn a_droplet_may_be_a_file() {
     let body = droplet();
     let path = scratch.path().join("droplet.tgz");
     fs::write(&path, &body).unwrap();
-    let droplets = Droplets::open(scratch.path(), quick()).unwrap();
+    let options = FetchOptions {
+        files: vec!["/nowhere".into(), scratch.path().into()],
+        ..quick()
+    };
+    let droplets = Droplets::open(scratch.path(), options).unwrap();
     let uri = format!("file://{}", path.display());
     let layer = droplets.layer(&uri, &digest_of(&body), VCAP).await.unwrap();
     assert_eq!(
@@ -606,8 +656,21 @@ async fn a_droplet_may_be_a_file() {
     nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let fifo = complaint(&uri).await;
     assert!(fifo.contains("no regular file"), "{fifo}");
-    let endless = complaint("file:///dev/zero").await;
-    assert!(endless.contains("no regular file"), "{endless}");
+    // Root's files are nobody's business: not even their digests are told.
+    let inside = scratch.path().display().to_string();
+    symlink("/etc/passwd", scratch.path().join("link.tgz")).unwrap();
+    for (uri, word) in [
+        ("file:///etc/passwd".to_owned(), "droplets.files"),
+        (
+            format!("file://{inside}/../../etc/passwd"),
+            "droplets.files",
+        ),
+        (format!("file://{inside}/link.tgz"), "symlink"),
+    ] {
+        let refused = complaint(&uri).await;
+        assert!(refused.contains(word), "{uri}: {refused}");
+        assert!(!refused.contains("sha1"), "{refused}");
+    }
 }
 
 #[tokio::test]
@@ -616,7 +679,7 @@ async fn a_bad_uri_starts_no_task() {
     let droplets = Droplets::open(scratch.path(), quick()).unwrap();
     let error = droplets.layer("ftp://x/", &NONE, VCAP).await.unwrap_err();
     assert!(matches!(error, DropletError::Uri { .. }), "{error}");
-    assert!(droplets.running().is_empty());
+    assert!(lock(&droplets.inner.running).is_empty());
 }
 
 #[tokio::test]
@@ -641,15 +704,19 @@ async fn reaping_spares_what_is_in_use_or_in_the_making() {
     fs::create_dir(scratch.path().join(format!("droplets/{making}"))).unwrap();
     let (waiting, uri) = (droplets.clone(), server.uri("/stalled"));
     let stalled = tokio::spawn(async move { waiting.layer(&uri, &making, VCAP).await });
-    while droplets.running().is_empty() {
+    while lock(&droplets.inner.running).is_empty() {
         tokio::task::yield_now().await;
     }
-    assert_eq!(droplets.reap(&HashSet::from([digest.to_string()])), 0);
-    assert_eq!(droplets.reap(&HashSet::new()), 1);
+    assert_eq!(droplets.reap(&HashSet::new(), Duration::from_secs(60)), 0);
+    assert_eq!(
+        droplets.reap(&HashSet::from([digest.to_string()]), Duration::ZERO),
+        0
+    );
+    assert_eq!(droplets.reap(&HashSet::new(), Duration::ZERO), 1);
     assert!(!scratch.path().join(format!("droplets/{digest}")).exists());
     assert!(scratch.path().join(format!("droplets/{making}")).exists());
     assert!(stalled.await.unwrap().is_err());
-    assert_eq!(droplets.reap(&HashSet::new()), 1);
+    assert_eq!(droplets.reap(&HashSet::new(), Duration::ZERO), 1);
     assert!(leftovers(&scratch).is_empty());
     droplets.remove_all().unwrap();
     droplets.remove_all().unwrap();

@@ -45,6 +45,15 @@ pub(crate) fn open_below(root: impl AsFd, path: &Path) -> Result<OwnedFd, Errno>
     openat2(root, path, how)
 }
 
+/// The file `path` below `root`, to read, wherever its symlinks lead within `root`. Never waits for the
+/// other end of a fifo.
+pub(crate) fn open_file_below(root: impl AsFd, path: &Path) -> Result<File, Errno> {
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    openat2(root, path, how).map(File::from)
+}
+
 /// The file `path` below `root`, whole; `None` if it is not there.
 ///
 /// # Errors

@@ -24,6 +24,7 @@ use tar::{Archive, Entry};
 
 use super::error::DropletError;
 use super::meter::{Budget, Meter};
+use super::stop::Stop;
 use super::tree::{open_below, open_directory};
 use super::{FetchOptions, Owner};
 
@@ -44,10 +45,11 @@ pub(super) fn unpack(
     home: &Path,
     owner: Owner,
     options: &FetchOptions,
+    stop: &Stop,
 ) -> Result<(), DropletError> {
     let root = open_directory(home).map_err(|e| DropletError::disk("open", home, e))?;
     let decoder = MultiGzDecoder::new(BufReader::with_capacity(128 * 1024, archive));
-    let (meter, budget) = Meter::new(decoder, options.max_unpacked_bytes);
+    let (meter, budget) = Meter::new(decoder, options.max_unpacked_bytes, stop.clone());
     let mut archive = Archive::new(meter);
     let mut unpacker = Unpacker {
         root,

@@ -82,7 +82,13 @@ impl Case {
         fs::write(scratch.path().join("outside"), "untouched").unwrap();
         let path = scratch.path().join("archive");
         fs::File::create(&path).unwrap().write_all(archive).unwrap();
-        let result = unpack(File::open(&path).unwrap(), &home, OWNER, options);
+        let result = unpack(
+            File::open(&path).unwrap(),
+            &home,
+            OWNER,
+            options,
+            &Stop::default(),
+        );
         assert_eq!(
             fs::read(scratch.path().join("outside")).unwrap(),
             b"untouched"

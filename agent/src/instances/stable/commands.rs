@@ -171,7 +171,7 @@ impl Stable {
     }
 
     /// Which crashed instances must leave so that so many more fit.
-    fn room_for(&self, wanted: Room) -> Result<Vec<String>, Reply> {
+    pub(super) fn room_for(&self, wanted: Room) -> Result<Vec<String>, Reply> {
         let empty = Heartbeat {
             dea: self.world.id.clone(),
             droplets: Vec::new(),

@@ -392,7 +392,7 @@ impl Stable {
             .collect();
         let droplets = self.world.droplets.clone();
         in_background(move || {
-            let removed = droplets.reap(&in_use);
+            let removed = droplets.reap(&in_use, DROPLET_REAPER);
             if removed > 0 {
                 info!(removed, "removed droplets that nobody uses");
             }

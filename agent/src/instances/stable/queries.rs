@@ -3,10 +3,11 @@
 use super::commands::candidate;
 use super::{Duration, Instant, Query, Stable, Stall, now, timeout_at};
 use crate::instances::instance::{Measured, View};
+use crate::instances::ledger::Room;
 use messages::command::{DiscoverRequest, Query as Asked, discover_delay_ms};
 use messages::filter::Filter;
 use messages::outgoing::{
-    DropletStatus, FindReply, Hello, Stats, StatusReply, ToBytes, Usage, usage_time,
+    DropletStatus, FindReply, HeartbeatEntry, Hello, Stats, StatusReply, ToBytes, Usage, usage_time,
 };
 use messages::state::State;
 use tokio::sync::{mpsc, oneshot};
@@ -132,7 +133,13 @@ impl Stable {
             return;
         }
         let (capacity, reserved) = (self.capacity(), self.reserved());
-        if crate::instances::ledger::admit(capacity, reserved, wanted).is_err() {
+        let room = Room {
+            instances: 1,
+            bytes: HeartbeatEntry::bytes_at_most(&request.droplet, "default", 0),
+        };
+        if crate::instances::ledger::admit(capacity, reserved, wanted).is_err()
+            || self.room_for(room).is_err()
+        {
             return;
         }
         let of_app = self

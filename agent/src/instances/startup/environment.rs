@@ -190,23 +190,31 @@ fn database_url(services: &[Value]) -> Option<String> {
     })
 }
 
-/// `value` with `$NAME` and `${NAME}` replaced by what `earlier` holds, by nothing if it holds none, as
-/// bash does. Everything else stays: `$(…)`, backticks, backslashes, `$1`, `$$`, `${NAME:-x}`. `None` if it
+/// `value` with `$NAME` and `${NAME}` replaced by what `earlier` holds, by nothing if it holds none, and
+/// with `\$`, `\\` and `` \` `` as what stands behind the backslash: as bash does within double quotes, where
+/// the DEA wrote it. Everything else stays: `$(…)`, backticks, `$1`, `$$`, `${NAME:-x}`. `None` if it
 /// grows beyond what the kernel takes: a few variables that double each other would fill the memory.
 fn expand(value: &str, earlier: &[(String, String)]) -> Option<String> {
     let mut expanded = String::new();
     let mut rest = value;
-    while let Some((before, after)) = rest.split_once('$') {
+    while let Some((before, special)) = rest.find(['$', '\\']).map(|at| rest.split_at(at)) {
         expanded.push_str(before);
-        match reference(after) {
-            Some((name, tail)) => {
-                let found = earlier.iter().find(|(existing, _)| existing == name);
-                expanded.push_str(found.map_or("", |(_, value)| value));
+        let mut after = special.chars();
+        let sign = after.next();
+        let escaped = after.clone().next().filter(|c| "$\\`".contains(*c));
+        match (sign, escaped, reference(after.as_str())) {
+            (Some('\\'), Some(literal), _) => {
+                expanded.push(literal);
+                after.next();
+                rest = after.as_str();
+            }
+            (Some('$'), _, Some((name, tail))) => {
+                expanded.push_str(lookup(name, earlier));
                 rest = tail;
             }
-            None => {
-                expanded.push('$');
-                rest = after;
+            (sign, _, _) => {
+                expanded.extend(sign);
+                rest = after.as_str();
             }
         }
         if expanded.len() > MAX_BYTES {
@@ -215,6 +223,16 @@ fn expand(value: &str, earlier: &[(String, String)]) -> Option<String> {
     }
     expanded.push_str(rest);
     Some(expanded)
+}
+
+/// The value of a variable; bash knows one more, its working directory.
+fn lookup<'a>(name: &str, earlier: &'a [(String, String)]) -> &'a str {
+    let found = earlier.iter().find(|(existing, _)| existing == name);
+    match found {
+        Some((_, value)) => value,
+        None if name == "PWD" => "/home/vcap",
+        None => "",
+    }
 }
 
 /// The name that stands behind a `$`, and what follows the reference.
