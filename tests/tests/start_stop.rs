@@ -397,6 +397,117 @@ async fn find_droplet_tells_one_answer_per_instance() {
 }
 
 #[tokio::test]
+async fn a_query_is_answered_for_every_instance_however_many() {
+    let host = Host::start().await;
+    let url = host.files.put("silent.tgz", tests::Body::Silent);
+    let many = 100;
+    for index in 0..many {
+        let mut message = host.message("app", &Droplet::sample("sleeper"));
+        message["index"] = json!(index);
+        message["executableUri"] = json!(url);
+        message["limits"] = json!({"mem": 16, "disk": 16, "fds": 64});
+        host.publish(&host.subject("start"), &message).await;
+    }
+    let mut heartbeats = host.watch("dea.heartbeat").await;
+    heartbeats
+        .until("all of them", |beat| {
+            beat["droplets"].as_array().unwrap().len() == many
+        })
+        .await;
+    for (subject, body) in [
+        ("dea.find.droplet", json!({"droplet": "app"})),
+        ("droplet.status", json!({})),
+    ] {
+        let answers = host
+            .request_all(subject, &body, Duration::from_secs(1))
+            .await;
+        assert_eq!(answers.len(), many, "{subject}");
+    }
+    host.stop("app").await;
+}
+
+/// A server with TLS for `files`, whose certificate is signed by an authority of its own: its address,
+/// and the file that makes a client trust it.
+fn https(directory: &std::path::Path, files: &[(&str, &[u8])]) -> (tests::Running, String, String) {
+    std::fs::create_dir_all(directory).unwrap();
+    for (name, bytes) in files {
+        std::fs::write(directory.join(name), bytes).unwrap();
+    }
+    let at = directory.display();
+    let make = format!(
+        "cd {at} && exec 2>&1 && \
+         openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=authority -keyout ca.key -out ca.pem && \
+         openssl req -newkey rsa:2048 -nodes -subj /CN=localhost -keyout key.pem -out request.pem && \
+         printf 'subjectAltName=IP:127.0.0.1\\nbasicConstraints=CA:FALSE\\n' >extensions && \
+         openssl x509 -req -days 2 -in request.pem -CA ca.pem -CAkey ca.key -CAcreateserial -extfile extensions -out cert.pem"
+    );
+    tests::tool("bash", &["-c", &make]);
+    let serve = format!(
+        "cd {at} && exec setpriv --pdeathsig KILL openssl s_server -accept 127.0.0.1:8443 -cert cert.pem -key key.pem -WWW"
+    );
+    let log = directory.join("log");
+    let server = tests::Running::start(std::path::Path::new("bash"), &["-c", &serve], &log);
+    let trust = directory.join("ca.pem").display().to_string();
+    (server, "https://127.0.0.1:8443".to_owned(), trust)
+}
+
+#[tokio::test]
+async fn droplets_come_by_https_from_whom_the_host_trusts() {
+    let mut host = Host::start().await;
+    let sleeper = Droplet::sample("sleeper");
+    let directory = host.base.with_file_name("https");
+    let (server, url, trust) = https(&directory, &[("droplet.tgz", &sleeper.0)]);
+    let mut message = host.message("app", &sleeper);
+    message["executableUri"] = json!(format!("{url}/droplet.tgz"));
+    let mut exits = host.watch("droplet.exited").await;
+    host.publish(&host.subject("start"), &message).await;
+    let exit = exits.next().await;
+    let why = exit["exit_description"].as_str().unwrap();
+    assert!(
+        why.contains("TLS") && why.contains("UnknownIssuer"),
+        "{why}"
+    );
+    host.kill9().await;
+    host.spawn_agent_by(&["env", &format!("SSL_CERT_FILE={trust}")]);
+    host.run(message).await;
+    host.stop("app").await;
+    server.end();
+}
+
+#[tokio::test]
+async fn an_agent_told_to_end_in_the_midst_of_unpacking_leaves_nothing() {
+    let host = Host::start().await;
+    let entries: Vec<(u8, String, String)> = (0..60_000)
+        .map(|n| (b'0', format!("./app/file-{n}"), String::new()))
+        .collect();
+    let entries: Vec<(u8, &str, &str)> = entries
+        .iter()
+        .map(|(kind, path, link)| (*kind, path.as_str(), link.as_str()))
+        .collect();
+    let droplet = Droplet::of_entries(&entries);
+    host.publish(&host.subject("start"), &host.message("app", &droplet))
+        .await;
+    let droplets = host.base.join("droplets");
+    let unpacking = || {
+        let found = std::fs::read_dir(&droplets).into_iter().flatten().flatten();
+        found
+            .map(|entry| entry.path().join("layer/home/vcap/app"))
+            .any(|app| app.exists())
+    };
+    host.tree_until("an unpacked file", |_| unpacking()).await;
+    let mut host = host;
+    let status = host.end(Signal::SIGTERM).await;
+    assert!(status.success(), "{status}");
+    let left: Vec<_> = std::fs::read_dir(&host.base)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name())
+        .collect();
+    let mut left: Vec<&str> = left.iter().map(|name| name.to_str().unwrap()).collect();
+    left.sort_unstable();
+    assert_eq!(left, ["id", "lock"], "{}", host.log());
+}
+
+#[tokio::test]
 async fn an_agent_tells_of_itself() {
     let mut host = Host::start().await;
     let mut advertised = host.watch("dea.advertise").await;
