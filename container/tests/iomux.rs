@@ -661,6 +661,35 @@ fn a_supervisor_and_its_container_killed_leave_a_named_end() {
 }
 
 #[test]
+fn a_dead_jobs_end_is_written_on_a_full_disk() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    struct Mounted(PathBuf);
+    impl Drop for Mounted {
+        fn drop(&mut self) {
+            let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+        }
+    }
+    let dir = Scratch::new();
+    let mounted = Mounted(dir.job());
+    let tmpfs = Some("tmpfs");
+    mount(tmpfs, &mounted.0, tmpfs, MsFlags::empty(), Some("size=1m")).unwrap();
+    let script = r#"
+supervisor = os.getppid()
+say(b"x" * (4 << 20)); open(sys.argv[1], "w")
+while os.getppid() == supervisor: time.sleep(0.01)
+"#;
+    let job = supervise_python(script, &dir.job());
+    support::wait_until("all was said", || go(&dir.job()).exists());
+    job.kill();
+    assert_eq!(take_over(Path::new("/none"), &dir.job()).code(), 0);
+    let (heard, code) = hear(&dir.job());
+    assert_eq!((heard.uncertain, heard.ended, code), (2, true, 0));
+    // What was in the pipe has died with it, and what it was just throwing away was not counted.
+    assert!(heard.at[0] >= (4 << 20) - (128 << 10), "{:?}", heard.at);
+    assert!(heard.missing[0] >= 2 << 20, "{:?}", heard.missing);
+}
+
+#[test]
 fn killed_supervisors_lose_and_repeat_nothing() {
     let (place, dir) = (Place::new(), Scratch::new());
     let script = "busybox seq 1000000 >&2 & busybox seq 1000000 2000000; wait; exit 7";

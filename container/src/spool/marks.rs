@@ -6,6 +6,7 @@
 //!      2  what is being done at this instant: 0, or 2 * stream + 1 (moving) or + 2 (discarding)
 //!      3  bytes of stdout taken from its pipe, if larger than what the log accounts for
 //!      4  the same of stderr
+//!      5  whose hole of unknown size has no record yet: 1 stdout, 2 stderr, 3 both
 //! ```
 //!
 //! A killed process has done a system call wholly or not at all as far as the page cache can tell,
@@ -32,52 +33,45 @@ pub(super) enum Busy {
     Discarding(Stream),
 }
 
-/// Who wrote the marks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Origin {
-    /// Nobody: the file is new.
-    New,
-    /// A writer since this boot: they hold.
-    ThisBoot,
-    /// A writer before the host went down: neither they nor the log's tail can be trusted.
-    EarlierBoot,
-}
-
 #[derive(Debug)]
 pub(super) struct Marks {
     boot: &'static AtomicU64,
     busy: &'static AtomicU64,
     stdout: &'static AtomicU64,
     stderr: &'static AtomicU64,
+    uncertain: &'static AtomicU64,
 }
 
 impl Marks {
-    /// Maps the file, made if need be, and stamps it with this boot.
-    pub(super) fn open(dir: BorrowedFd<'_>) -> Result<(Self, Origin), SysError> {
+    /// Maps the file, made if need be, and stamps it with this boot. Marks of an earlier boot cannot be
+    /// trusted, nor can the log's tail: what is left of them is that output may be missing.
+    pub(super) fn open(dir: BorrowedFd<'_>) -> Result<Self, SysError> {
         let file = files::open_in(dir, "state", OFlag::O_RDWR | OFlag::O_CREAT)?;
         let page = SharedPage::map(file.as_fd())?;
-        let [magic, boot, busy, stdout, stderr, ..] = page.words();
+        let [magic, boot, busy, stdout, stderr, uncertain, ..] = page.words();
         let marks = Self {
             boot,
             busy,
             stdout,
             stderr,
+            uncertain,
         };
-        let (boot, stamp) = (boot_stamp(), marks.boot.load(Ordering::Acquire));
-        let origin = match magic.load(Ordering::Acquire) {
-            MAGIC if stamp == boot => Origin::ThisBoot,
-            MAGIC => Origin::EarlierBoot,
-            _ => Origin::New,
-        };
-        if origin != Origin::ThisBoot {
-            marks.set(Busy::Idle);
-            Stream::ALL
-                .into_iter()
-                .for_each(|stream| marks.taken_word(stream).store(0, Ordering::Release));
-            marks.boot.store(boot, Ordering::Release);
-            magic.store(MAGIC, Ordering::Release);
+        let known = magic.load(Ordering::Acquire) == MAGIC;
+        let now = boot_stamp();
+        if known && marks.boot.load(Ordering::Acquire) == now {
+            return Ok(marks);
         }
-        Ok((marks, origin))
+        for stream in Stream::ALL {
+            // Before the stamp: a writer that is killed in between has not forgotten it.
+            if known {
+                marks.set_uncertain(stream);
+            }
+            marks.set_taken(stream, 0);
+        }
+        marks.set(Busy::Idle);
+        marks.boot.store(now, Ordering::Release);
+        magic.store(MAGIC, Ordering::Release);
+        Ok(marks)
     }
 
     pub(super) fn set(&self, busy: Busy) {
@@ -109,12 +103,29 @@ impl Marks {
         self.taken_word(stream).store(bytes, Ordering::Release);
     }
 
+    /// Whether a hole of unknown size waits for its record.
+    pub(super) fn uncertain(&self, stream: Stream) -> bool {
+        self.uncertain.load(Ordering::Acquire) & bit(stream) != 0
+    }
+
+    pub(super) fn set_uncertain(&self, stream: Stream) {
+        self.uncertain.fetch_or(bit(stream), Ordering::AcqRel);
+    }
+
+    pub(super) fn clear_uncertain(&self, stream: Stream) {
+        self.uncertain.fetch_and(!bit(stream), Ordering::AcqRel);
+    }
+
     fn taken_word(&self, stream: Stream) -> &AtomicU64 {
         match stream {
             Stream::Stdout => self.stdout,
             Stream::Stderr => self.stderr,
         }
     }
+}
+
+fn bit(stream: Stream) -> u64 {
+    1 << stream as u64
 }
 
 /// A number that is the same until the host restarts, proc_sys_kernel(5) `random/boot_id`.

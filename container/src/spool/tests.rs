@@ -384,33 +384,23 @@ fn what_a_full_disk_swallowed_is_named() {
 
 #[test]
 fn a_full_file_system_costs_old_segments_then_bytes_but_never_the_account() {
-    use nix::mount::{MntFlags, MsFlags, mount, umount2};
     // Many small segments, and one that has the disk for itself.
     for cap in [0, 16 << 20] {
-        let dir = Scratch::new();
-        mount(
-            Some("tmpfs"),
-            &dir.0,
-            Some("tmpfs"),
-            MsFlags::empty(),
-            Some("size=1m"),
-        )
-        .unwrap();
-        let tested = std::panic::catch_unwind(|| {
+        on_a_small_disk(|dir| {
             let mut job = Job::new();
-            let mut spool = SpoolWriter::open(&dir.0, cap).unwrap();
+            let mut spool = SpoolWriter::open(dir, cap).unwrap();
             spool.started().unwrap();
             for _ in 0..100 {
                 job.output(&mut spool, Stream::Stdout, 40_000);
             }
-            let ballast = dir.0.join("ballast");
+            let ballast = dir.join("ballast");
             let _ = fs::write(&ballast, vec![0; 2 << 20]);
             job.output(&mut spool, Stream::Stdout, 30_000);
             spool.exit(Status::Exited(0)).unwrap();
             job.output(&mut spool, Stream::Stderr, 30_000);
             job.output(&mut spool, Stream::Stdout, 30_000);
             spool.end().unwrap();
-            let heard = hear(&dir.0);
+            let heard = hear(dir);
             assert_eq!(
                 (heard.at, heard.uncertain, heard.ended),
                 ([4_060_000, 30_000], 0, true)
@@ -418,8 +408,57 @@ fn a_full_file_system_costs_old_segments_then_bytes_but_never_the_account() {
             assert_eq!(heard.exits, [(Status::Exited(0), 4_030_000, 0)]);
             assert!(heard.missing[0] >= 3_000_000);
         });
-        umount2(&dir.0, MntFlags::MNT_DETACH).unwrap();
-        tested.unwrap();
+    }
+}
+
+/// Runs with a directory that is a file system of 1 MiB.
+fn on_a_small_disk(test: impl FnOnce(&Path) + std::panic::UnwindSafe) {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    let dir = Scratch::new();
+    let tmpfs = Some("tmpfs");
+    mount(tmpfs, &dir.0, tmpfs, MsFlags::empty(), Some("size=1m")).unwrap();
+    let tested = std::panic::catch_unwind(|| test(&dir.0));
+    umount2(&dir.0, MntFlags::MNT_DETACH).unwrap();
+    tested.unwrap();
+}
+
+#[test]
+fn a_successor_begins_on_a_full_disk_and_names_the_holes_when_there_is_room() {
+    for killed_in in [Busy::Idle, Busy::Discarding(Stream::Stderr)] {
+        on_a_small_disk(|dir| {
+            let ballast = dir.join("ballast");
+            let mut job = Job::new();
+            let mut spool = SpoolWriter::open(dir, 16 << 20).unwrap();
+            spool.started().unwrap();
+            let _ = fs::write(&ballast, vec![0; 2 << 20]);
+            for stream in Stream::ALL {
+                job.output(&mut spool, stream, 60_000);
+            }
+            let offset = spool.tail().offset(Stream::Stdout);
+            assert!(spool.marks.taken(Stream::Stdout) > offset, "it is full");
+            // Until it has room, nothing but the marks knows, however often a successor begins.
+            spool.marks.set(killed_in);
+            drop(spool);
+            drop(SpoolWriter::open(dir, 16 << 20).unwrap());
+            let mut spool = SpoolWriter::open(dir, 16 << 20).unwrap();
+            spool.uncertain(Stream::Stdout).unwrap();
+            job.output(&mut spool, Stream::Stdout, 1000);
+            assert_eq!(hear(dir).uncertain, 0);
+            fs::remove_file(&ballast).unwrap();
+            drop(spool);
+            let mut spool = SpoolWriter::open(dir, 16 << 20).unwrap();
+            for stream in Stream::ALL {
+                job.output(&mut spool, stream, 10);
+            }
+            spool.exit(Status::Exited(0)).unwrap();
+            spool.end().unwrap();
+            let heard = hear(dir);
+            let uncertain = 1 + u32::from(killed_in != Busy::Idle);
+            assert_eq!(
+                (heard.at, heard.uncertain, heard.ended),
+                ([61_010, 60_010], uncertain, true)
+            );
+        });
     }
 }
 

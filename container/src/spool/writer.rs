@@ -4,7 +4,7 @@ use super::{
     HEADER_BYTES, Header, Kind, MAX_PAYLOAD, MIN_CAP, MIN_SEGMENT, Record, Stream, Tail,
     codec::{self, HEAD_BYTES},
     files,
-    marks::{Busy, Marks, Origin},
+    marks::{Busy, Marks},
     newest::{Found, find, new_segment, write_whole},
 };
 use crate::{
@@ -64,7 +64,7 @@ impl SpoolWriter {
             Mode::empty(),
         )
         .context("open", "/dev/null")?;
-        let (marks, origin) = Marks::open(dir.as_fd())?;
+        let marks = Marks::open(dir.as_fd())?;
         let Found {
             segment,
             starts,
@@ -88,7 +88,7 @@ impl SpoolWriter {
             reserve,
             scratch,
         };
-        writer.repair(origin)?;
+        writer.repair()?;
         Ok(writer)
     }
 
@@ -111,7 +111,7 @@ impl SpoolWriter {
         let bytes = bytes.min(MAX_PAYLOAD);
         let moved = loop {
             let moved = self
-                .name_discarded()
+                .name_missing()
                 .and_then(|()| self.move_in(stream, pipe, bytes));
             match moved {
                 Ok(moved) => break moved,
@@ -137,7 +137,7 @@ impl SpoolWriter {
 
     /// Appends [`Record::Exit`] with the offsets of this moment.
     pub fn exit(&mut self, status: Status) -> Result<(), SysError> {
-        self.release_unless(Self::name_discarded)?;
+        self.release_unless(Self::name_missing)?;
         let (stdout, stderr) = (self.tail.head.stdout, self.tail.head.stderr);
         let time_ns = now_ns()?;
         self.release_unless(|spool| {
@@ -150,20 +150,15 @@ impl SpoolWriter {
         })
     }
 
-    /// Appends a [`Record::Gap`] of unknown length: output may be missing here.
+    /// Says that output may be missing here: a [`Record::Gap`] of unknown length, as soon as it fits.
     pub fn uncertain(&mut self, stream: Stream) -> Result<(), SysError> {
-        let offset = self.tail.offset(stream);
-        self.append(&Record::Gap {
-            stream,
-            offset,
-            bytes: 0,
-            certain: false,
-        })
+        self.marks.set_uncertain(stream);
+        later(self.name_missing())
     }
 
     /// Appends [`Record::End`].
     pub fn end(&mut self) -> Result<(), SysError> {
-        self.release_unless(Self::name_discarded)?;
+        self.release_unless(Self::name_missing)?;
         let (stdout, stderr) = (self.tail.head.stdout, self.tail.head.stderr);
         self.release_unless(|spool| spool.append(&Record::End { stdout, stderr }))
     }
@@ -239,18 +234,21 @@ impl SpoolWriter {
         Ok(thrown)
     }
 
-    /// Records as gaps what was thrown away.
-    fn name_discarded(&mut self) -> Result<(), SysError> {
+    /// Records as gaps what the marks know to be missing. What does not fit stays in them.
+    fn name_missing(&mut self) -> Result<(), SysError> {
         for stream in Stream::ALL {
             let offset = self.tail.offset(stream);
             let bytes = self.marks.taken(stream).saturating_sub(offset);
-            if bytes > 0 {
+            let certain = !self.marks.uncertain(stream);
+            if bytes > 0 || !certain {
                 self.append(&Record::Gap {
                     stream,
                     offset,
                     bytes,
-                    certain: true,
+                    certain,
                 })?;
+                // After it: killed in between, it is said twice and not never.
+                self.marks.clear_uncertain(stream);
             }
         }
         Ok(())
@@ -335,7 +333,7 @@ impl SpoolWriter {
     }
 
     /// Puts in order what a killed writer left behind its last record.
-    fn repair(&mut self, origin: Origin) -> Result<(), SysError> {
+    fn repair(&mut self) -> Result<(), SysError> {
         let place = self.place();
         let size = fstat(&self.segment)
             .context("fstat", "spool segment")?
@@ -353,17 +351,22 @@ impl SpoolWriter {
                 ftruncate(&self.segment, place).context("ftruncate", "spool segment")?;
             }
         }
-        self.name_discarded()?;
         if let Busy::Discarding(stream) = busy {
-            self.uncertain(stream)?;
+            self.marks.set_uncertain(stream);
         }
         self.marks.set(Busy::Idle);
-        if origin == Origin::EarlierBoot && !self.tail.ended {
-            Stream::ALL
-                .into_iter()
-                .try_for_each(|stream| self.uncertain(stream))?;
+        if self.tail.ended {
+            return Ok(());
         }
-        Ok(())
+        later(self.name_missing())
+    }
+}
+
+/// What does not fit now is in the marks, and is tried again with every record.
+fn later(named: Result<(), SysError>) -> Result<(), SysError> {
+    match named {
+        Err(error) if is_full(&error) => Ok(()),
+        named => named,
     }
 }
 
