@@ -3,6 +3,7 @@
 //! ```text
 //! <jobdir>/spool.0000000000000000      segment, named by the log position of its first byte
 //! <jobdir>/spool.00000000001ffe31      the next: 0x1ffe31 bytes of log came before it
+//! <jobdir>/next                        a segment until its head is whole, then renamed
 //! <jobdir>/state                       what must outlive a killed writer (see `marks`)
 //!
 //! segment = head record, then records

@@ -9,7 +9,7 @@ use super::{
 use crate::fault::{Context, SysError};
 use nix::{
     errno::Errno,
-    fcntl::OFlag,
+    fcntl::{OFlag, renameat},
     sys::uio::pwrite,
     unistd::{UnlinkatFlags, ftruncate, unlinkat},
 };
@@ -17,6 +17,9 @@ use std::{
     collections::VecDeque,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
+
+/// A segment whose head is not whole.
+const NEXT: &str = "next";
 
 /// What is on disk: the newest segment, and where the log ends.
 pub(super) struct Found {
@@ -39,7 +42,7 @@ pub(super) fn find(dir: BorrowedFd<'_>) -> Result<Found, SysError> {
                 tail,
             });
         }
-        // Its maker was killed before the head was whole, so it holds nothing: the one before is
+        // The host went down before the head was on the disk, so it holds nothing: the one before is
         // the newest.
         unlinkat(dir, files::name(start).as_str(), UnlinkatFlags::NoRemoveDir)
             .context("unlink", files::name(start))?;
@@ -86,19 +89,22 @@ fn scan(segment: BorrowedFd<'_>, start: u64) -> Result<Option<(u64, Tail)>, SysE
     Ok((length > 0).then_some((length, tail)))
 }
 
-/// Makes a segment with its head; on failure it leaves none.
+/// Makes a segment with its head; on failure it leaves none. It gets its name last: a reader that found
+/// it without a head, and would not find it again, could hold on to a file that never becomes one.
 pub(super) fn new_segment(
     dir: BorrowedFd<'_>,
     start: u64,
     head: &Head,
 ) -> Result<OwnedFd, SysError> {
-    let name = files::name(start);
-    let segment = files::open_in(dir, &name, OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_TRUNC)?;
+    let segment = files::open_in(dir, NEXT, OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_TRUNC)?;
     let mut bytes = Vec::new();
     head.encode(&mut bytes);
-    if let Err(error) = write_whole(segment.as_fd(), &bytes, 0) {
-        // Without a head it is nothing; the first error is the one to tell.
-        let _ = unlinkat(dir, name.as_str(), UnlinkatFlags::NoRemoveDir);
+    let name = files::name(start);
+    let made = write_whole(segment.as_fd(), &bytes, 0)
+        .and_then(|()| renameat(dir, NEXT, dir, name.as_str()).context("rename", name));
+    if let Err(error) = made {
+        // The first error is the one to tell.
+        let _ = unlinkat(dir, NEXT, UnlinkatFlags::NoRemoveDir);
         return Err(error);
     }
     Ok(segment)

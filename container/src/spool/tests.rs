@@ -7,6 +7,7 @@
 
 use crate::spool::{
     Cursor, MAX_PAYLOAD, MIN_CAP, Record, SpoolReader, SpoolWriter, Stream, files, marks::Busy,
+    newest::new_segment,
 };
 use crate::status::Status;
 use nix::{fcntl::OFlag, unistd::pipe2};
@@ -460,6 +461,40 @@ fn a_successor_begins_on_a_full_disk_and_names_the_holes_when_there_is_room() {
             );
         });
     }
+}
+
+#[test]
+fn a_segment_that_never_came_to_be_misleads_no_reader() {
+    on_a_small_disk(|dir| {
+        let mut job = Job::new();
+        let mut spool = SpoolWriter::open(dir, 0).unwrap();
+        job.output(&mut spool, Stream::Stdout, 1000);
+        let mut reader = SpoolReader::open(dir, Cursor::default()).unwrap();
+        let mut heard = Heard::default();
+        heard.listen(&mut reader);
+        let ballast = dir.join("ballast");
+        let _ = fs::write(&ballast, vec![0; 2 << 20]);
+        let (head, end) = (spool.tail.head, spool.end);
+        // Looks again and again while the next segment is tried in vain: one that it sees goes at once.
+        std::thread::scope(|scope| {
+            let failing = scope.spawn(|| {
+                for _ in 0..20_000 {
+                    let failed = new_segment(spool.dir.as_fd(), end, &head).unwrap_err();
+                    assert_eq!(failed.errno, nix::errno::Errno::ENOSPC);
+                }
+            });
+            while !failing.is_finished() {
+                assert_eq!(reader.next().unwrap(), None);
+            }
+        });
+        fs::remove_file(&ballast).unwrap();
+        for _ in 0..20 {
+            job.output(&mut spool, Stream::Stdout, 20_000);
+        }
+        assert_eq!(spool.starts.len(), 3, "more than one segment follows");
+        heard.listen(&mut reader);
+        assert_eq!((heard.at, heard.missing), ([401_000, 0], [0, 0]));
+    });
 }
 
 #[test]
