@@ -30,7 +30,8 @@ pub enum Status {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Step {
-    /// The request itself was refused (`EINVAL`: not understood; `EEXIST`: the number is taken).
+    /// The request itself was refused (`EINVAL`: not understood; `EEXIST`: the number is taken; `EPIPE`: the
+    /// job's supervisor is gone).
     Request = 1,
     /// The user is not in the container's `/etc/passwd`.
     User = 2,

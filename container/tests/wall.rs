@@ -481,6 +481,43 @@ fn a_supervised_job_outlives_its_supervisor_and_is_taken_over() {
 }
 
 #[test]
+fn a_job_whose_supervisor_is_gone_never_begins() {
+    let place = Place::new();
+    place.run_inside("mkdir -m 777 /tmp/ran");
+    let ask = |job: u32, status: &OwnedFd| {
+        let ((stdin, _in), (_out, stdout), (_err, stderr)) = (pipe(), pipe(), pipe());
+        let request = JobRequest {
+            job,
+            ..sh("touch /tmp/ran/$$")
+        };
+        let file = request.to_memfd().unwrap();
+        let three = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
+        let client = place.client();
+        let stdio = Stdio::Descriptors(three);
+        client
+            .run("vcap", file.as_fd(), stdio, Some(status.as_fd()))
+            .unwrap();
+        support::frames(&client)
+    };
+    let refused = [Status::Failed {
+        step: Step::Request,
+        errno: Errno::EPIPE as i32,
+    }];
+    // The supervisor was killed before the request came.
+    let (status, theirs) = pipe();
+    drop(status);
+    assert_eq!(ask(1, &theirs), refused);
+    // A takeover has been told that there is no such job: it has written the end.
+    let (_status, theirs) = pipe();
+    let told = place.client().attach(2, theirs.as_fd()).unwrap_err().errno;
+    assert_eq!(told, Errno::ENOENT);
+    assert_eq!(ask(2, &theirs), refused);
+    assert_eq!(place.client().info().unwrap(), [], "nothing is retained");
+    assert_eq!(place.run_inside("ls /tmp/ran"), "");
+    assert_eq!(ask(3, &theirs).last(), Some(&Status::Exited(0)));
+}
+
+#[test]
 fn signals_go_to_a_job_or_to_everybody() {
     let place = Place::new();
     let spawn = |script: &str| {

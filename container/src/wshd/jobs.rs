@@ -12,7 +12,7 @@ use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::MsgFlags;
 use nix::unistd::{pipe2, read, write};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 /// Most jobs at a time, ended ones that are not forgotten included. Each holds five descriptors at
@@ -56,6 +56,9 @@ struct Job {
 pub(super) struct Jobs {
     all: BTreeMap<u32, Job>,
     chosen: u32,
+    /// Numbers of which a new supervisor was told that there is no such job, so that it has written the
+    /// job's end. A request that was on its way must not make that untrue.
+    ended_unseen: BTreeSet<u32>,
 }
 
 impl Jobs {
@@ -67,14 +70,7 @@ impl Jobs {
                 connection: Some(connection),
                 pipe: None,
             };
-            ears.tell(
-                Status::Failed {
-                    step: Step::Request,
-                    errno: Errno::EINVAL as i32,
-                },
-                None,
-            );
-            return;
+            return ears.refuse(Errno::EINVAL);
         };
         let ears = Ears {
             connection: Some(connection),
@@ -83,18 +79,9 @@ impl Jobs {
         let numbered = JobRequest::from_memfd(&file)
             .map_err(|error| error.errno)
             .and_then(|request| Ok((self.number(request.job)?, request)));
-        let (number, request) = match numbered {
+        let (number, request) = match ears.attended().and(numbered) {
             Ok(numbered) => numbered,
-            Err(errno) => {
-                ears.tell(
-                    Status::Failed {
-                        step: Step::Request,
-                        errno: errno as i32,
-                    },
-                    None,
-                );
-                return;
-            }
+            Err(errno) => return ears.refuse(errno),
         };
         let mut readers = request.keep_readers.then_some([None, None]);
         let (pid, state) = match start(request, user, stdio, &mut readers) {
@@ -124,6 +111,9 @@ impl Jobs {
             return Err(Errno::EAGAIN);
         }
         if asked != 0 {
+            if self.ended_unseen.contains(&asked) {
+                return Err(Errno::EPIPE);
+            }
             return if self.all.contains_key(&asked) {
                 Err(Errno::EEXIST)
             } else {
@@ -189,7 +179,10 @@ impl Jobs {
         let (Some(pipe), None) = (fds.next(), fds.next()) else {
             return Err(Errno::EINVAL);
         };
-        let job = self.all.get_mut(&number).ok_or(Errno::ENOENT)?;
+        let Some(job) = self.all.get_mut(&number) else {
+            self.ended_unseen.insert(number);
+            return Err(Errno::ENOENT);
+        };
         let Some([Some(stdout), Some(stderr)]) = &job.readers else {
             return Err(Errno::ENODATA);
         };
@@ -287,6 +280,27 @@ impl Job {
 }
 
 impl Ears {
+    /// Whether a supervisor is there to hear of the job; `EPIPE`: the status pipe's reader is gone.
+    fn attended(&self) -> Result<(), Errno> {
+        let Some(pipe) = &self.pipe else {
+            return Ok(());
+        };
+        // No event asked for: POLLERR comes unasked.
+        let mut look = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
+        poll(&mut look, PollTimeout::ZERO)?;
+        let [look] = look;
+        match look.revents() {
+            Some(seen) if seen.contains(PollFlags::POLLERR) => Err(Errno::EPIPE),
+            _ => Ok(()),
+        }
+    }
+
+    /// Tells that the request itself is refused.
+    fn refuse(&self, errno: Errno) {
+        let (step, errno) = (Step::Request, errno as i32);
+        self.tell(Status::Failed { step, errno }, None);
+    }
+
     /// Never waits: a peer that does not read, or is gone, loses its frame and nobody else's.
     fn tell(&self, status: Status, master: Option<&OwnedFd>) {
         let frame = status.encode();
