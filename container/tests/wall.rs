@@ -713,6 +713,56 @@ fn a_job_does_not_get_the_persons_terminal() {
 }
 
 #[test]
+fn wsh_does_not_wait_for_what_a_job_leaves_behind() {
+    let place = Place::new();
+    let script = "trap '' HUP; busybox yes & exit 3";
+    for terminal in [[true, true, true], [false, true, true]] {
+        let (_, end) = place.wsh_in_terminal(terminal, script, |_| None);
+        assert_eq!(end, Status::Exited(3), "{terminal:?}");
+    }
+}
+
+/// Leaves 60 KiB in its pipe, and one who fills it up.
+const FULL_PIPE: &str =
+    "touch /tmp/began; head -c 60000 /dev/zero | tr '\\0' a; echo the end; busybox yes & exit 3";
+
+fn wait_for_the_end(place: &Place) {
+    let began = place.dir.join("upper/tmp/began");
+    wait_until("the job ended", || {
+        began.exists() && place.client().info().unwrap().is_empty()
+    });
+}
+
+#[test]
+fn what_a_job_had_written_when_it_ended_is_printed() {
+    let place = Place::new();
+    let screen = place.start_wsh_in_terminal([false, true, true], FULL_PIPE);
+    // Nobody reads the terminal, so the most of it is in the pipe when the job ends.
+    wait_for_the_end(&place);
+    let (seen, end) = screen.watch(|_| None);
+    assert_eq!(end, Status::Exited(3));
+    let (job, _) = seen.split_once("the end").expect("it is whole");
+    assert_eq!(job.len(), 60_000);
+}
+
+#[test]
+fn wsh_heeds_signals_once_its_job_has_ended() {
+    let place = Place::new();
+    let screen = place.start_wsh_in_terminal([false, true, true], FULL_PIPE);
+    wait_for_the_end(&place);
+    // Until it has heard of the end; then it stands before a terminal that nobody reads.
+    wait_until("signals are let through", || {
+        let blocked = screen.wsh.blocks_term();
+        if blocked {
+            screen.read();
+        }
+        !blocked
+    });
+    screen.wsh.signal(15);
+    assert_eq!(screen.wsh.wait(), Status::Signaled(15));
+}
+
+#[test]
 fn failures_of_the_making_are_told_and_leave_nothing() {
     let mut launch = support::files();
     launch.launch.lowers = vec!["/nonexistent".into()];

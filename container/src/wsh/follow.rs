@@ -4,6 +4,7 @@ use super::person::{Came, Signals};
 use crate::client::Client;
 use crate::fault::{Context, SysError};
 use crate::status::Status;
+use crate::sys::pipe::waiting;
 use crate::sys::terminal as tty;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -12,6 +13,7 @@ use nix::unistd::{pipe2, read, write};
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// How a wait ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,8 +32,12 @@ pub(super) struct Peer<'a> {
     pub(super) socket: &'a Path,
 }
 
-/// How long the last output of a terminal is waited for when a background process keeps it open.
-const TAIL_MS: u16 = 100;
+/// How long the last output of a job is waited for in all, when a background process keeps its pipe or
+/// terminal open. A terminal's is on its way for some time.
+const TAIL: Duration = Duration::from_millis(100);
+
+/// What a pipe or a terminal holds at most, in bytes, unless it says that it holds more.
+const HELD: usize = 64 * 1024;
 
 /// Waits under a supervisor.
 pub(super) fn supervised(peer: &Peer<'_>, status: Option<&OwnedFd>) -> Result<End, SysError> {
@@ -75,7 +81,8 @@ pub(super) fn descriptors(
             match Frame::read(peer)? {
                 Frame::Started { job, .. } => post.address(peer, job),
                 Frame::End(end) => {
-                    relays.iter_mut().for_each(Relay::finish);
+                    signals.release()?;
+                    relays.iter().for_each(Relay::finish);
                     return Ok(end);
                 }
             }
@@ -249,28 +256,20 @@ impl Pump {
         }
     }
 
-    /// Copies what there is; says whether there may be more later. The end is EIO: every process has
-    /// closed the terminal, and all its output was read (pty(7)).
-    fn print(&mut self) -> bool {
-        let more = self
-            .master
-            .as_ref()
-            .is_some_and(|master| copy(master, Output::Stdout));
-        if !more {
+    /// Copies what there is. The end is EIO: every process has closed the terminal, and all its output was
+    /// read (pty(7)).
+    fn print(&mut self) {
+        let Some(master) = &self.master else { return };
+        if copy(master, Output::Stdout).is_none() {
             self.master = None;
         }
-        more
     }
 
-    /// The job is over: the rest of its output, without waiting for whoever keeps the terminal open.
-    fn finish(&mut self) {
-        while self
-            .master
-            .as_ref()
-            .is_some_and(|master| speaks(master, TAIL_MS))
-            && self.print()
-        {}
-        self.master = None;
+    /// The job is over. Signals stay blocked: our terminal must be restored first.
+    fn finish(&self) {
+        if let Some(master) = &self.master {
+            copy_rest(master, Output::Stdout);
+        }
     }
 }
 
@@ -310,38 +309,51 @@ impl Relay {
     }
 
     fn turn(&mut self) {
-        if !self
-            .reader
-            .as_ref()
-            .is_some_and(|reader| copy(reader, self.to))
-        {
+        let Some(reader) = &self.reader else { return };
+        if copy(reader, self.to).is_none() {
             self.reader = None;
         }
     }
 
-    fn finish(&mut self) {
-        while self
-            .reader
-            .as_ref()
-            .is_some_and(|reader| speaks(reader, TAIL_MS))
-        {
-            self.turn();
+    fn finish(&self) {
+        if let Some(reader) = &self.reader {
+            copy_rest(reader, self.to);
+        }
+    }
+}
+
+/// Copies what a job that is over has left: all that was written before, and what comes soon after it
+/// from whoever keeps the pipe or terminal open, but no more than could have been there.
+fn copy_rest(from: &OwnedFd, to: Output) {
+    let mut room = waiting(from.as_fd()).unwrap_or(0).max(HELD);
+    let mut patience = TAIL;
+    while room > 0 {
+        let began = Instant::now();
+        if !speaks(from, patience) {
+            return;
+        }
+        patience = patience.saturating_sub(began.elapsed());
+        match copy(from, to) {
+            Some(copied) => room = room.saturating_sub(copied),
+            None => return,
         }
     }
 }
 
 /// Whether there is something to read, or its end, within this time.
-fn speaks(fd: &OwnedFd, milliseconds: u16) -> bool {
+fn speaks(fd: &OwnedFd, patience: Duration) -> bool {
     let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
-    wait(&mut fds, PollTimeout::from(milliseconds)).is_ok() && fds.iter().any(seen)
+    let timeout = PollTimeout::try_from(patience).unwrap_or(PollTimeout::ZERO);
+    wait(&mut fds, timeout).is_ok() && fds.iter().any(seen)
 }
 
-/// Copies what there is without waiting for it; `false`: there will be no more, or nobody to print it to.
-fn copy(from: &OwnedFd, to: Output) -> bool {
+/// Copies what there is without waiting for it, and tells how many bytes; `None`: there will be no more,
+/// or nobody to print it to.
+fn copy(from: &OwnedFd, to: Output) -> Option<usize> {
     let mut buffer = [0; 16 * 1024];
     match read(from, &mut buffer) {
-        Err(Errno::EINTR | Errno::EAGAIN) => true,
-        Ok(0) | Err(_) => false,
+        Err(Errno::EINTR | Errno::EAGAIN) => Some(0),
+        Ok(0) | Err(_) => None,
         Ok(length) => {
             let bytes = buffer.get(..length).unwrap_or_default();
             let (mut stdout, mut stderr) = (std::io::stdout(), std::io::stderr());
@@ -350,7 +362,8 @@ fn copy(from: &OwnedFd, to: Output) -> bool {
             } else {
                 &mut stderr
             };
-            out.write_all(bytes).and_then(|()| out.flush()).is_ok()
+            let written = out.write_all(bytes).and_then(|()| out.flush());
+            written.is_ok().then_some(length)
         }
     }
 }

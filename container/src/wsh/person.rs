@@ -7,7 +7,10 @@ use nix::sys::termios::{SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use std::os::fd::{AsFd, BorrowedFd};
 
 /// Signals, by descriptor: so that none of them ends this process without its terminal's restoration.
-pub(super) struct Signals(SignalFd);
+pub(super) struct Signals {
+    fd: SignalFd,
+    set: SigSet,
+}
 
 /// One that came.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,14 +35,25 @@ impl Signals {
         }
         sigprocmask(SigmaskHow::SIG_BLOCK, Some(&set), None).context("sigprocmask", "block")?;
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-        SignalFd::with_flags(&set, flags)
-            .map(Self)
-            .context("signalfd", "wsh")
+        let fd = SignalFd::with_flags(&set, flags).context("signalfd", "wsh")?;
+        Ok(Self { fd, set })
+    }
+
+    /// Lets them act on this process again; those that came and were not asked for do so at once.
+    pub(super) fn release(&self) -> Result<(), SysError> {
+        sigprocmask(SigmaskHow::SIG_UNBLOCK, Some(&self.set), None)
+            .context("sigprocmask", "unblock")
     }
 
     /// The next one that came.
     pub(super) fn next(&self) -> Option<Came> {
-        let signal = self.0.read_signal().ok().flatten()?.ssi_signo.cast_signed();
+        let signal = self
+            .fd
+            .read_signal()
+            .ok()
+            .flatten()?
+            .ssi_signo
+            .cast_signed();
         let resized = signal == Signal::SIGWINCH as i32;
         Some(if resized {
             Came::Resized
@@ -51,7 +65,7 @@ impl Signals {
 
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 

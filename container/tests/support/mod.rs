@@ -11,6 +11,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::{Winsize, openpty};
 use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, posix_spawn};
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
+use nix::sys::termios::Termios;
 use nix::unistd::pipe2;
 use std::ffi::CString;
 use std::fs::File;
@@ -19,6 +20,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 /// One generous limit for every wait.
 const DEADLINE: u16 = 20_000;
@@ -284,6 +286,11 @@ impl Place {
         script: &str,
         keys: impl Fn(&str) -> Option<&'static [u8]>,
     ) -> (String, Status) {
+        self.start_wsh_in_terminal(terminal, script).watch(keys)
+    }
+
+    /// The same, and nobody looks at the terminal yet.
+    pub(crate) fn start_wsh_in_terminal(&self, terminal: [bool; 3], script: &str) -> Screen {
         let size = Winsize {
             ws_row: 41,
             ws_col: 101,
@@ -307,27 +314,55 @@ impl Place {
         let fds: Vec<_> = terminal.map(given).into_iter().zip(0..).collect();
         let arguments = ["--user", "vcap", "sh", "-c", script];
         let wsh = self.spawn_wsh(&arguments, &["TERM=dumb".to_owned()], &fds);
+        Screen {
+            wsh,
+            master,
+            slave,
+            before,
+        }
+    }
+}
+
+/// A terminal with a `wsh` in it.
+pub(crate) struct Screen {
+    pub(crate) wsh: Child,
+    master: OwnedFd,
+    slave: OwnedFd,
+    before: Termios,
+}
+
+impl Screen {
+    /// Reads a piece of what is on it.
+    pub(crate) fn read(&self) -> String {
+        let mut buffer = [0; 1024];
+        let read = nix::unistd::read(&self.master, &mut buffer).unwrap();
+        String::from_utf8(buffer[..read].to_vec()).unwrap()
+    }
+
+    /// Reads until `wsh` has ended; `keys` says what to type, once.
+    pub(crate) fn watch(self, keys: impl Fn(&str) -> Option<&'static [u8]>) -> (String, Status) {
         let (mut seen, mut typed) = (String::new(), false);
+        let began = Instant::now();
         let end = loop {
-            let pidfd = &wsh.pidfd;
-            let mut fds = [&master, pidfd].map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN));
+            let fds = [&self.master, &self.wsh.pidfd];
+            let mut fds = fds.map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN));
             assert!(poll(&mut fds, DEADLINE).unwrap() > 0, "{seen}");
+            let late = began.elapsed() > Duration::from_millis(DEADLINE.into());
+            assert!(!late, "wsh does not end");
             let [output, ended] = fds.map(|fd| fd.any().unwrap());
             if output {
-                let mut buffer = [0; 1024];
-                let read = nix::unistd::read(&master, &mut buffer).unwrap();
-                seen.push_str(std::str::from_utf8(&buffer[..read]).unwrap());
+                seen.push_str(&self.read());
             }
             if let Some(keys) = keys(&seen).filter(|_| !typed) {
-                nix::unistd::write(&master, keys).unwrap();
+                nix::unistd::write(&self.master, keys).unwrap();
                 typed = true;
             }
             if ended && !output {
-                break wsh.wait();
+                break self.wsh.wait();
             }
         };
-        let after = nix::sys::termios::tcgetattr(&slave).unwrap();
-        assert_eq!(before, after, "the terminal is as it was");
+        let after = nix::sys::termios::tcgetattr(&self.slave).unwrap();
+        assert_eq!(self.before, after, "the terminal is as it was");
         (seen, end)
     }
 }
@@ -436,6 +471,19 @@ impl Child {
         wait_readable(&self.pidfd);
         pidfd::wait(&self.pidfd).unwrap()
     }
+
+    pub(crate) fn signal(&self, signal: i32) {
+        pidfd::send_signal(&self.pidfd, signal).unwrap();
+    }
+
+    /// Whether it keeps `TERM` from ending it.
+    pub(crate) fn blocks_term(&self) -> bool {
+        let pid = pidfd::pid_of(&self.pidfd).unwrap().unwrap();
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let mut lines = status.lines();
+        let blocked = lines.find_map(|line| line.strip_prefix("SigBlk:\t"));
+        u64::from_str_radix(blocked.unwrap(), 16).unwrap() & 1 << (15 - 1) != 0
+    }
 }
 
 /// A `wsh` between pipes.
@@ -457,7 +505,7 @@ impl Wsh {
     }
 
     pub(crate) fn signal(&self, signal: i32) {
-        pidfd::send_signal(&self.child.pidfd, signal).unwrap();
+        self.child.signal(signal);
     }
 
     pub(crate) fn wait(&self) -> Status {
