@@ -686,6 +686,33 @@ fn a_killed_wsh_loses_no_status_and_a_lone_one_ends() {
 }
 
 #[test]
+fn wsh_gives_a_stopped_init_up_and_its_job_never_begins() {
+    let place = Place::new();
+    place.run_inside("mkdir -m 777 /tmp/ran");
+    place.signal(19);
+    let touch = ["--user", "vcap", "touch", "/tmp/ran/file"];
+    let given_up = place.start_wsh(&touch, &[]);
+    let interrupted = place.start_wsh(&touch, &[]);
+    let in_terminal = place.start_wsh_in_terminal([true; 3], "touch /tmp/ran/file");
+    let began = std::time::Instant::now();
+    for wsh in [&interrupted.child, &in_terminal.wsh] {
+        wait_until("signals are the job's", || wsh.blocks_term());
+        wsh.signal(15);
+    }
+    assert_eq!(interrupted.wait(), Status::Exited(128 + 15));
+    assert_eq!(in_terminal.watch(|_| None).1, Status::Exited(128 + 15));
+    assert!(began.elapsed().as_secs() < 4, "before the deadline");
+    assert_eq!(given_up.wait(), Status::Exited(125));
+    // No end of file: its request is still on the way, with a copy of the pipe.
+    let mut buffer = [0; 1024];
+    let read = nix::unistd::read(&given_up.stderr, &mut buffer).unwrap();
+    let told = String::from_utf8_lossy(&buffer[..read]);
+    assert!(told.contains("5 s") && told.contains("ETIMEDOUT"), "{told}");
+    place.signal(18);
+    assert_eq!(place.run_inside("ls /tmp/ran"), "");
+}
+
+#[test]
 fn wsh_in_a_terminal_is_transparent() {
     let place = Place::new();
     let terminal = [true, true, true];

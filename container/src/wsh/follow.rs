@@ -1,7 +1,7 @@
 //! Waiting for a job's end, and copying for a terminal.
 
 use super::person::{Came, Signals};
-use crate::client::Client;
+use crate::client::{Client, DEADLINE_SECONDS};
 use crate::fault::{Context, SysError};
 use crate::status::Status;
 use crate::sys::pipe::waiting;
@@ -24,6 +24,8 @@ pub(super) enum End {
     ContainerGone,
     /// Nobody reads the status pipe any more.
     SupervisorGone,
+    /// This signal came, and there was no job to pass it to.
+    Interrupted(i32),
 }
 
 /// The init: our connection, and where to make another for a signal.
@@ -39,7 +41,11 @@ const TAIL: Duration = Duration::from_millis(100);
 /// What a pipe or a terminal holds at most, in bytes, unless it says that it holds more.
 const HELD: usize = 64 * 1024;
 
-/// Waits under a supervisor.
+/// How long a signal waits for a job that has not begun. A healthy init begins one within milliseconds;
+/// at one that is stopped the person wants to be rid of us.
+const SIGNAL_WAIT: Duration = Duration::from_secs(1);
+
+/// Waits under a supervisor, for as long as that lives: a job that begins late is as good.
 pub(super) fn supervised(peer: &Peer<'_>, status: Option<&OwnedFd>) -> Result<End, SysError> {
     loop {
         let mut fds = vec![PollFd::new(peer.client.as_fd(), PollFlags::POLLIN)];
@@ -67,14 +73,14 @@ pub(super) fn descriptors(
     signals: &Signals,
     relays: &mut [Relay],
 ) -> Result<End, SysError> {
-    let mut post = Post::default();
+    let mut post = Post::new();
     loop {
         let mut fds = vec![
             PollFd::new(peer.client.as_fd(), PollFlags::POLLIN),
             PollFd::new(signals.as_fd(), PollFlags::POLLIN),
         ];
         fds.extend(relays.iter().filter_map(Relay::watched));
-        wait(&mut fds, PollTimeout::NONE)?;
+        wait(&mut fds, post.timeout())?;
         let [connection, signalled] = [0, 1].map(|at| fds.get(at).is_some_and(seen));
         relays.iter_mut().for_each(Relay::turn);
         if connection {
@@ -92,12 +98,15 @@ pub(super) fn descriptors(
                 post.send(peer, signal);
             }
         }
+        if post.is_overdue() {
+            return post.give_up(peer);
+        }
     }
 }
 
 /// Waits for a job that has a terminal of its own, and copies between it and ours.
 pub(super) fn terminal(peer: &Peer<'_>, signals: &Signals) -> Result<End, SysError> {
-    let (mut post, mut pump) = (Post::default(), Pump::default());
+    let (mut post, mut pump) = (Post::new(), Pump::default());
     let stdin = std::io::stdin();
     loop {
         let mut fds = vec![
@@ -110,7 +119,7 @@ pub(super) fn terminal(peer: &Peer<'_>, signals: &Signals) -> Result<End, SysErr
                 fds.push(PollFd::new(stdin.as_fd(), PollFlags::POLLIN));
             }
         }
-        wait(&mut fds, PollTimeout::NONE)?;
+        wait(&mut fds, post.timeout())?;
         let [connection, signalled, output, input] =
             [0, 1, 2, 3].map(|at| fds.get(at).is_some_and(seen));
         if output {
@@ -137,6 +146,9 @@ pub(super) fn terminal(peer: &Peer<'_>, signals: &Signals) -> Result<End, SysErr
                     return Ok(end);
                 }
             }
+        }
+        if post.is_overdue() {
+            return post.give_up(peer);
         }
     }
 }
@@ -176,13 +188,49 @@ impl Frame {
 }
 
 /// Signals on their way to the job; they wait until it has a number.
-#[derive(Default)]
 struct Post {
     job: Option<u32>,
     waiting: Vec<i32>,
+    /// When a job that has no number yet is given up.
+    until: Instant,
 }
 
 impl Post {
+    fn new() -> Self {
+        let patience = Duration::from_secs(DEADLINE_SECONDS.unsigned_abs());
+        Self {
+            job: None,
+            waiting: Vec::new(),
+            until: Instant::now() + patience,
+        }
+    }
+
+    /// How long nothing may happen.
+    fn timeout(&self) -> PollTimeout {
+        if self.job.is_some() {
+            return PollTimeout::NONE;
+        }
+        let left = self.until.saturating_duration_since(Instant::now());
+        // A millisecond more: the last part of one would be spent spinning.
+        PollTimeout::try_from(left + Duration::from_millis(1)).unwrap_or(PollTimeout::NONE)
+    }
+
+    fn is_overdue(&self) -> bool {
+        self.job.is_none() && self.until <= Instant::now()
+    }
+
+    /// Why: a signal, or that the init is stopped. It will not begin the job later, for we are gone then.
+    fn give_up(&self, peer: &Peer<'_>) -> Result<End, SysError> {
+        if let Some(signal) = self.waiting.first() {
+            return Ok(End::Interrupted(*signal));
+        }
+        let socket = peer.socket.display();
+        Err(Errno::ETIMEDOUT).context(
+            "wait",
+            format_args!("{socket}: the container has not begun the job for {DEADLINE_SECONDS} s"),
+        )
+    }
+
     fn address(&mut self, peer: &Peer<'_>, job: u32) {
         self.job = Some(job);
         for signal in std::mem::take(&mut self.waiting) {
@@ -196,8 +244,12 @@ impl Post {
             Some(job) => {
                 drop(Client::connect(peer.socket).and_then(|init| init.signal(job, signal)))
             }
-            None if !self.waiting.contains(&signal) => self.waiting.push(signal),
-            None => {}
+            None => {
+                if !self.waiting.contains(&signal) {
+                    self.waiting.push(signal);
+                }
+                self.until = self.until.min(Instant::now() + SIGNAL_WAIT);
+            }
         }
     }
 }

@@ -163,6 +163,7 @@ fn verdict(end: End, options: &Options) -> (u8, Option<String>) {
             );
         }
         End::SupervisorGone => return (FAILED, None),
+        End::Interrupted(signal) => Status::Signaled(signal),
     };
     match status {
         Status::Exited(code) => (code, None),

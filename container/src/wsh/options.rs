@@ -17,8 +17,9 @@ wsh: run a program in a container.
 COMMAND         searched in the container's PATH; default: the user's shell
 
 The exit code is the command's, or 128+n when signal n ended it; 127: no such command, 126: it cannot
-be executed, 125: wsh itself failed and says why. TERM, INT, HUP and QUIT are passed to the command;
-killing wsh does not kill it.
+be executed, 125: wsh itself failed and says why. TERM, INT, HUP and QUIT are passed to the command, or
+end wsh if it has not begun; killing wsh does not kill it. A container that does not begin it within 5 s
+is given up.
 ";
 
 /// What the command line asks for.

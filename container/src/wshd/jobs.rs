@@ -280,17 +280,19 @@ impl Job {
 }
 
 impl Ears {
-    /// Whether a supervisor is there to hear of the job; `EPIPE`: the status pipe's reader is gone.
+    /// Whether somebody is there to hear of the job; `EPIPE`: the status pipe's reader is gone, or without
+    /// such a pipe whoever asked (we may have been stopped for longer than it waits).
     fn attended(&self) -> Result<(), Errno> {
-        let Some(pipe) = &self.pipe else {
+        let Some(ear) = self.pipe.as_ref().or(self.connection.as_ref()) else {
             return Ok(());
         };
-        // No event asked for: POLLERR comes unasked.
-        let mut look = [PollFd::new(pipe.as_fd(), PollFlags::empty())];
+        // No event asked for: these come unasked.
+        let mut look = [PollFd::new(ear.as_fd(), PollFlags::empty())];
         poll(&mut look, PollTimeout::ZERO)?;
         let [look] = look;
+        let gone = PollFlags::POLLERR | PollFlags::POLLHUP;
         match look.revents() {
-            Some(seen) if seen.contains(PollFlags::POLLERR) => Err(Errno::EPIPE),
+            Some(seen) if seen.intersects(gone) => Err(Errno::EPIPE),
             _ => Ok(()),
         }
     }

@@ -188,6 +188,11 @@ impl Place {
         place
     }
 
+    /// Signals the init.
+    pub(crate) fn signal(&self, signal: i32) {
+        pidfd::send_signal(&self.pidfd, signal).unwrap();
+    }
+
     pub(crate) fn socket(&self) -> PathBuf {
         self.files.launch.socket.clone()
     }
@@ -488,10 +493,10 @@ impl Child {
 
 /// A `wsh` between pipes.
 pub(crate) struct Wsh {
-    child: Child,
+    pub(crate) child: Child,
     stdin: Option<File>,
     stdout: OwnedFd,
-    stderr: OwnedFd,
+    pub(crate) stderr: OwnedFd,
 }
 
 impl Wsh {
