@@ -38,9 +38,10 @@ OSTLER_HANGUP_FD is a pipe whose end ends this process.
 Exit: 3 the group is gone; 4 hang-up; 1 failure; 2 usage
 ";
 
-/// Longest pause, in ms, between two looks at whether v1 has counted the kill that it announced;
-/// all pauses together are twice that. A starved victim takes its time to die.
-const COUNT_WAIT_MS: u16 = 2048;
+/// First and longest pause, in ms, between two looks at whether v1 has counted the kill that it
+/// announced; each is twice as long as the one before, so all together are twice the longest. A starved
+/// victim takes its time to die.
+const PAUSES_MS: (u16, u16) = (1, 2048);
 
 /// The program.
 #[must_use]
@@ -99,31 +100,29 @@ fn watch(path: &Path, hangup: &Hangup) -> Result<u8, SysError> {
         return Ok(exit::HUNG_UP);
     }
     // On v1 a kill may have been announced before we listened, and not have been counted yet.
-    let mut woken = matches!(group, Group::V1 { .. });
+    let mut pause = group.first_pause();
     loop {
-        if !woken && group.wait(hangup)? == Woken::HungUp {
-            return Ok(exit::HUNG_UP);
+        match group.wait(hangup, pause)? {
+            Woken::HungUp => return Ok(exit::HUNG_UP),
+            // Every announcement may be followed late by its count, also one that came in a pause.
+            Woken::Ready => pause = group.first_pause(),
+            Woken::TimedOut => pause = pause.map(|ms| ms * 2).filter(|ms| *ms <= PAUSES_MS.1),
         }
-        woken = false;
-        let now = match group.settle(&known, hangup)? {
-            Settled::Count(now) => now,
-            Settled::Gone => return Ok(exit::GONE),
-            Settled::HungUp => return Ok(exit::HUNG_UP),
+        let Some(now) = group.count()? else {
+            return Ok(exit::GONE);
         };
-        if now.total != known.total && !say(&now, "oom_kill")? {
-            return Ok(exit::HUNG_UP);
+        if now.total != known.total {
+            if !say(&now, "oom_kill")? {
+                return Ok(exit::HUNG_UP);
+            }
+            // Several announcements are one event.
+            pause = group.first_pause();
         }
         if known.populated && !now.populated {
             return Ok(exit::GONE);
         }
         known = now;
     }
-}
-
-enum Settled {
-    Count(Count),
-    Gone,
-    HungUp,
 }
 
 impl Group {
@@ -160,11 +159,20 @@ impl Group {
         }
     }
 
-    /// Waits until a counter may have changed.
-    fn wait(&self, hangup: &Hangup) -> Result<Woken, SysError> {
+    /// After what time to look again without an event: v1 announces a kill before it counts it.
+    fn first_pause(&self) -> Option<u16> {
+        match self {
+            Self::V1 { .. } => Some(PAUSES_MS.0),
+            Self::V2 { .. } => None,
+        }
+    }
+
+    /// Waits until a counter may have changed, or the pause (in ms) is over.
+    fn wait(&self, hangup: &Hangup, pause: Option<u16>) -> Result<Woken, SysError> {
+        let timeout = pause.map_or(PollTimeout::NONE, PollTimeout::from);
         match self {
             Self::V1 { event, .. } => {
-                let woken = hangup.wait([(event.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE)?;
+                let woken = hangup.wait([(event.as_fd(), PollFlags::POLLIN)], timeout)?;
                 match event.read() {
                     Ok(_) | Err(Errno::EAGAIN) => Ok(woken),
                     Err(errno) => Err(errno).context("read", "eventfd"),
@@ -174,27 +182,9 @@ impl Group {
                 let changed = PollFlags::POLLPRI;
                 hangup.wait(
                     [(events.as_fd(), changed), (life.as_fd(), changed)],
-                    PollTimeout::NONE,
+                    timeout,
                 )
             }
-        }
-    }
-
-    /// What is counted now. v1 announces a kill before it counts it, so there a count that has not
-    /// moved is read again, at growing distances.
-    fn settle(&self, known: &Count, hangup: &Hangup) -> Result<Settled, SysError> {
-        let mut pause_ms = 1;
-        loop {
-            let Some(now) = self.count()? else {
-                return Ok(Settled::Gone);
-            };
-            if now != *known || matches!(self, Self::V2 { .. }) || pause_ms > COUNT_WAIT_MS {
-                return Ok(Settled::Count(now));
-            }
-            if hangup.wait([], PollTimeout::from(pause_ms))? == Woken::HungUp {
-                return Ok(Settled::HungUp);
-            }
-            pause_ms *= 2;
         }
     }
 

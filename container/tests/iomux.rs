@@ -828,6 +828,33 @@ fn oom_tells_every_kill_and_the_end_of_the_group() {
     assert_eq!(line(&mut lines), "");
 }
 
+/// Waits for as long as nothing but time can tell.
+fn pause(milliseconds: u16) {
+    let _ = poll(&mut [], PollTimeout::from(milliseconds));
+}
+
+#[test]
+fn oom_tells_a_kill_at_once_after_wake_ups_without_one() {
+    let Some(group) = MemoryGroup::new("deaf") else {
+        return;
+    };
+    let limit = |file: &str, bytes: u64| {
+        let _ = fs::write(group.0.join(file), bytes.to_string());
+    };
+    limit("memory.limit_in_bytes", 32 << 20);
+    limit("memory.memsw.limit_in_bytes", 32 << 20);
+    let (_oom, mut lines, _hangup) = start_oom(&group.0);
+    assert_eq!(line(&mut lines), "baseline 0");
+    // It has looked again and again since, with growing pauses; the last one has just begun.
+    pause(2300);
+    let script = "import sys\nopen(sys.argv[1], 'w').write('0')\nx = bytearray(64 << 20)";
+    let mut eater = Command::new("python3");
+    let eater = Process::start(eater.args(["-c", script]).arg(group.0.join("cgroup.procs")));
+    assert_eq!(eater.wait().signal(), Some(9));
+    assert!(readable(&lines, 500), "not told within half a second");
+    assert_eq!(line(&mut lines), "oom_kill 1");
+}
+
 #[test]
 fn oom_on_v2_ends_with_the_last_process_of_the_group() {
     let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(Path::new);
