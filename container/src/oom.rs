@@ -200,14 +200,18 @@ impl Group {
                 events,
                 local,
                 life,
-            } => Ok(Count {
-                local: local
-                    .as_ref()
-                    .map(|local| number(local, "oom_kill"))
-                    .transpose()?,
-                total: number(events, "oom_kill")?,
-                populated: number(life, "populated")? != 0,
-            }),
+            } => {
+                // In this order: what is killed after the first look empties the group later, and
+                // wakes us again; what is in the total is in the group's own count already.
+                let populated = number(life, "populated")? != 0;
+                let total = number(events, "oom_kill")?;
+                let local = local.as_ref().map(|local| number(local, "oom_kill"));
+                Ok(Count {
+                    total,
+                    local: local.transpose()?,
+                    populated,
+                })
+            }
         };
         match read() {
             // kernfs answers so for the files of a directory that was removed.
