@@ -92,7 +92,13 @@ struct Count {
 
 /// Tells changes until there is nothing more to tell; why that is, as an exit code.
 fn watch(path: &Path, hangup: &Hangup) -> Result<u8, SysError> {
-    let group = Group::open(path)?;
+    let group = match Group::open(path) {
+        // Removed before we came, or between two files of it; a directory that stays is no memory group.
+        Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENODEV) && !path.exists() => {
+            return Ok(exit::GONE);
+        }
+        opened => opened?,
+    };
     let Some(mut known) = group.count()? else {
         return Ok(exit::GONE);
     };

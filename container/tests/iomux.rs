@@ -856,6 +856,15 @@ fn oom_tells_a_kill_at_once_after_wake_ups_without_one() {
 }
 
 #[test]
+fn oom_without_a_group_says_that_it_is_gone() {
+    let dir = Scratch::new();
+    let (oom, mut lines, _hangup) = start_oom(&dir.0.join("none"));
+    assert_eq!((oom.code(), line(&mut lines).as_str()), (3, ""));
+    let (oom, _lines, _hangup) = start_oom(&dir.0);
+    assert_eq!(oom.code(), 1, "no memory group");
+}
+
+#[test]
 fn oom_on_v2_ends_with_the_last_process_of_the_group() {
     let roots = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(Path::new);
     let Some(root) = roots
