@@ -623,17 +623,71 @@ fn a_container_that_dies_ends_its_jobs_without_a_status() {
         heard.take(frame);
     }
     assert_eq!((link.process.code(), job.code()), (0, 0));
-    // wsh says on the job's stderr that it lost the container.
+    // Nor does wsh say anything in the job's name.
     assert_eq!(
-        (heard.bytes[0].as_slice(), heard.missing, heard.uncertain),
-        (
-            &b"before
-"[..],
-            [0, 0],
-            0
-        )
+        (heard.at, heard.missing, heard.uncertain),
+        ([7, 0], [0, 0], 0)
     );
     assert_eq!((heard.exits.len(), heard.ended), (0, true));
+}
+
+/// A stopped process that does not outlive its test.
+struct Stopped(OwnedFd);
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        let _ = pidfd::send_signal(&self.0, 9);
+    }
+}
+
+/// The `wsh` of a supervised job, stopped once it has nothing to do but to wait.
+fn stop_wsh(job: &Process) -> Stopped {
+    let supervisor = job.child.id();
+    let children = format!("/proc/{supervisor}/task/{supervisor}/children");
+    let pid: i32 = fs::read_to_string(children)
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    let wsh = pidfd::open(pid).unwrap();
+    let own = |fd: i32| fs::read_link(format!("/proc/{pid}/fd/{fd}")).unwrap();
+    support::wait_until("wsh has let the job's pipes go", || {
+        [1, 2].map(own) == ["/dev/null"; 2].map(PathBuf::from)
+    });
+    pidfd::send_signal(&wsh, 19).unwrap();
+    Stopped(wsh)
+}
+
+#[test]
+fn a_stopped_wsh_keeps_no_end_away() {
+    // The job's own end, and its container's.
+    for container_dies in [false, true] {
+        let (place, dir) = (Place::new(), Scratch::new());
+        place.run_inside("mkfifo -m 666 /tmp/go");
+        let script = "echo before; read go < /tmp/go; exit 4";
+        let job = supervise(&place, sh(script), &dir.job());
+        let mut link = Link::start(&dir.job(), Cursor::default());
+        let mut heard = Heard::default();
+        while heard.at[0] < 7 {
+            heard.take(link.next().unwrap().unwrap());
+        }
+        let _wsh = stop_wsh(&job);
+        if container_dies {
+            drop(place);
+        } else {
+            place.run_inside("echo > /tmp/go");
+        }
+        assert_eq!(job.code(), 0);
+        while let Some(frame) = link.next().unwrap() {
+            heard.take(frame);
+        }
+        let exits = if container_dies {
+            vec![]
+        } else {
+            vec![(Status::Exited(4), [7, 0])]
+        };
+        assert_eq!((heard.exits, heard.ended, heard.at), (exits, true, [7, 0]));
+    }
 }
 
 #[test]
@@ -750,12 +804,8 @@ fn a_job_that_cannot_be_executed_says_why() {
         errno: Errno::ENOENT as i32,
     };
     let (heard, _) = hear(&dir.job());
-    // wsh tells it to whoever reads stderr, too.
     assert_eq!((heard.exits[0].0, heard.exits.len()), (failed, 1));
-    assert_eq!(
-        (heard.bytes[0].len(), heard.started, heard.ended),
-        (0, 0, true)
-    );
+    assert_eq!((heard.at, heard.started, heard.ended), ([0, 0], 0, true));
     assert_eq!(person(&dir.job(), &[]).0, 127);
 }
 

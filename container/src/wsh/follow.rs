@@ -1,5 +1,6 @@
 //! Waiting for a job's end, and copying for a terminal.
 
+use super::STATUS_FD;
 use super::person::{Came, Signals};
 use crate::client::{Client, DEADLINE_SECONDS};
 use crate::fault::{Context, SysError};
@@ -9,6 +10,7 @@ use crate::sys::terminal as tty;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::unistd::{pipe2, read, write};
 use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -45,12 +47,28 @@ const HELD: usize = 64 * 1024;
 /// at one that is stopped the person wants to be rid of us.
 const SIGNAL_WAIT: Duration = Duration::from_secs(1);
 
+/// The one who reads the status pipe, watched without a hold on that: epoll knows the description, and that
+/// lives as long as `wshd` has it (epoll(7), question 6).
+pub(super) struct Supervisor(Epoll);
+
+impl Supervisor {
+    pub(super) fn watch(status: &OwnedFd) -> Result<Self, SysError> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context("epoll_create1", "")?;
+        // No event asked for: EPOLLERR comes unasked when the pipe's last reader is gone.
+        let event = EpollEvent::new(EpollFlags::empty(), 0);
+        epoll.add(status, event).context("epoll_ctl", STATUS_FD)?;
+        Ok(Self(epoll))
+    }
+}
+
 /// Waits under a supervisor, for as long as that lives: a job that begins late is as good.
-pub(super) fn supervised(peer: &Peer<'_>, status: Option<&OwnedFd>) -> Result<End, SysError> {
+pub(super) fn supervised(
+    peer: &Peer<'_>,
+    supervisor: Option<&Supervisor>,
+) -> Result<End, SysError> {
     loop {
         let mut fds = vec![PollFd::new(peer.client.as_fd(), PollFlags::POLLIN)];
-        // No event asked for: POLLERR comes unasked when the pipe's last reader is gone.
-        fds.extend(status.map(|status| PollFd::new(status.as_fd(), PollFlags::empty())));
+        fds.extend(supervisor.map(|watch| PollFd::new(watch.0.0.as_fd(), PollFlags::POLLIN)));
         wait(&mut fds, PollTimeout::NONE)?;
         let [connection, pipe] = [0, 1].map(|at| fds.get(at).is_some_and(seen));
         // First: a successor of the supervisor makes `wshd` drop this connection, and that must not

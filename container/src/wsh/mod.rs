@@ -5,7 +5,8 @@
 //! this process copies. Killing it does not kill the job.
 //!
 //! Under a supervisor (`iomux-spawn`) the job comes in a memory file, and its status goes down a pipe
-//! that is passed on to `wshd` as well: this process may be killed and no status is lost.
+//! that is passed on to `wshd` as well: this process may be killed and no status is lost. Once it has
+//! asked it holds nothing of the job, so it may be stopped as well.
 
 mod follow;
 mod options;
@@ -16,8 +17,11 @@ use crate::fault::{Context, SysError};
 use crate::job::JobRequest;
 use crate::status::{Status, Step};
 use crate::sys::{inherit, terminal};
-use follow::{End, Output, Peer, Relay};
+use follow::{End, Output, Peer, Relay, Supervisor};
 use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::Mode;
+use nix::unistd::{dup2_stderr, dup2_stdout};
 use options::{Choice, Options};
 use person::{Raw, Signals};
 use std::io::IsTerminal;
@@ -73,13 +77,14 @@ fn run(options: &Options) -> Result<End, SysError> {
     let own = Stdio::Descriptors([stdin.as_fd(), stdout.as_fd(), stderr.as_fd()]);
     if let Some(job) = job {
         let job = with_command(job, options)?;
-        client.run(
-            &options.user,
-            job.as_fd(),
-            own,
-            status.as_ref().map(AsFd::as_fd),
-        )?;
-        return follow::supervised(&peer, status.as_ref());
+        let supervisor = status.as_ref().map(Supervisor::watch).transpose()?;
+        let pipe = status.as_ref().map(AsFd::as_fd);
+        client.run(&options.user, job.as_fd(), own, pipe)?;
+        if supervisor.is_some() {
+            let_go()?;
+        }
+        drop((job, status));
+        return follow::supervised(&peer, supervisor.as_ref());
     }
     let request = JobRequest {
         argv: options.command.clone(),
@@ -97,6 +102,19 @@ fn run(options: &Options) -> Result<End, SysError> {
     } else {
         plain(&peer, &signals, options, job.as_fd(), status)
     }
+}
+
+/// Lets the job's outputs go, and our words with them: its end is known to the supervisor when nobody
+/// holds them any more, and we may be stopped.
+fn let_go() -> Result<(), SysError> {
+    let null = open(
+        "/dev/null",
+        OFlag::O_WRONLY | OFlag::O_CLOEXEC,
+        Mode::empty(),
+    )
+    .context("open", "/dev/null")?;
+    dup2_stdout(&null).context("dup2", "stdout")?;
+    dup2_stderr(&null).context("dup2", "stderr")
 }
 
 /// A person's job without a terminal of its own. Outputs that are the person's terminal are relayed.
