@@ -549,6 +549,28 @@ fn a_job_has_one_supervisor_and_a_directory_one_job() {
 }
 
 #[test]
+fn an_end_is_told_once_when_all_of_it_is_on_the_disk() {
+    let dir = Scratch::new();
+    // The pipes are closed before the status comes, so Exit and End are one step.
+    let script = r#"
+while not os.path.exists(sys.argv[1]): time.sleep(0.01)
+os.close(1); os.close(2); time.sleep(0.3)
+status(2, 0)
+"#;
+    let job = supervise_python(script, &dir.job());
+    let mut link = Link::start(&dir.job(), Cursor::default());
+    assert_eq!(link.next().unwrap().unwrap().record, Record::Started);
+    let mut woken = UnixStream::connect(dir.job().join("link.sock")).unwrap();
+    woken.read_exact(&mut [0]).unwrap();
+    fs::write(go(&dir.job()), "").unwrap();
+    let mut wakes = Vec::new();
+    woken.read_to_end(&mut wakes).unwrap();
+    assert_eq!(wakes, b".", "after the sync, and not before it as well");
+    assert_eq!(job.code(), 0);
+    assert_eq!(link.until_end().1, 0);
+}
+
+#[test]
 fn one_reader_too_many_is_told_so() {
     let dir = Scratch::new();
     let script = "while not os.path.exists(sys.argv[1]): time.sleep(0.01)\nstatus(2, 0)";

@@ -204,8 +204,11 @@ impl Supervisor {
                 .delete(&closed.pipe)
                 .context("epoll_ctl", closed.stream)?;
         }
-        // If this was the end, one sync serves both records.
-        if self.unsynced && !self.sources.is_empty() {
+        if self.unsynced && self.sources.is_empty() {
+            // This was the end: one sync serves both records, and readers are told after it.
+            return Ok(());
+        }
+        if self.unsynced {
             self.spool.sync()?;
         }
         if moved || self.unsynced {
