@@ -528,6 +528,18 @@ fn a_person_gets_both_streams_and_the_exit_code() {
         assert_eq!(person(&dir.job(), &[]), told, "and again when all is over");
         let (code, stdout, _) = person(&dir.job(), &["--from", "0:3:0", "--no-follow"]);
         assert_eq!((code, stdout.as_str()), (expected, "to out\n"));
+        // From every place on, those behind the exit and behind the end too.
+        let mut link = Link::start(&dir.job(), Cursor::default());
+        while let Some(frame) = link.next().unwrap() {
+            let from = frame.next.to_string();
+            let (code, _, stderr) = person(&dir.job(), &["--from", &from]);
+            let told = if stderr.contains("to err") {
+                "to err\n"
+            } else {
+                ""
+            };
+            assert_eq!((code, stderr.as_str()), (expected, told), "from {from}");
+        }
     }
 }
 

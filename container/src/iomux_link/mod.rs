@@ -12,6 +12,7 @@ use crate::{
     hangup::{Hangup, Woken},
     iomux_spawn::{REFUSED, path_in},
     spool::{Cursor, Record, SpoolReader, open_dir},
+    status::Status,
 };
 use nix::poll::{PollFlags, PollTimeout};
 use sink::Sink;
@@ -63,8 +64,8 @@ enum Patience {
 /// Why following stopped.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Outcome {
-    /// The end was written.
-    Ended,
+    /// The end was written, now or before the cursor; and how the job ended, if that is known.
+    Ended(Option<Status>),
     /// All there is was written.
     Left(Cursor),
     /// The supervisor is gone, and the end is not in the log.
@@ -96,18 +97,18 @@ pub fn main() -> ExitCode {
     let mut sink = if for_agent {
         Sink::frames()
     } else {
-        Sink::person()
+        Sink::Person
     };
     let outcome = start_of(from).and_then(|from| {
         let hangup = Hangup::inherit()?;
         follow(&job_dir, from, patience, &mut sink, &hangup)
     });
     ExitCode::from(match (outcome, sink) {
-        (Ok(outcome), Sink::Person { exit: code }) => tell(outcome, code),
+        (Ok(outcome), Sink::Person) => tell(outcome),
         (Ok(outcome), Sink::Frames { .. }) => code_of(outcome),
         (Err(error), sink) => {
             eprintln!("iomux-link: {error}");
-            if matches!(sink, Sink::Person { .. }) {
+            if matches!(sink, Sink::Person) {
                 exit::OWN_FAILURE
             } else {
                 exit::FAILED
@@ -172,12 +173,16 @@ fn follow(
                 return Ok(if flushed == Woken::HungUp {
                     Outcome::HungUp
                 } else {
-                    Outcome::Ended
+                    Outcome::Ended(reader.exit())
                 });
             }
         }
         if sink.flush(hangup)? == Woken::HungUp {
             return Ok(Outcome::HungUp);
+        }
+        // The agent has had it, and does not ask again; a person wants to know how it went.
+        if reader.ended() && matches!(sink, Sink::Person) {
+            return Ok(Outcome::Ended(reader.exit()));
         }
         match (patience, &mut link) {
             (Patience::Leave, _) => return Ok(Outcome::Left(cursor)),
@@ -221,7 +226,7 @@ fn wait(link: &mut UnixStream, hangup: &Hangup) -> Result<Wait, SysError> {
 /// The agent's exit code.
 fn code_of(outcome: Outcome) -> u8 {
     match outcome {
-        Outcome::Ended | Outcome::Left(_) => exit::DONE,
+        Outcome::Ended(_) | Outcome::Left(_) => exit::DONE,
         Outcome::Gone => exit::GONE,
         Outcome::HungUp => exit::HUNG_UP,
         Outcome::Refused => exit::FULL,
@@ -229,25 +234,25 @@ fn code_of(outcome: Outcome) -> u8 {
 }
 
 /// A person's exit code, and what there is to say about it.
-fn tell(outcome: Outcome, job: Option<u8>) -> u8 {
-    match (outcome, job) {
-        (Outcome::Ended, Some(code)) => return code,
-        (Outcome::Left(cursor), _) => {
+fn tell(outcome: Outcome) -> u8 {
+    match outcome {
+        Outcome::Ended(Some(status)) => return sink::code_of(status),
+        Outcome::Left(cursor) => {
             eprintln!("iomux-link: go on with --from {cursor}");
             return exit::DONE;
         }
-        (Outcome::Ended, None) => {
+        Outcome::Ended(None) => {
             eprintln!("iomux-link: the container ended before the job's end was known")
         }
-        (Outcome::Gone, _) => {
+        Outcome::Gone => {
             eprintln!(
                 "iomux-link: the job's supervisor is gone: continue it with iomux-spawn --takeover"
             );
         }
-        (Outcome::Refused, _) => {
+        Outcome::Refused => {
             eprintln!("iomux-link: the job has as many readers as its supervisor takes")
         }
-        (Outcome::HungUp, _) => {}
+        Outcome::HungUp => {}
     }
     exit::OWN_FAILURE
 }

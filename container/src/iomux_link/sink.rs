@@ -27,10 +27,7 @@ pub(super) enum Sink {
     /// Frames to descriptor 1, for the agent.
     Frames { waiting: Vec<u8> },
     /// Bytes to descriptors 1 and 2, for a person.
-    Person {
-        /// The code to end with, once it is known.
-        exit: Option<u8>,
-    },
+    Person,
 }
 
 impl Sink {
@@ -38,10 +35,6 @@ impl Sink {
         Self::Frames {
             waiting: Vec::with_capacity(2 * BATCH),
         }
-    }
-
-    pub(super) fn person() -> Self {
-        Self::Person { exit: None }
     }
 
     /// Takes a record; waits if nobody takes it from here.
@@ -60,7 +53,7 @@ impl Sink {
                     Ok(Woken::Ready)
                 }
             }
-            Self::Person { exit } => show(record, exit),
+            Self::Person => show(record),
         }
     }
 
@@ -95,7 +88,7 @@ impl Sink {
 }
 
 /// Writes a record as a person wants it.
-fn show(record: &Record<&[u8]>, exit: &mut Option<u8>) -> Result<Woken, SysError> {
+fn show(record: &Record<&[u8]>) -> Result<Woken, SysError> {
     let written = match record {
         Record::Output {
             stream: Stream::Stdout,
@@ -124,7 +117,6 @@ fn show(record: &Record<&[u8]>, exit: &mut Option<u8>) -> Result<Woken, SysError
             )
         }
         Record::Exit { status, .. } => {
-            *exit = Some(code_of(*status));
             if let Status::Failed { step, errno } = status {
                 let (step, why) = (step.describe(), Errno::from_raw(*errno).desc());
                 eprintln!("iomux-link: the job never ran: could not {step}: {why}");
@@ -142,7 +134,7 @@ fn show(record: &Record<&[u8]>, exit: &mut Option<u8>) -> Result<Woken, SysError
 }
 
 /// The code with which a shell would report this end.
-fn code_of(status: Status) -> u8 {
+pub(super) fn code_of(status: Status) -> u8 {
     match status {
         Status::Started { .. } => exit::OWN_FAILURE,
         Status::Exited(code) => code,

@@ -1,12 +1,15 @@
 //! Reading a spool from any place on, while it is being written.
 
 use super::{
-    Cursor, HEADER_BYTES, Kind, Record, Stream,
+    Cursor, HEADER_BYTES, Header, Kind, Record, Stream,
     codec::{self, HEAD_BYTES, Head},
     files,
     window::Window,
 };
-use crate::fault::{Context, SysError};
+use crate::{
+    fault::{Context, SysError},
+    status::Status,
+};
 use nix::{errno::Errno, sys::stat::fstat};
 use std::{
     os::fd::{AsFd, OwnedFd},
@@ -20,6 +23,9 @@ pub struct SpoolReader {
     segment: Option<Segment>,
     cursor: Cursor,
     window: Window,
+    /// What the records before the cursor say, those before the place where we began included.
+    exit: Option<Status>,
+    ended: bool,
 }
 
 #[derive(Debug)]
@@ -49,9 +55,24 @@ impl SpoolReader {
             segment: None,
             cursor,
             window: Window::new(),
+            exit: None,
+            ended: false,
         };
         reader.enter()?;
         Ok(reader)
+    }
+
+    /// How the job ended, once its `Exit` stands before the cursor. A reader that began behind that record
+    /// is not given it, but knows it.
+    #[must_use]
+    pub fn exit(&self) -> Option<Status> {
+        self.exit
+    }
+
+    /// Whether the job's `End` stands before the cursor: there is nothing more to come.
+    #[must_use]
+    pub fn ended(&self) -> bool {
+        self.ended
     }
 
     /// The next record and the cursor behind it; `None` if there is nothing more now. Does not
@@ -117,6 +138,8 @@ impl SpoolReader {
             let Some((header, payload)) = self.window.get(at) else {
                 return Ok(None);
             };
+            self.exit = exit_in(&header, payload).or(self.exit);
+            self.ended |= header.kind == Kind::End;
             match header.kind {
                 Kind::Head => {
                     let head = Head::decode(payload)
@@ -165,9 +188,11 @@ impl SpoolReader {
         let place = self.cursor.position - segment.start;
         let mut at = 0;
         while at < place && self.window.has(segment.file.as_fd(), at)? {
-            let Some((_, payload)) = self.window.get(at) else {
+            let Some((header, payload)) = self.window.get(at) else {
                 break;
             };
+            self.exit = exit_in(&header, payload).or(self.exit);
+            self.ended |= header.kind == Kind::End;
             at += (HEADER_BYTES + payload.len()) as u64;
         }
         if at == place {
@@ -219,6 +244,17 @@ impl SpoolReader {
         self.segment = Some(Segment { file, start });
         self.window.forget();
         Ok(true)
+    }
+}
+
+/// How the job ended, as far as one record tells.
+fn exit_in(header: &Header, payload: &[u8]) -> Option<Status> {
+    if header.kind == Kind::Head {
+        return Head::decode(payload)?.exit.map(|(_, exit)| exit.status);
+    }
+    match codec::decode(header, payload)? {
+        Record::Exit { status, .. } => Some(status),
+        Record::Started | Record::Output { .. } | Record::Gap { .. } | Record::End { .. } => None,
     }
 }
 

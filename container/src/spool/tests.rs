@@ -260,6 +260,17 @@ fn lost_segments_are_named_exactly_and_the_exit_is_never_lost() {
     assert!(fresh.missing[0] > 1_000_000 && fresh.missing[1] > 777);
     assert_eq!(fresh.exits, [(Status::Signaled(9), 1000, 0)]);
 
+    // A place that was deleted, behind the exit: the next head still knows it.
+    assert_eq!(early.exit(), None, "it has not come so far");
+    let lost = Cursor {
+        position: 2000,
+        stdout: 1000,
+        stderr: 0,
+    };
+    let mut late = SpoolReader::open(&dir.0, lost).unwrap();
+    while late.next().unwrap().is_some() {}
+    assert_eq!(late.exit(), Some(Status::Signaled(9)));
+
     // One that holds the deleted segment open hears all of it, then the gap.
     behind.listen(&mut early);
     assert_eq!((behind.at, behind.started, behind.ended), (total, 1, true));
