@@ -18,9 +18,16 @@ use tracing::{debug, warn};
 /// Messages that may wait to be taken: as many as the client keeps for one subscription.
 const WAITING: usize = 65_536;
 
+/// What comes out of the queue.
+pub(super) enum Arrival {
+    Message(Message),
+    /// One of the subscriptions has ended.
+    End,
+}
+
 /// What arrives on all of them, until each has ended.
 pub(super) struct Arrivals {
-    queue: mpsc::Receiver<Message>,
+    queue: mpsc::Receiver<Arrival>,
     taps: Vec<Arc<Tap>>,
 }
 
@@ -43,15 +50,19 @@ impl Arrivals {
         Self { queue, taps }
     }
 
-    /// The next message; `None` when every subscription has ended.
-    pub(super) async fn next(&mut self) -> Option<Message> {
+    /// What comes next; `None` when every subscription has ended.
+    pub(super) async fn next(&mut self) -> Option<Arrival> {
         self.queue.recv().await
     }
 
-    /// Tells the server that nobody listens any more. What it had sent before still comes, and then
-    /// the end.
-    pub(super) fn drain(&self) {
-        for tap in &self.taps {
+    /// Tells the server that nobody listens to the last of the subscriptions any more. What it had sent
+    /// before still comes, and then its end.
+    ///
+    /// One alone: the client asks the server to answer, and forgets with the first answer all that it
+    /// was told to (0.51, `ConnectionHandler`), though something for them may be on its way. For the same
+    /// reason it should have nothing else to do meanwhile.
+    pub(super) fn drain_one(&mut self) {
+        if let Some(tap) = self.taps.pop() {
             let mut source = tap.source.lock().unwrap_or_else(PoisonError::into_inner);
             // The client's own queue has room for thousands of such words.
             let asked = source.subscriber.drain().now_or_never();
@@ -71,7 +82,7 @@ struct Tap {
 struct Source {
     subscriber: Subscriber,
     /// `None` once the subscription has ended.
-    into: Option<mpsc::Sender<Message>>,
+    into: Option<mpsc::Sender<Arrival>>,
 }
 
 const IDLE: u8 = 0;
@@ -112,12 +123,15 @@ impl Source {
         {
             match (message, &self.into) {
                 (Some(message), Some(into)) => {
-                    if into.try_send(message).is_err() {
+                    if into.try_send(Arrival::Message(message)).is_err() {
                         warn!("a message was dropped: this host reads too slowly");
                     }
                 }
                 (None, _) | (_, None) => {
-                    self.into = None;
+                    if let Some(into) = self.into.take() {
+                        // If there is no room for it: the end of all comes all the same.
+                        drop(into.try_send(Arrival::End));
+                    }
                     return;
                 }
             }

@@ -11,14 +11,14 @@ use std::collections::BTreeMap;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::oneshot;
-use tokio::time::{Instant, interval, sleep};
+use tokio::time::{Instant, interval, timeout};
 use tracing::{debug, warn};
 
 /// How long a server that answers pings may keep a barrier before it is worth a word, and again.
 const OVERDUE: Duration = Duration::from_secs(30);
 
-/// How long a pause is: many times what a server takes to answer.
-const PAUSE: Duration = Duration::from_millis(10);
+/// The longest pause.
+const PAUSE: Duration = Duration::from_secs(1);
 
 /// Publishes what is asked for until every [`Outlet`](crate::instances::outlet::Outlet) is gone.
 pub async fn publish(client: Client, inlet: Inlet) {
@@ -65,10 +65,7 @@ pub async fn publish(client: Client, inlet: Inlet) {
                     send(&client, message).await;
                 }
             }
-            Request::Pause(answer) => {
-                let _gone = answer.send(());
-                sleep(PAUSE).await;
-            }
+            Request::Pause(answer) => pause(answer).await,
             Request::Barrier(answer) => {
                 let number = barriers.add(answer);
                 if client
@@ -82,6 +79,13 @@ pub async fn publish(client: Client, inlet: Inlet) {
         }
     }
     leave(client, echoes).await;
+}
+
+async fn pause(answer: oneshot::Sender<oneshot::Sender<()>>) {
+    let (held, dropped) = oneshot::channel();
+    if answer.send(held).is_ok() {
+        drop(timeout(PAUSE, dropped).await);
+    }
 }
 
 async fn send(client: &Client, message: Message) {
@@ -115,7 +119,7 @@ async fn send(client: &Client, message: Message) {
 /// Last words reach the socket before the process ends.
 async fn leave(client: Client, echoes: Subscriber) {
     drop(echoes);
-    drop(tokio::time::timeout(Duration::from_secs(2), client.flush()).await);
+    drop(timeout(Duration::from_secs(2), client.flush()).await);
 }
 
 /// Barriers on their way to the server and back.

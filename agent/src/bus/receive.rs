@@ -3,7 +3,7 @@
 //! A command with a reply-to is answered exactly once, whatever happens: the duty to answer is a
 //! channel, and losing that channel is itself an answer. Queries are answered as the protocol says.
 
-use super::arrivals::Arrivals;
+use super::arrivals::{Arrival, Arrivals};
 use super::replay::{Replay, Seen};
 use crate::instances::instance::events;
 use crate::instances::outlet::Message as Outgoing;
@@ -18,11 +18,14 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Mutex, mpsc, oneshot};
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 use tracing::{Instrument, debug, error, info_span, warn};
 
 /// How long an answer waits for a bus that is away.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
+
+/// How long the client may be busy with what it was told last.
+const SETTLE: Duration = Duration::from_millis(10);
 
 /// Everything an answer needs.
 struct Desk {
@@ -61,7 +64,7 @@ pub async fn receive(
         _owing: owing,
     });
     ask(&asks, Ask::Ready).await;
-    let mut leaving = false;
+    let (mut leaving, mut quiet) = (false, None);
     loop {
         let message = tokio::select! {
             // The parting must not wait behind a flood.
@@ -71,18 +74,26 @@ pub async fn receive(
                 if !desk.world.outlet.mark().up() {
                     break;
                 }
-                // The client forgets a subscription at whatever it does next, and what is on its way is
-                // lost: so it shall have nothing to do but to read it.
-                desk.world.outlet.pause().await;
-                messages.drain();
+                quiet = desk.world.outlet.pause().await;
+                // What was said just before is on its way then.
+                sleep(SETTLE).await;
+                messages.drain_one();
                 continue;
             }
-            message = messages.next() => message,
+            arrival = messages.next() => match arrival {
+                Some(Arrival::Message(message)) => message,
+                // One after the other, and the host's own subject first.
+                Some(Arrival::End) => {
+                    messages.drain_one();
+                    continue;
+                }
+                None => break,
+            },
         };
-        let Some(message) = message else { break };
         let span = info_span!(parent: None, "request", subject = %message.subject);
         take(&desk, &asks, message).instrument(span).await;
     }
+    drop(quiet);
     // The stable has heard everything.
     drop(asks);
     drop(desk);

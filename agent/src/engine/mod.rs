@@ -191,14 +191,25 @@ impl Engine {
     /// must name every container that is, or is being, made. What resists is logged, too.
     pub async fn sweep(&self, known: &HashSet<String>) -> Swept {
         let strays = sweep::strays(&self.shared, known).await;
-        sweep::clear(&self.shared, strays).await
+        let mut swept = sweep::clear(&self.shared, strays).await;
+        swept
+            .left
+            .extend(sweep::empty_trash(&self.shared).await.err());
+        swept
     }
 
-    /// [`Self::sweep`] of what is there now; the long part of it is done beside whatever comes next.
-    pub async fn sweep_beside(&self, known: &HashSet<String>) {
-        let strays = sweep::strays(&self.shared, known).await;
+    /// [`Self::sweep`] of what is there now. Only handles in `again`, which are to be used again, are
+    /// cleared when this returns; the rest is done beside whatever comes next.
+    pub async fn sweep_beside(&self, known: &HashSet<String>, again: &HashSet<String>) {
+        let mut strays = sweep::strays(&self.shared, known).await;
+        sweep::clear(&self.shared, strays.split(again)).await;
         let shared = Arc::clone(&self.shared);
-        tokio::spawn(async move { sweep::clear(&shared, strays).await });
+        tokio::spawn(async move {
+            sweep::clear(&shared, strays).await;
+            if let Err(why) = sweep::empty_trash(&shared).await {
+                tracing::warn!(why, "something was not removed");
+            }
+        });
     }
 
     /// Removes a container of which only the record is left: dead, or not to be adopted. One that is
@@ -209,6 +220,15 @@ impl Engine {
     pub async fn destroy_handle(&self, saved: &Saved) -> Result<(), EngineError> {
         let (shared, saved) = (Arc::clone(&self.shared), saved.clone());
         owned(async move { destroy::from_record(&shared, &saved).await }).await
+    }
+
+    /// Removes at once what stays for a moment when a container is destroyed: for a handle that is to be
+    /// used again.
+    ///
+    /// # Errors
+    /// The kernel refused.
+    pub async fn vacate(&self, handle: &str) -> Result<(), EngineError> {
+        Ok(self.shared.network.remove_link(handle).await?)
     }
 
     /// Leaves the machine as it was before [`Self::open`], for an agent whose containers are all

@@ -30,6 +30,19 @@ pub(super) struct Strays {
     trouble: Vec<String>,
 }
 
+impl Strays {
+    /// Takes out those that are in `some`.
+    pub(super) fn split(&mut self, some: &HashSet<String>) -> Self {
+        let handles = std::mem::take(&mut self.handles);
+        let (taken, rest) = handles.into_iter().partition(|one| some.contains(one));
+        self.handles = rest;
+        Self {
+            handles: taken,
+            trouble: Vec::new(),
+        }
+    }
+}
+
 /// Finds them. Their links go at once: later, a link without a record may be a new container's.
 pub(super) async fn strays(shared: &Shared, known: &HashSet<String>) -> Strays {
     let mut strays = Strays::default();
@@ -50,7 +63,7 @@ pub(super) async fn strays(shared: &Shared, known: &HashSet<String>) -> Strays {
     strays
 }
 
-/// Removes them and what is in the trash.
+/// Removes them.
 pub(super) async fn clear(shared: &Shared, strays: Strays) -> Swept {
     let mut swept = Swept {
         cleared: 0,
@@ -66,14 +79,17 @@ pub(super) async fn clear(shared: &Shared, strays: Strays) -> Swept {
             Err(error) => swept.left.push(format!("container {handle}: {error}")),
         }
     }
-    let depot = shared.depot.clone();
-    if let Err(error) = blocking(move || depot.empty_trash()).await {
-        swept.left.push(format!("trash: {error}"));
-    }
     for left in &swept.left {
         tracing::warn!(left, "something was not removed");
     }
     swept
+}
+
+/// Removes what was put out of sight.
+pub(super) async fn empty_trash(shared: &Shared) -> Result<(), String> {
+    let depot = shared.depot.clone();
+    let emptied = blocking(move || depot.empty_trash()).await;
+    emptied.map_err(|error| format!("trash: {error}"))
 }
 
 async fn clear_one(shared: &Shared, handle: &str) -> Result<(), EngineError> {

@@ -53,8 +53,8 @@ pub enum Request {
     /// Answer with the number of connects once a message to ourselves, sent after everything before
     /// this request, has come back from the server. Dropped if the connection goes first.
     Barrier(oneshot::Sender<u64>),
-    /// Answer, and then say nothing for a few milliseconds.
-    Pause(oneshot::Sender<()>),
+    /// Answer with a sender, and then say nothing until that is dropped, or for a second.
+    Pause(oneshot::Sender<oneshot::Sender<()>>),
 }
 
 /// The instances' end.
@@ -170,12 +170,11 @@ impl Outlet {
         confirmed(&self.control, self.mark()).await;
     }
 
-    /// From here on nothing is said for a few milliseconds, whatever is asked for.
-    pub async fn pause(&self) {
+    /// From here on nothing is said, whatever is asked for, until what this returns is dropped.
+    pub async fn pause(&self) -> Option<oneshot::Sender<()>> {
         let (tell, told) = oneshot::channel();
-        if self.control.send(Request::Pause(tell)).await.is_ok() {
-            drop(told.await);
-        }
+        self.control.send(Request::Pause(tell)).await.ok()?;
+        told.await.ok()
     }
 
     /// Waits for a connection.

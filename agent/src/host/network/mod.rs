@@ -300,6 +300,15 @@ impl Network {
         blocking(move || load(&table, pool, host_access, Elements::Exactly(&live))).await
     }
 
+    /// Removes the link of a container that is dead, if it is still there: the kernel takes its namespace
+    /// apart in its own time, and until then the name is taken.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    pub async fn remove_link(&self, handle: &str) -> Result<(), NetworkError> {
+        self.links.delete(&link::name(handle)).await
+    }
+
     /// Removes the links of containers that nobody knows; gives back how many. Each takes the kernel
     /// tens of milliseconds.
     ///

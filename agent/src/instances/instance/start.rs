@@ -129,7 +129,11 @@ impl Instance {
             (None, Some(saved)) => self.world.engine.destroy_handle(&saved).await,
             (None, None) => Ok(()),
         };
-        if let Err(error) = destroyed {
+        let vacated = match destroyed {
+            Ok(()) => self.world.engine.vacate(&self.record.handle).await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = vacated {
             return failed(error);
         }
         self.record.spawned = false;

@@ -182,7 +182,10 @@ impl Stable {
         let mut live = saved(|remains| !matches!(remains, Remains::Dead(..)));
         live.extend(&kept_saved);
         world.engine.rebuild_network(&live).await?;
-        world.engine.sweep_beside(&known).await;
+        // Cut off between a container and its record: that handle is used again.
+        let again = adopted.iter().map(|(record, _)| record.handle.clone());
+        let again = again.filter(|handle| !known.contains(handle)).collect();
+        world.engine.sweep_beside(&known, &again).await;
         info!(adopted = adopted.len(), "took over what was here");
         let templates = commands::load_templates(&world.config.base).await;
         let mut stable = Self {
