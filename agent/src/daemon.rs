@@ -22,11 +22,15 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
-use tokio::time::timeout;
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{error, info, warn};
 
 /// What a server may take to confirm the last words.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// How long the locks of an agent that was killed may still be held, and how often that is looked at.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_PAUSE: Duration = Duration::from_millis(20);
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -39,8 +43,10 @@ const WORKERS: usize = 2;
 /// Whatever keeps the agent from starting; once it runs, nothing ends it but a signal.
 pub fn agent(path: &Path, overrides: Overrides) -> Outcome<()> {
     let config = config::load(path, overrides, host_memory_mb())?;
-    let _locks = prepare(&config.base)?;
-    runtime()?.block_on(run(config))
+    runtime()?.block_on(async {
+        let _locks = prepare(&config.base).await?;
+        run(config).await
+    })
 }
 
 /// `ostler clean`.
@@ -49,17 +55,20 @@ pub fn agent(path: &Path, overrides: Overrides) -> Outcome<()> {
 /// If an agent runs, or something could not be removed.
 pub fn clean(path: &Path, overrides: Overrides) -> Outcome<()> {
     let config = config::load(path, overrides, host_memory_mb())?;
-    let locks = prepare(&config.base)?;
-    let swept = runtime()?.block_on(async {
-        let engine = Engine::open(engine_config(&config)).await?;
-        let swept = engine.sweep(&HashSet::new()).await;
-        engine.close().await;
-        Outcome::Ok(swept)
-    })?;
+    runtime()?.block_on(async {
+        let _locks = prepare(&config.base).await?;
+        clear(&config).await
+    })
+}
+
+/// Removes what an agent left, and what it keeps but for the host's id.
+async fn clear(config: &Config) -> Outcome<()> {
+    let engine = Engine::open(engine_config(config)).await?;
+    let swept = engine.sweep(&HashSet::new()).await;
+    engine.close().await;
     if !swept.left.is_empty() {
         return Err(format!("not everything could be removed: {}", swept.left.join("; ")).into());
     }
-    drop(locks);
     for name in [
         "instances",
         "containers",
@@ -104,27 +113,37 @@ fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
 /// What an agent has for itself as long as it lives: the host and the base directory.
 type Locks = (UnixListener, Flock<File>);
 
-/// Makes the base directory and takes it and the host for this process.
-fn prepare(base: &Path) -> Outcome<Locks> {
+/// Makes the base directory and takes it and the host for this process. An agent that was killed a moment
+/// ago may live on for as long as a helper of its takes to begin: that is waited for.
+async fn prepare(base: &Path) -> Outcome<Locks> {
     if !nix::unistd::geteuid().is_root() {
         return Err("must be run as root: it makes namespaces, mounts and network links".into());
     }
-    let host = only_agent_here()?;
     make_private(base)?;
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        let taken = take_host().and_then(|host| Ok((host, take_base(base)?)));
+        if taken.is_ok() || Instant::now() >= deadline {
+            return taken;
+        }
+        sleep(LOCK_PAUSE).await;
+    }
+}
+
+fn take_base(base: &Path) -> Outcome<Flock<File>> {
     let path = base.join("lock");
     let file = File::options()
         .create(true)
         .truncate(false)
         .write(true)
         .open(&path)?;
-    let base = Flock::lock(file, FlockArg::LockExclusiveNonblock)
-        .map_err(|(_, errno)| format!("another agent holds {} ({errno})", path.display()))?;
-    Ok((host, base))
+    Flock::lock(file, FlockArg::LockExclusiveNonblock)
+        .map_err(|(_, errno)| format!("another agent holds {} ({errno})", path.display()).into())
 }
 
 /// Two agents in one network namespace would take each other's links and rules for leftovers. An
 /// abstract socket belongs to the namespace and is free again when its holder has ended (unix(7)).
-fn only_agent_here() -> Outcome<UnixListener> {
+fn take_host() -> Outcome<UnixListener> {
     let name = SocketAddr::from_abstract_name("ostler-agent")?;
     match UnixListener::bind_addr(&name) {
         Ok(listener) => Ok(listener),
