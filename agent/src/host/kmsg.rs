@@ -16,6 +16,7 @@
 
 use super::watched;
 use nix::unistd::read;
+use std::collections::VecDeque;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -51,7 +52,7 @@ pub struct OomKill {
 pub enum Event {
     /// A process was killed.
     Kill(OomKill),
-    /// The kernel overwrote records that were not read yet: kills may have been missed.
+    /// The kernel overwrote records that were not read: kills may have been missed.
     Overrun,
 }
 
@@ -150,6 +151,16 @@ fn killed(text: &[u8]) -> Option<OomKill> {
 #[derive(Debug)]
 pub struct Kmsg {
     file: AsyncFd<OwnedFd>,
+    reader: Reader,
+    /// Read, and not told yet.
+    events: VecDeque<Event>,
+}
+
+/// Makes events of records.
+#[derive(Debug, Default)]
+struct Reader {
+    /// Whether a record was read.
+    begun: bool,
     /// The last victim chosen, until it is killed.
     chosen: Option<OomKill>,
 }
@@ -165,17 +176,24 @@ impl Kmsg {
     pub fn open() -> io::Result<Self> {
         let mut options = OpenOptions::new();
         options.read(true).custom_flags(nix::libc::O_NONBLOCK);
-        let file = watched(options.open("/dev/kmsg")?.into(), Interest::READABLE)?;
-        Ok(Self { file, chosen: None })
+        Ok(Self {
+            file: watched(options.open("/dev/kmsg")?.into(), Interest::READABLE)?,
+            reader: Reader::default(),
+            events: VecDeque::new(),
+        })
     }
 
-    /// Waits for the next kill. Cancel-safe: what was read is kept in `self`.
+    /// Waits for the next kill. The first event is [`Event::Overrun`] if the log has lost its beginning.
+    /// Cancel-safe: what was read is kept in `self`.
     ///
     /// # Errors
     /// As read(2); those are final.
     pub async fn next(&mut self) -> io::Result<Event> {
         let mut record = [0; RECORD_BYTES];
         loop {
+            if let Some(event) = self.events.pop_front() {
+                return Ok(event);
+            }
             let read = {
                 let mut guard = self.file.readable().await?;
                 match guard.try_io(|file| Ok(read(file, &mut record)?)) {
@@ -186,19 +204,31 @@ impl Kmsg {
             };
             match read {
                 Ok(length) => {
-                    let line = record.get(..length).and_then(parse);
-                    if let Some(kill) = line.and_then(|line| self.join(line)) {
-                        return Ok(Event::Kill(kill));
-                    }
+                    let record = record.get(..length).unwrap_or(&[]);
+                    self.events.extend(self.reader.take(record));
                 }
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
-                    self.chosen = None;
+                    self.reader = Reader {
+                        begun: true,
+                        chosen: None,
+                    };
                     return Ok(Event::Overrun);
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
+    }
+}
+
+impl Reader {
+    /// What a record tells. The records are numbered from 0 since boot, so a log that begins with
+    /// another number was overwritten before anybody read it.
+    fn take(&mut self, record: &[u8]) -> Vec<Event> {
+        let first = !std::mem::replace(&mut self.begun, true);
+        let overrun = (first && sequence(record) != Some(0)).then_some(Event::Overrun);
+        let kill = parse(record).and_then(|line| self.join(line));
+        overrun.into_iter().chain(kill.map(Event::Kill)).collect()
     }
 
     /// Makes one event of the two records of a kill.
@@ -222,6 +252,13 @@ impl Kmsg {
             }
         }
     }
+}
+
+/// A record's number; `None` for what is no record.
+fn sequence(record: &[u8]) -> Option<u64> {
+    let (_, rest) = split_once(record, b",")?;
+    let (digits, _) = split_once(rest, b",")?;
+    number(digits)
 }
 
 fn find(text: &[u8], needle: &[u8]) -> Option<usize> {
@@ -273,9 +310,11 @@ fn unescape(text: &[u8]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Event, Kmsg, Line, OomKill, parse};
+    use super::{Event, Kmsg, Line, OomKill, RECORD_BYTES, Reader, parse, sequence};
     use crate::host::cgroups::Limits;
     use crate::host::cgroups::tests::{EAT, Inside, Parent};
+    use nix::unistd::read;
+    use std::os::fd::OwnedFd;
     use std::time::Duration;
 
     const DEADLINE: Duration = Duration::from_secs(60);
@@ -428,6 +467,48 @@ mod tests {
             assert_eq!(parse(record.as_bytes()), None, "{record}");
         }
         assert_eq!(parse(&[0xff; 100]), None);
+    }
+
+    /// What the reader makes of records, in order.
+    fn events(records: &[&str]) -> Vec<Event> {
+        let mut reader = Reader::default();
+        let read = |record: &&str| reader.take(record.as_bytes());
+        records.iter().flat_map(read).collect()
+    }
+
+    #[test]
+    fn a_log_that_does_not_begin_with_its_first_record_was_overwritten() {
+        let first = "6,0,0,-;Linux version";
+        let kill = "3,9,2,-;Out of memory: Killed process 1 (a) total-vm:1kB, UID:0 pgtables:1kB";
+        assert_eq!(events(&[first, "6,1,0,-;x", "6,5,0,-;y"]), []);
+        let whole = events(&[first, kill]);
+        assert!(
+            matches!(&whole[..], [Event::Kill(OomKill { seq: 9, .. })]),
+            "{whole:?}"
+        );
+        assert_eq!(events(&["12,7,0,-;systemd", first]), [Event::Overrun]);
+        let both = events(&[kill, kill]);
+        assert!(
+            matches!(
+                &both[..],
+                [Event::Overrun, Event::Kill(_), Event::Kill(OomKill { .. })]
+            ),
+            "{both:?}"
+        );
+        assert_eq!(events(&["not a record"]), [Event::Overrun]);
+    }
+
+    /// The log of this machine, which may be one or the other.
+    #[tokio::test]
+    async fn the_kernels_own_log_is_told_as_it_is() {
+        let mut kmsg = Kmsg::open().unwrap();
+        let mut record = [0; RECORD_BYTES];
+        let file: OwnedFd = std::fs::File::open("/dev/kmsg").unwrap().into();
+        let length = read(&file, &mut record).unwrap();
+        let whole = sequence(&record[..length]) == Some(0);
+        let first = tokio::time::timeout(Duration::from_secs(1), kmsg.next()).await;
+        let overrun = matches!(first, Ok(Ok(Event::Overrun)));
+        assert_ne!(overrun, whole, "{first:?}");
     }
 
     /// One group of 32 MB, one shell with an inconvenient name that wants more.
