@@ -14,18 +14,24 @@ use container::sys::{pidfd, process};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn};
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::{SigSet, Signal, kill};
 use nix::sys::stat::Mode;
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
+use nix::unistd::Pid;
 use std::ffi::{CString, OsString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
+use std::time::Duration;
 use tokio::io::Interest;
 use tokio::runtime::Handle;
 use tokio::sync::{oneshot, watch};
+
+/// How often a helper is looked at that cannot be watched.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// What to start. The environment is exactly `env`, the descriptors exactly `fds`: 0, 1 and 2 are
 /// `/dev/null` unless they are named.
@@ -147,12 +153,14 @@ pub struct Helpers {
 
 impl Helpers {
     /// Starts the thread. `directory` holds the helpers' programs. Descriptors that whoever started the
-    /// agent left open become close-on-exec: a helper that outlives the agent would keep them.
+    /// agent left open become close-on-exec: a helper that outlives the agent would keep them. The soft
+    /// limit on open files is raised to the hard one, which helpers inherit; apps get a limit of their own.
     ///
     /// # Errors
     /// No thread or no pipe could be had.
     pub fn start(directory: PathBuf) -> io::Result<Self> {
         process::close_on_exec_from(3)?;
+        raise_open_files();
         let (reader, writer) = io::pipe()?;
         let (asks, inbox) = mpsc::channel();
         let programs = directory.clone();
@@ -204,6 +212,17 @@ impl Helpers {
     }
 }
 
+/// Each instance costs the agent a handful of descriptors, and a shell's soft limit is 1024.
+fn raise_open_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard).map(|()| (soft, hard))
+    });
+    match raised {
+        Ok((before, open_files)) => tracing::info!(open_files, before, "limit on open files"),
+        Err(error) => tracing::warn!(%error, "the limit on open files cannot be raised"),
+    }
+}
+
 /// On the thread: starts the helper and the task that reaps it.
 fn serve(programs: &Path, ask: Ask) {
     if ask.answer.is_closed() {
@@ -221,13 +240,20 @@ fn serve(programs: &Path, ask: Ask) {
     }
 }
 
-/// Waits on the pidfd, which becomes readable when the process has ended (`pidfd_open(2)`).
+/// Waits on the pidfd, which becomes readable when the process has ended (`pidfd_open(2)`). Where that
+/// cannot be had (descriptors are short), looks now and then, until it can: a helper that lives is
+/// never told as ended, and one that ended is always reaped.
 async fn reap(pidfd: Arc<OwnedFd>, ended: watch::Sender<Option<Ended>>) {
-    let how = match watch_end(&pidfd).await {
-        Ok(()) => how_it_ended(&pidfd),
-        Err(error) => {
-            tracing::warn!(%error, "a helper could not be watched");
-            Ended::Unknown
+    let mut warned = false;
+    let how = loop {
+        if let Err(error) = watch_end(&pidfd).await {
+            if !std::mem::replace(&mut warned, true) {
+                tracing::warn!(%error, "a helper cannot be watched and is looked at every second");
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
+        if let Some(how) = how_it_ended(&pidfd) {
+            break how;
         }
     };
     ended.send_replace(Some(how));
@@ -238,11 +264,12 @@ async fn watch_end(pidfd: &OwnedFd) -> io::Result<()> {
     pidfd.readable().await.map(drop)
 }
 
-fn how_it_ended(pidfd: &OwnedFd) -> Ended {
+/// Reaps a helper that has ended; `None`: it lives.
+fn how_it_ended(pidfd: &OwnedFd) -> Option<Ended> {
     let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG;
     match waitid(Id::PIDFd(pidfd.as_fd()), flags) {
-        Ok(WaitStatus::Exited(_, code)) => Ended::Exited(code),
-        Ok(WaitStatus::Signaled(_, signal, _)) => Ended::Signaled(signal as i32),
+        Ok(WaitStatus::Exited(_, code)) => Some(Ended::Exited(code)),
+        Ok(WaitStatus::Signaled(_, signal, _)) => Some(Ended::Signaled(signal as i32)),
         Ok(
             WaitStatus::Stopped(..)
             | WaitStatus::PtraceEvent(..)
@@ -250,7 +277,8 @@ fn how_it_ended(pidfd: &OwnedFd) -> Ended {
             | WaitStatus::Continued(..)
             | WaitStatus::StillAlive,
         )
-        | Err(_) => Ended::Unknown,
+        | Err(Errno::EINTR) => None,
+        Err(_) => Some(Ended::Unknown),
     }
 }
 
@@ -283,10 +311,20 @@ fn start(directory: &Path, command: &Command) -> Result<(i32, OwnedFd), SysError
     let actions = actions(command).map_err(|errno| fault("posix_spawn_file_actions", errno))?;
     let attributes = attributes().map_err(|errno| fault("posix_spawnattr", errno))?;
     let pid = posix_spawn(&path, &actions, &attributes, &args, &env)
-        .map_err(|errno| fault("posix_spawn", errno))?
-        .as_raw();
+        .map_err(|errno| fault("posix_spawn", errno))?;
     // The number is still this process: nobody but the reaper waits for it, and that needs the pidfd.
-    Ok((pid, pidfd::open(pid)?))
+    let pidfd = pidfd::open(pid.as_raw()).inspect_err(|_| end(pid))?;
+    Ok((pid.as_raw(), pidfd))
+}
+
+/// Kills and reaps a child that no pidfd could be had for: the caller hears that it was not started.
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a child that only this thread knows and nobody has waited for: its number is its own"
+)]
+fn end(pid: Pid) {
+    let _ended_already = kill(pid, Signal::SIGKILL);
+    while waitpid(pid, None) == Err(Errno::EINTR) {}
 }
 
 fn assignment(name: &str, value: &OsString) -> Vec<u8> {
@@ -294,7 +332,7 @@ fn assignment(name: &str, value: &OsString) -> Vec<u8> {
 }
 
 /// Every descriptor goes to its number by way of a number above all others, because a target may be
-/// the source of another one.
+/// the source of another one. `EMFILE` where such a number is beyond what the helper may have.
 fn actions(command: &Command) -> nix::Result<PosixSpawnFileActions> {
     let mut actions = PosixSpawnFileActions::init()?;
     let numbers = command
@@ -302,6 +340,14 @@ fn actions(command: &Command) -> nix::Result<PosixSpawnFileActions> {
         .iter()
         .flat_map(|(fd, target)| [fd.as_raw_fd(), *target]);
     let above = numbers.max().unwrap_or(2).max(2);
+    // The C library refuses such numbers by returning an errno, nix looks for -1: unless it is checked
+    // here, the helper would start without its descriptors.
+    let highest = i32::try_from(command.fds.len()).map(|count| above.checked_add(count));
+    let highest = highest.ok().flatten().and_then(|n| u64::try_from(n).ok());
+    let (most, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    if highest.is_none_or(|highest| highest >= most) {
+        return Err(Errno::EMFILE);
+    }
     for ((fd, _), spare) in command.fds.iter().zip(above + 1..) {
         actions.add_dup2(fd.as_raw_fd(), spare)?;
     }
@@ -332,6 +378,8 @@ fn attributes() -> nix::Result<PosixSpawnAttr> {
 mod tests {
     use super::{Command, Ended, HelperError, Helpers};
     use nix::errno::Errno;
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    use nix::sys::wait::WaitPidFlag;
     use std::io::{Read, Write, pipe};
     use std::os::fd::{AsRawFd, OwnedFd};
     use std::path::Path;
@@ -454,6 +502,76 @@ mod tests {
         assert_eq!(child.ended(), None);
         drop(helpers);
         assert_eq!(child.wait().await, Ended::Exited(5));
+    }
+
+    /// Opens `/dev/null` until no number below `limit`, now the soft limit, is free.
+    fn exhaust(limit: u64) -> Vec<OwnedFd> {
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, limit, hard).unwrap();
+        std::iter::from_fn(|| std::fs::File::open("/dev/null").ok())
+            .map(OwnedFd::from)
+            .collect()
+    }
+
+    /// Whether this process has children, dead or alive.
+    fn has_children() -> bool {
+        use nix::sys::wait::waitpid;
+        waitpid(None, Some(WaitPidFlag::WNOHANG)) != Err(Errno::ECHILD)
+    }
+
+    #[tokio::test]
+    async fn a_helper_that_cannot_be_held_does_not_live() {
+        let helpers = helpers();
+        let taken = exhaust(64);
+        let error = helpers.spawn(shell("sleep 5", Vec::new())).await;
+        assert!(
+            matches!(&error, Err(HelperError::Start { source, .. }) if source.errno == Errno::EMFILE),
+            "{error:?}"
+        );
+        assert!(!has_children());
+        drop(taken);
+    }
+
+    #[tokio::test]
+    async fn a_helper_that_cannot_be_watched_is_followed_to_its_end() {
+        let helpers = helpers();
+        let mut taken = exhaust(64);
+        // One for the pidfd, none to watch it with.
+        taken.pop();
+        let command = shell("sleep 0.2; exit 7", Vec::new());
+        let child = helpers.spawn(command).await.unwrap();
+        tokio::task::yield_now().await;
+        drop(taken);
+        assert_eq!(child.wait().await, Ended::Exited(7));
+        assert!(!has_children());
+    }
+
+    #[tokio::test]
+    async fn a_descriptor_that_has_no_place_is_an_error() {
+        let helpers = helpers();
+        let (reader, _writer) = pipe().unwrap();
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, 64, hard).unwrap();
+        let high = nix::fcntl::fcntl(&reader, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(63)).unwrap();
+        let high = container::sys::process::inherited(high).unwrap();
+        let error = helpers.spawn(shell("exit 0", vec![(high, 3)])).await;
+        assert!(
+            matches!(&error, Err(HelperError::Start { source, .. }) if source.errno == Errno::EMFILE),
+            "{error:?}"
+        );
+        let error = helpers
+            .spawn(shell("exit 0", vec![(reader.into(), 4000)]))
+            .await;
+        assert!(error.is_err(), "{error:?}");
+        assert!(!has_children());
+    }
+
+    #[tokio::test]
+    async fn the_agent_may_open_what_the_machine_allows() {
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, hard.min(256), hard).unwrap();
+        let _helpers = helpers();
+        assert_eq!(getrlimit(Resource::RLIMIT_NOFILE).unwrap(), (hard, hard));
     }
 
     #[tokio::test]
