@@ -138,7 +138,7 @@ impl Network {
         };
         let table = Arc::new(Nftables::open(table::TABLE)?);
         let prepared = Arc::clone(&table);
-        blocking(move || prepare(&prepared, pool, host_access)).await?;
+        blocking(move || prepare(&prepared, host_access)).await?;
         let first_port = *config.ports.start();
         let ports = u32::try_from(config.ports.len()).unwrap_or(u32::MAX);
         Ok(Self {
@@ -296,8 +296,8 @@ impl Network {
     /// When `nft` refuses.
     pub async fn rebuild(&self, live: &[Attached]) -> Result<(), NetworkError> {
         let (table, live) = (Arc::clone(&self.table), live.to_vec());
-        let (pool, host_access) = (self.pool, self.host_access);
-        blocking(move || load(&table, pool, host_access, Elements::Exactly(&live))).await
+        let host_access = self.host_access;
+        blocking(move || load(&table, host_access, Elements::Exactly(&live))).await
     }
 
     /// Removes the link of a container that is dead, if it is still there: the kernel takes its namespace
@@ -376,8 +376,8 @@ fn no_port(pools: &Pools) -> NetworkError {
 }
 
 /// Table first: without it nothing of a container's may be forwarded.
-fn prepare(table: &Nftables, pool: Subnet, host: HostAccess) -> Result<(), NetworkError> {
-    load(table, pool, host, Elements::Kept)?;
+fn prepare(table: &Nftables, host: HostAccess) -> Result<(), NetworkError> {
+    load(table, host, Elements::Kept)?;
     if sysctl::read("ipv4/ip_forward")? == "0" {
         table.add_note(FORWARDING_NOTE)?;
         sysctl::write("ipv4/ip_forward", "1")?;
@@ -393,14 +393,9 @@ fn prepare(table: &Nftables, pool: Subnet, host: HostAccess) -> Result<(), Netwo
     Ok(())
 }
 
-fn load(
-    table: &Nftables,
-    pool: Subnet,
-    host: HostAccess,
-    elements: Elements<'_>,
-) -> Result<(), NetworkError> {
+fn load(table: &Nftables, host: HostAccess, elements: Elements<'_>) -> Result<(), NetworkError> {
     let nft = |script: String| program::run("nft", &["-f", "-"], &script).map(drop);
-    match nft(table::script(pool, host, elements)) {
+    match nft(table::script(host, elements)) {
         Err(NetworkError::Program { detail, .. }) => {
             // Whatever the reason was, a transaction that fails has changed nothing.
             warn!(
@@ -408,7 +403,7 @@ fn load(
                 "the nftables table could not be brought up to date and is replaced"
             );
             let noted = table.has_note(FORWARDING_NOTE)?;
-            nft(table::script_afresh(pool, host, elements))?;
+            nft(table::script_afresh(host, elements))?;
             if noted {
                 table.add_note(FORWARDING_NOTE)
             } else {

@@ -14,7 +14,7 @@
 //! in this table is no accept in another's; see `foreign`.
 
 use super::nfnetlink::Element;
-use super::{Attached, Lease, Subnet, link};
+use super::{Attached, Lease, link};
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 
@@ -43,7 +43,7 @@ pub(super) enum Elements<'a> {
 
 /// The input of one `nft -f -`, and so one transaction: there is no moment without the old or the new
 /// rules. What is there already is added again without complaint, if its type is the same.
-pub(super) fn script(pool: Subnet, host: HostAccess, elements: Elements<'_>) -> String {
+pub(super) fn script(host: HostAccess, elements: Elements<'_>) -> String {
     let host = match host {
         HostAccess::Allowed => "accept",
         HostAccess::Refused => "reject with icmpx admin-prohibited",
@@ -61,10 +61,7 @@ pub(super) fn script(pool: Subnet, host: HostAccess, elements: Elements<'_>) -> 
         );
     }
     for line in RULES.lines().map(str::trim).filter(|line| !line.is_empty()) {
-        let rule = line
-            .replace("$pool", &pool.to_string())
-            .replace("$host", host);
-        let _ = writeln!(text, "add rule inet ostler {rule}");
+        let _ = writeln!(text, "add rule inet ostler {}", line.replace("$host", host));
     }
     if let Elements::Exactly(live) = elements {
         fill(&mut text, live);
@@ -73,9 +70,9 @@ pub(super) fn script(pool: Subnet, host: HostAccess, elements: Elements<'_>) -> 
 }
 
 /// The same for a kernel that has a table of this name with another layout: without the old one.
-pub(super) fn script_afresh(pool: Subnet, host: HostAccess, elements: Elements<'_>) -> String {
+pub(super) fn script_afresh(host: HostAccess, elements: Elements<'_>) -> String {
     let replace = "add table inet ostler\ndelete table inet ostler\n";
-    [replace, &script(pool, host, elements)].concat()
+    [replace, &script(host, elements)].concat()
 }
 
 const CHAINS: [(&str, &str); 6] = [
@@ -90,7 +87,8 @@ const CHAINS: [(&str, &str); 6] = [
 /// By chain, in order. Before connection tracking (`raw_in`) a reply to 127.0.0.1 still bears the
 /// link's address, so whatever names 127/8 there was made up. `route_localnet`, which the replies
 /// need, opens nothing because of that rule. A packet that tracking calls invalid would leave with
-/// its private address.
+/// its private address. Nothing is keyed on the pool: what lives since an earlier configuration has
+/// addresses outside of today's.
 const RULES: &str = r#"
     raw_in iifname != "os-*" accept
     raw_in meta nfproto ipv6 drop
@@ -100,7 +98,7 @@ const RULES: &str = r#"
     nat_in iifname != "os-*" meta nfproto ipv4 meta l4proto tcp fib daddr type local dnat ip to tcp dport map @ports
     nat_out meta nfproto ipv4 meta l4proto tcp fib daddr type local dnat ip to tcp dport map @ports
     nat_post oifname "os-*" ip saddr 127.0.0.0/8 masquerade
-    nat_post oifname != "os-*" ip saddr $pool masquerade
+    nat_post iifname "os-*" oifname != "os-*" meta nfproto ipv4 masquerade
 
     forward iifname != "os-*" oifname != "os-*" accept
     forward ct state established,related accept
@@ -191,9 +189,7 @@ mod tests {
 
     #[test]
     fn the_script_fills_in_what_is_configured() {
-        let pool = Subnet::parse(([10, 254, 0, 0].into(), 22)).unwrap();
-        let kept = script(pool, HostAccess::Refused, Elements::Kept);
-        assert!(kept.contains("ip saddr 10.254.0.0/22 masquerade\n"));
+        let kept = script(HostAccess::Refused, Elements::Kept);
         assert!(kept.contains("inet ostler input reject with icmpx admin-prohibited\n"));
         assert!(!kept.contains('$') && !kept.contains("flush set") && !kept.contains("element"));
         let live = [Attached {
@@ -201,7 +197,7 @@ mod tests {
             lease: lease(),
             ports: vec![(61_001, 8080)],
         }];
-        let filled = script(pool, HostAccess::Allowed, Elements::Exactly(&live));
+        let filled = script(HostAccess::Allowed, Elements::Exactly(&live));
         assert!(filled.contains("inet ostler input accept\n"));
         assert!(filled.ends_with(
             "flush set inet ostler sources\nflush map inet ostler ports\n\

@@ -356,6 +356,31 @@ fn dockers_forward_chain_is_passed_and_left_as_it_was() {
 }
 
 #[test]
+fn an_adopted_container_of_an_earlier_pool_keeps_its_way_out() {
+    on_host(|| async {
+        let (outside, network) = (outside(), open().await);
+        let container = Container::new(&network, ONE).await;
+        drop(network);
+        let config = NetworkConfig {
+            pool: ([10, 9, 8, 0].into(), 24),
+            ..NetworkConfig::default()
+        };
+        let network = Network::open(&config).await.unwrap();
+        network.adopt_lease(&container.lease).unwrap();
+        let live = [Attached {
+            handle: ONE.to_owned(),
+            lease: container.lease.clone(),
+            ports: Vec::new(),
+        }];
+        network.rebuild(&live).await.unwrap();
+        let listener = outside.listen(80);
+        let mut client = container.namespace.connect(OUTSIDE, 80).unwrap();
+        let server = converse(&listener, &mut client);
+        assert_eq!(server.peer_addr().unwrap().ip(), HOST);
+    });
+}
+
+#[test]
 fn close_leaves_the_host_as_the_first_agent_found_it() {
     on_host(|| async {
         sysctl::write("ipv4/ip_forward", "0").unwrap();
