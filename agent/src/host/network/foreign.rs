@@ -6,7 +6,9 @@
 //! leave with the agent. Our own table still refuses what it refuses.
 
 use super::{NetworkError, program};
+use std::error::Error;
 use std::fs;
+use tracing::{info, warn};
 
 /// What marks a rule as ours.
 const COMMENT: &str = "ostler";
@@ -50,30 +52,51 @@ pub(super) enum Accepts {
 }
 
 /// Puts the accepts in or takes them out, in each iptables that is in use here. Blocks: one process
-/// to read, and one for each change. Gives back the chains that have them now.
-pub(super) fn settle(accepts: Accepts) -> Result<Vec<String>, NetworkError> {
-    let mut places = Vec::new();
+/// to read, and one for each change. What others' rules do not allow is told, and is no failure of ours.
+pub(super) fn settle(accepts: Accepts) {
     for program in ["iptables-nft", "iptables-legacy"] {
         // Reading with the legacy program would make its tables where there are none yet.
         if program == "iptables-legacy" && !legacy_in_use() {
             continue;
         }
-        let rules = match program::run(program, &["-w", "10", "-S"], "") {
-            Ok(rules) => rules,
+        match program::run(program, &["-w", "10", "-S"], "") {
+            Ok(rules) => carry_out(program, &plan(&rules, accepts)),
             // Without the program there is nobody who could have used it here. In a mount namespace
             // of our own somebody outside might have.
-            Err(NetworkError::Missing { .. }) => continue,
-            Err(error) => return Err(error),
-        };
-        let plan = plan(&rules, accepts);
-        for change in &plan.changes {
-            let mut arguments = vec!["-w", "10"];
-            arguments.extend(change.iter().map(String::as_str));
-            program::run(program, &arguments, "")?;
+            Err(NetworkError::Missing { .. }) => {}
+            // For example a native nft table "ip filter" with more in it than iptables knows.
+            Err(error) => warn!(
+                error = &error as &dyn Error,
+                "a filter table cannot be read by iptables and stays as it is: if its forward chain \
+                 drops, let it accept what comes from and goes to \"os-*\""
+            ),
         }
-        places.extend(plan.chain.map(|chain| format!("{chain} ({program})")));
     }
-    Ok(places)
+}
+
+fn carry_out(program: &'static str, plan: &Plan) {
+    for change in &plan.changes {
+        let mut arguments = vec!["-w", "10"];
+        arguments.extend(change.iter().map(String::as_str));
+        if let Err(error) = program::run(program, &arguments, "") {
+            let adding = change.first().is_some_and(|word| word == "-I");
+            warn!(
+                error = &error as &dyn Error,
+                "an accept in a foreign chain could not be {}: do it by hand",
+                if adding { "added" } else { "removed" }
+            );
+            // The old accepts must do while there are no new ones.
+            if adding {
+                return;
+            }
+        }
+    }
+    if let (Some(chain), false) = (plan.chain, plan.changes.is_empty()) {
+        info!(
+            chain,
+            program, "a foreign chain that drops was told to accept containers' traffic"
+        );
+    }
 }
 
 /// Whether the legacy `filter` table exists in this network namespace.

@@ -36,7 +36,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use subnet::Subnet;
 use table::{Elements, HostAccess};
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 /// How long an address block rests: a namespace takes some 30 ms to go, packets in flight longer.
 const ADDRESS_REST: Duration = Duration::from_secs(5);
@@ -335,17 +335,16 @@ impl Network {
     pub async fn close(&self) {
         let table = Arc::clone(&self.table);
         blocking(move || {
+            foreign::settle(Accepts::Nowhere);
             let forwarding = match table.has_note(FORWARDING_NOTE) {
                 Ok(true) => sysctl::write("ipv4/ip_forward", "0"),
                 Ok(false) => Ok(()),
                 Err(error) => Err(error),
             };
-            let steps = [
-                foreign::settle(Accepts::Nowhere).map(drop),
-                forwarding,
-                table.remove_table(),
-            ];
-            for error in steps.into_iter().filter_map(Result::err) {
+            for error in [forwarding, table.remove_table()]
+                .into_iter()
+                .filter_map(Result::err)
+            {
                 warn!(
                     error = &error as &dyn Error,
                     "something of the network was left"
@@ -382,14 +381,7 @@ fn prepare(table: &Nftables, host: HostAccess) -> Result<(), NetworkError> {
         table.add_note(FORWARDING_NOTE)?;
         sysctl::write("ipv4/ip_forward", "1")?;
     }
-    let places = foreign::settle(Accepts::WhereNeeded)?;
-    if !places.is_empty() {
-        let chains = places.join(", ");
-        info!(
-            chains,
-            "foreign chains that drop were told to accept containers' traffic"
-        );
-    }
+    foreign::settle(Accepts::WhereNeeded);
     Ok(())
 }
 

@@ -356,6 +356,30 @@ fn dockers_forward_chain_is_passed_and_left_as_it_was() {
 }
 
 #[test]
+fn a_filter_table_that_iptables_cannot_read_is_no_obstacle() {
+    on_host(|| async {
+        let (outside, chain) = (outside(), "type filter hook forward priority 0 ; }");
+        run("nft", "add table ip filter");
+        run("nft", &format!("add chain ip filter FORWARD {{ {chain}"));
+        run(
+            "nft",
+            "add rule ip filter FORWARD ct state established accept",
+        );
+        super::program::run("iptables-nft", &["-S"], "").unwrap_err();
+        let before = run("nft", "--stateless list table ip filter");
+        let network = open().await;
+        let container = Container::new(&network, ONE).await;
+        let listener = outside.listen(80);
+        converse(
+            &listener,
+            &mut container.namespace.connect(OUTSIDE, 80).unwrap(),
+        );
+        network.close().await;
+        assert_eq!(run("nft", "--stateless list table ip filter"), before);
+    });
+}
+
+#[test]
 fn an_adopted_container_of_an_earlier_pool_keeps_its_way_out() {
     on_host(|| async {
         let (outside, network) = (outside(), open().await);
