@@ -42,6 +42,9 @@ const ACCEPTS: [&[&str]; 2] = [
     ],
 ];
 
+/// The chains that they may stand in.
+const PLACES: [&str; 2] = ["DOCKER-USER", "FORWARD"];
+
 /// What shall be so afterwards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Accepts {
@@ -119,15 +122,19 @@ fn plan(rules: &str, accepts: Accepts) -> Plan {
     let chain = match accepts {
         Accepts::WhereNeeded if has("-P FORWARD DROP") => {
             let docker = has("-N DOCKER-USER") && has("-A FORWARD -j DOCKER-USER");
-            Some(if docker { "DOCKER-USER" } else { "FORWARD" })
+            let [user, forward] = PLACES;
+            Some(if docker { user } else { forward })
         }
         Accepts::WhereNeeded | Accepts::Nowhere => None,
     };
+    // Whatever else bears our comment is somebody else's.
     let ours: Vec<Vec<&str>> = rules
         .lines()
         .map(|line| line.split_whitespace().collect::<Vec<_>>())
-        .filter(|words| words.windows(2).any(|pair| pair == ["--comment", COMMENT]))
-        .filter(|words| words.first() == Some(&"-A"))
+        .filter(|words| match words.split_at_checked(2) {
+            Some((["-A", chain], rule)) => PLACES.contains(chain) && ACCEPTS.contains(&rule),
+            _ => false,
+        })
         .collect();
     let in_place = |chain| {
         let there = |accept: &&[&str]| {
@@ -252,8 +259,14 @@ mod tests {
     fn rules_of_others_are_never_removed() {
         let rules = format!(
             "{CLOSED}-A FORWARD -i os-+ -j ACCEPT\n\
-             -A FORWARD -m comment --comment ostlerish -j DROP\n"
+             -A FORWARD -m comment --comment ostlerish -j DROP\n\
+             -A INPUT -p tcp -m tcp --dport 4222 -m comment --comment ostler -j ACCEPT\n\
+             -A FORWARD -s 10.0.0.1/32 -i os-+ -m comment --comment ostler -j ACCEPT\n"
         );
         assert!(lines(&rules, Accepts::Nowhere).is_empty());
+        assert_eq!(lines(&rules, Accepts::WhereNeeded).len(), 2);
+        // Nor one like ours where we put none.
+        let elsewhere = settled(&format!("{CLOSED}-N ADMIN\n"), "ADMIN");
+        assert!(lines(&elsewhere, Accepts::Nowhere).is_empty());
     }
 }
