@@ -295,6 +295,7 @@ fn engine_config(config: &Config) -> EngineConfig {
             port_quarantine: config.network.port_quarantine,
             local_ip: config.network.local_ip,
             allow_host_access: config.network.allow_host_access,
+            standing: None,
         },
         spool_bytes: config.spool_bytes,
     }

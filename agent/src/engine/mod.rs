@@ -124,7 +124,7 @@ impl Engine {
     ///
     /// # Errors
     /// What is missing or refused, and what to do about it.
-    pub async fn open(config: EngineConfig) -> Result<Self, EngineError> {
+    pub async fn open(mut config: EngineConfig) -> Result<Self, EngineError> {
         let (base, parent) = (config.base.clone(), config.cgroup_parent.clone());
         let (depot, cgroups, boot_id) = blocking(move || {
             let depot = Depot::open(&base)?;
@@ -132,6 +132,7 @@ impl Engine {
         })
         .await?;
         let helpers = Helpers::start(config.helpers).map_err(EngineError::Thread)?;
+        config.network.standing = Some(config.base.join("pools"));
         let network = Network::open(&config.network).await?;
         tracing::info!(cgroups = cgroups.describe(), base = %config.base.display(), "engine opened");
         let kills = KillLog::start();

@@ -11,6 +11,7 @@ mod link;
 mod nfnetlink;
 mod pool;
 mod program;
+mod standing;
 mod subnet;
 mod sysctl;
 mod table;
@@ -23,15 +24,18 @@ pub use error::NetworkError;
 pub use subnet::Lease;
 
 use super::blocking;
+use crate::random;
 use foreign::Accepts;
 use link::{HostAddress, Links, Scope};
 use nfnetlink::Nftables;
 use pool::Pool;
+use standing::Standing;
 use std::collections::HashSet;
 use std::error::Error;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::ops::RangeInclusive;
 use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use subnet::Subnet;
@@ -61,6 +65,9 @@ pub struct NetworkConfig {
     pub local_ip: Option<Ipv4Addr>,
     /// Whether containers may open connections to services of the host itself.
     pub allow_host_access: bool,
+    /// Where it is kept which address and port were given out last, so that the next agent does not
+    /// begin with what this one has just released; nowhere when `None`.
+    pub standing: Option<PathBuf>,
 }
 
 impl Default for NetworkConfig {
@@ -74,6 +81,7 @@ impl Default for NetworkConfig {
             port_quarantine: Duration::from_secs(150),
             local_ip: None,
             allow_host_access: false,
+            standing: None,
         }
     }
 }
@@ -108,6 +116,7 @@ struct Pools {
     blocks: Pool,
     /// Number n is the n-th port.
     ports: Pool,
+    standing: Standing,
 }
 
 impl Network {
@@ -139,18 +148,15 @@ impl Network {
         let table = Arc::new(Nftables::open(table::TABLE)?);
         let prepared = Arc::clone(&table);
         blocking(move || prepare(&prepared, host_access)).await?;
-        let first_port = *config.ports.start();
-        let ports = u32::try_from(config.ports.len()).unwrap_or(u32::MAX);
+        let opened = config.clone();
+        let pools = blocking(move || Pools::open(pool, &opened)).await;
         Ok(Self {
             links,
             table,
-            pools: Mutex::new(Pools {
-                blocks: Pool::new(pool.blocks(), ADDRESS_REST),
-                ports: Pool::new(ports, config.port_quarantine),
-            }),
+            pools: Mutex::new(pools),
             pool,
             host_access,
-            first_port,
+            first_port: *config.ports.start(),
             local_ip,
             mtu: config.mtu.unwrap_or_else(|| mtu_at(local_ip, &addresses)),
         })
@@ -180,7 +186,10 @@ impl Network {
             });
         };
         match pools.ports.take(now) {
-            Some(port) => Ok((self.pool.block(block), self.port(port))),
+            Some(port) => {
+                self.keep(&pools);
+                Ok((self.pool.block(block), self.port(port)))
+            }
             None => {
                 pools.blocks.untake(block, now);
                 Err(no_port(&pools))
@@ -193,7 +202,7 @@ impl Network {
     /// # Errors
     /// [`NetworkError::Taken`] when another one has them.
     pub fn adopt_lease(&self, lease: &Lease) -> Result<(), NetworkError> {
-        let adopted = self.pools().blocks.adopt(self.pool.number(lease));
+        let adopted = self.pools().blocks.adopt(self.pool.number(lease.container));
         adopted.map_err(|pool::InUse| NetworkError::Taken(lease.container.to_string()))
     }
 
@@ -201,7 +210,7 @@ impl Network {
     pub fn release(&self, lease: Lease) {
         self.pools()
             .blocks
-            .release(self.pool.number(&lease), Instant::now());
+            .release(self.pool.number(lease.container), Instant::now());
     }
 
     /// A host port for one more mapping.
@@ -211,7 +220,10 @@ impl Network {
     pub fn take_port(&self) -> Result<u16, NetworkError> {
         let mut pools = self.pools();
         match pools.ports.take(Instant::now()) {
-            Some(number) => Ok(self.port(number)),
+            Some(number) => {
+                self.keep(&pools);
+                Ok(self.port(number))
+            }
             None => Err(no_port(&pools)),
         }
     }
@@ -330,9 +342,12 @@ impl Network {
     }
 
     /// Leaves the host as it was before the first agent came: no table, no accepts in others' chains,
-    /// forwarding off if it was. Links go with their containers. What is refused is logged, and the
-    /// rest done.
+    /// forwarding off if it was, no word of where the pools stand. Links go with their containers. What
+    /// is refused is logged, and the rest done.
     pub async fn close(&self) {
+        if let Err(error) = self.pools().standing.remove() {
+            warn!(%error, "where the pools stand was left");
+        }
         let table = Arc::clone(&self.table);
         blocking(move || {
             foreign::settle(Accepts::Nowhere);
@@ -354,6 +369,12 @@ impl Network {
         .await;
     }
 
+    /// Keeps for the next agent what was given out last.
+    fn keep(&self, pools: &Pools) {
+        let address = self.pool.block(pools.blocks.last()).container;
+        pools.standing.keep(address, self.port(pools.ports.last()));
+    }
+
     fn port(&self, number: u32) -> u16 {
         u16::try_from(number).map_or(u16::MAX, |number| self.first_port.wrapping_add(number))
     }
@@ -364,6 +385,33 @@ impl Network {
 
     fn pools(&self) -> MutexGuard<'_, Pools> {
         self.pools.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Pools {
+    /// Empty pools that begin behind what an agent gave out last: at random where it did not say, or
+    /// where the ranges were others. Blocks.
+    fn open(pool: Subnet, config: &NetworkConfig) -> Self {
+        let ports = u32::try_from(config.ports.len()).unwrap_or(u32::MAX);
+        let mut blocks = Pool::new(pool.blocks(), ADDRESS_REST);
+        let mut ports = Pool::new(ports, config.port_quarantine);
+        let (standing, last) = Standing::open(config.standing.clone());
+        if config.standing.is_some() {
+            let (address, port) = last.unzip();
+            let block = address
+                .filter(|address| pool.contains(*address))
+                .map(|container| pool.number(container));
+            let port = port
+                .filter(|port| config.ports.contains(port))
+                .map(|port| u32::from(port - config.ports.start()));
+            blocks.begin_behind(block.unwrap_or_else(random::u32));
+            ports.begin_behind(port.unwrap_or_else(random::u32));
+        }
+        Self {
+            blocks,
+            ports,
+            standing,
+        }
     }
 }
 

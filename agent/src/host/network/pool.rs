@@ -11,9 +11,13 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub(super) struct Pool {
     size: u32,
-    /// From here on no number was given out, except those in `early`.
-    fresh: u32,
-    /// Adopted before `fresh` came to them: they come back through `resting` only.
+    /// The number that is given out first; then come those behind it, and after the last the first.
+    start: u32,
+    /// So many numbers were passed from `start` on. No other was given out, except those in `early`.
+    passed: u32,
+    /// Given out last.
+    last: u32,
+    /// Adopted before their turn came: they come back through `resting` only.
     early: HashSet<u32>,
     in_use: HashSet<u32>,
     /// When each may be given out again, earliest first.
@@ -29,7 +33,9 @@ impl Pool {
     pub(super) fn new(size: u32, rest: Duration) -> Self {
         Self {
             size,
-            fresh: 0,
+            start: 0,
+            passed: 0,
+            last: size.saturating_sub(1),
             early: HashSet::new(),
             in_use: HashSet::new(),
             resting: VecDeque::new(),
@@ -37,15 +43,28 @@ impl Pool {
         }
     }
 
+    /// Begins behind a number that was given out before this pool was made. One outside the range is
+    /// as good as any.
+    pub(super) fn begin_behind(&mut self, last: u32) {
+        if let Some(last) = last.checked_rem(self.size) {
+            self.last = last;
+            self.start = (last + 1) % self.size;
+        }
+    }
+
+    /// The number given out last.
+    pub(super) fn last(&self) -> u32 {
+        self.last
+    }
+
     /// A number nobody has: first those never used, then the one that rested longest. `None` when all
     /// are in use or still resting.
     pub(super) fn take(&mut self, now: Instant) -> Option<u32> {
-        while self.fresh < self.size {
-            let number = self.fresh;
-            self.fresh += 1;
+        while self.passed < self.size {
+            let number = self.behind_start(self.passed);
+            self.passed += 1;
             if !self.early.remove(&number) {
-                self.in_use.insert(number);
-                return Some(number);
+                return Some(self.give(number));
             }
         }
         let &(ready, number) = self.resting.front()?;
@@ -53,8 +72,33 @@ impl Pool {
             return None;
         }
         self.resting.pop_front();
+        Some(self.give(number))
+    }
+
+    fn give(&mut self, number: u32) -> u32 {
         self.in_use.insert(number);
-        Some(number)
+        self.last = number;
+        number
+    }
+
+    /// The number that comes `steps` (below `size`) after `start`.
+    fn behind_start(&self, steps: u32) -> u32 {
+        let to_the_end = self.size - self.start;
+        if steps < to_the_end {
+            self.start + steps
+        } else {
+            steps - to_the_end
+        }
+    }
+
+    /// Whether a number's turn is still to come.
+    fn is_ahead(&self, number: u32) -> bool {
+        let steps = if number >= self.start {
+            number - self.start
+        } else {
+            number + (self.size - self.start)
+        };
+        number < self.size && steps >= self.passed
     }
 
     /// Takes back what [`Pool::take`] gave at `now` and nobody used: it need not rest.
@@ -71,7 +115,7 @@ impl Pool {
             return Err(InUse);
         }
         self.resting.retain(|&(_, resting)| resting != number);
-        if number >= self.fresh && number < self.size {
+        if self.is_ahead(number) {
             self.early.insert(number);
         }
         Ok(())
@@ -195,6 +239,31 @@ mod tests {
 
     #[test]
     fn an_empty_pool_gives_nothing() {
-        assert_eq!(Pool::new(0, REST).take(Instant::now()), None);
+        let mut pool = Pool::new(0, REST);
+        assert_eq!(pool.take(Instant::now()), None);
+        pool.begin_behind(7);
+        assert_eq!(pool.take(Instant::now()), None);
+    }
+
+    #[test]
+    fn a_pool_goes_on_behind_the_last_and_around() {
+        let now = Instant::now();
+        let mut pool = Pool::new(4, REST);
+        pool.begin_behind(1);
+        assert_eq!(pool.last(), 1);
+        assert_eq!(pool.adopt(3), Ok(()));
+        assert_eq!(pool.adopt(1), Ok(()));
+        assert_eq!((pool.take(now), pool.last()), (Some(2), 2));
+        // Adopted before its turn and given back: it rests, as any other.
+        pool.release(3, now);
+        assert_eq!((pool.take(now), pool.last()), (Some(0), 0));
+        assert_eq!(pool.take(now), None);
+        assert_eq!(pool.take(now + REST), Some(3));
+        let mut pool = Pool::new(3, REST);
+        pool.begin_behind(2 + 3);
+        assert_eq!(
+            [(); 4].map(|()| pool.take(now)),
+            [Some(0), Some(1), Some(2), None]
+        );
     }
 }

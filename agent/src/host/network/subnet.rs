@@ -53,9 +53,9 @@ impl Subnet {
         }
     }
 
-    /// The number of a lease's block; of one outside the pool, a number beyond the last.
-    pub(super) fn number(self, lease: &Lease) -> u32 {
-        let offset = u32::from(lease.container).wrapping_sub(u32::from(self.base));
+    /// The number of a container's block; of one outside the pool, a number beyond the last.
+    pub(super) fn number(self, container: Ipv4Addr) -> u32 {
+        let offset = u32::from(container).wrapping_sub(u32::from(self.base));
         offset / 4
     }
 }
@@ -86,10 +86,10 @@ mod tests {
             let lease = pool.block(number);
             assert_eq!(lease.host, Ipv4Addr::from(host));
             assert_eq!(u32::from(lease.container), u32::from(lease.host) + 1);
-            assert_eq!(pool.number(&lease), number);
+            assert_eq!(pool.number(lease.container), number);
         }
         let foreign = subnet([10, 253, 0, 0], 22).unwrap().block(0);
-        assert!(pool.number(&foreign) >= pool.blocks());
+        assert!(pool.number(foreign.container) >= pool.blocks());
         assert!(pool.contains([10, 254, 3, 255].into()) && !pool.contains([10, 254, 4, 0].into()));
         assert_eq!(subnet([10, 254, 0, 4], 30).unwrap().blocks(), 1);
         assert_eq!(subnet([10, 0, 0, 0], 8).unwrap().blocks(), 1 << 22);

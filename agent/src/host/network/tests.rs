@@ -671,6 +671,51 @@ fn addresses_and_ports_are_given_out_once() {
     });
 }
 
+/// A file that goes when the test ends, however it ends.
+struct Goes(std::path::PathBuf);
+
+impl Drop for Goes {
+    fn drop(&mut self) {
+        let _gone_already = std::fs::remove_file(&self.0);
+    }
+}
+
+#[test]
+fn what_was_just_released_is_not_given_out_by_the_next_agent() {
+    on_host(|| async {
+        let path = std::env::temp_dir().join(format!("ostler-pools-{}", std::process::id()));
+        let _goes = Goes(path.clone());
+        let config = NetworkConfig {
+            pool: ([10, 9, 8, 0].into(), 28),
+            ports: 61_001..=61_004,
+            standing: Some(path.clone()),
+            ..NetworkConfig::default()
+        };
+        let mut seen = Vec::new();
+        for _agent in 0..3 {
+            let network = Network::open(&config).await.unwrap();
+            let (lease, port) = network.reserve().unwrap();
+            network.release(lease.clone());
+            network.release_port(port);
+            seen.push((lease.container, port));
+        }
+        let fresh: HashSet<_> = seen.iter().map(|(address, _)| address).collect();
+        assert_eq!(fresh.len(), 3, "{seen:?}");
+        let fresh: HashSet<_> = seen.iter().map(|(_, port)| port).collect();
+        assert_eq!(fresh.len(), 3, "{seen:?}");
+        // Garbage, or what another configuration has left: somewhere.
+        for kept in ["", "no address 1\n", "192.0.2.7 61003           \n"] {
+            std::fs::write(&path, kept).unwrap();
+            let network = Network::open(&config).await.unwrap();
+            let (lease, port) = network.reserve().unwrap();
+            assert!(config.ports.contains(&port), "{port}");
+            assert_eq!(lease.container.octets()[..3], [10, 9, 8], "{lease:?}");
+        }
+        Network::open(&config).await.unwrap().close().await;
+        assert!(!path.exists());
+    });
+}
+
 #[test]
 fn a_host_with_nothing_but_loopback_will_do() {
     on_host(|| async {
