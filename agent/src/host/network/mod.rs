@@ -27,7 +27,7 @@ use super::blocking;
 use crate::random;
 use foreign::Accepts;
 use link::{HostAddress, Links, Scope};
-use nfnetlink::Nftables;
+use nfnetlink::{Element, Nftables};
 use pool::Pool;
 use standing::Standing;
 use std::collections::HashSet;
@@ -257,7 +257,7 @@ impl Network {
         lease: &Lease,
     ) -> Result<(), NetworkError> {
         self.links.create(handle, netns, lease, self.mtu).await?;
-        let added = self.table.add(&[table::source(handle, lease)]);
+        let added = self.add(table::source(handle, lease)).await;
         if added.is_err() {
             // The first error is the one to tell.
             let _ = self.links.delete(&link::name(handle)).await;
@@ -265,8 +265,8 @@ impl Network {
         added
     }
 
-    /// Leads a TCP port of every address of this host, 127.0.0.1 included, into a container. One
-    /// netlink message, which is done when it is sent: never waits.
+    /// Leads a TCP port of every address of this host, 127.0.0.1 included, into a container: one
+    /// netlink message.
     ///
     /// # Errors
     /// When the port leads elsewhere already.
@@ -278,13 +278,19 @@ impl Network {
         container_port: u16,
     ) -> Result<(), NetworkError> {
         debug!(handle, host_port, container_port, "mapping a port");
-        self.table
-            .add(&[table::port(lease.container, host_port, container_port)])
+        let port = table::port(lease.container, host_port, container_port);
+        self.add(port).await
+    }
+
+    /// Where blocking is allowed: others' transactions may keep the kernel for a second.
+    async fn add(&self, element: Element) -> Result<(), NetworkError> {
+        let table = Arc::clone(&self.table);
+        blocking(move || table.add(&[element])).await
     }
 
     /// Takes away what [`Network::attach`] and [`Network::map_port`] added to the table; what is not
     /// there is no error. The link dies with the container's namespace. One netlink message, or two
-    /// when something was absent: never waits. A refusal is logged; [`Network::rebuild`] mends it.
+    /// when something was absent. A refusal is logged; [`Network::rebuild`] mends it.
     pub async fn detach(&self, handle: &str, lease: &Lease, ports: &[(u16, u16)]) {
         let mut elements = vec![table::source(handle, lease)];
         elements.extend(
@@ -292,7 +298,8 @@ impl Network {
                 .iter()
                 .map(|&(from, to)| table::port(lease.container, from, to)),
         );
-        if let Err(error) = self.table.remove(&elements) {
+        let table = Arc::clone(&self.table);
+        if let Err(error) = blocking(move || table.remove(&elements)).await {
             warn!(
                 handle,
                 error = &error as &dyn Error,

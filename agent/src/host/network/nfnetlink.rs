@@ -1,8 +1,8 @@
 //! Changes of nftables over netlink: a batch of messages that the kernel applies whole or not at all.
 //!
 //! A batch is `BATCH_BEGIN`, the changes, `BATCH_END`, sent in one packet. The kernel works it off
-//! inside `sendmsg` (some 50 µs), so every answer lies in the socket when the call returns, one for
-//! each change. Numbers are those of linux/netfilter/{nfnetlink,nf_tables}.h.
+//! inside `sendmsg` (some 50 µs, but others' transactions go first), so every answer lies in the socket
+//! when the call returns, one for each change. Numbers are those of linux/netfilter/{nfnetlink,nf_tables}.h.
 
 use super::NetworkError;
 use nix::errno::Errno;

@@ -5,6 +5,7 @@ use super::testbed::{
     listen, on_host, open, open_hospitable, outside, received, run,
 };
 use super::{Attached, Lease, Network, NetworkConfig, NetworkError, sysctl};
+use std::cell::Cell;
 use std::collections::HashSet;
 use std::fs::File;
 use std::io;
@@ -548,6 +549,53 @@ fn detaching_twice_or_what_is_half_there_succeeds() {
         );
         drop(container);
         gone(ONE);
+    });
+}
+
+/// A transaction for which the kernel makes all others wait.
+fn large_transaction() {
+    let rules = "add rule inet other c tcp dport 80 counter accept\n".repeat(40_000);
+    let script = format!("add table inet other\nadd chain inet other c\n{rules}");
+    super::program::run("nft", &["-f", "-"], &script).unwrap();
+}
+
+#[test]
+fn a_large_transaction_of_others_delays_one_mapping_and_no_task() {
+    on_host(|| async {
+        let network = open().await;
+        let container = Container::new(&network, ONE).await;
+        let (lease, ticks) = (&container.lease, Cell::new(0));
+        let here = File::open("/proc/thread-self/ns/net").unwrap();
+        let large = std::thread::spawn(move || {
+            Namespace(here.into()).inside(large_transaction);
+        });
+        let ticking = async {
+            let mut tick = tokio::time::interval(Duration::from_millis(1));
+            loop {
+                tick.tick().await;
+                ticks.set(ticks.get() + 1);
+            }
+        };
+        let mapping = async {
+            let mut slowest = (Duration::ZERO, 0);
+            while !large.is_finished() {
+                let (begun, before) = (std::time::Instant::now(), ticks.get());
+                network.map_port(ONE, lease, 61_001, 8080).await.unwrap();
+                network.detach(ONE, lease, &[(61_001, 8080)]).await;
+                slowest = slowest.max((begun.elapsed(), ticks.get() - before));
+                tokio::task::yield_now().await;
+            }
+            slowest
+        };
+        let slowest = tokio::select! {
+            () = ticking => (Duration::ZERO, 0),
+            slowest = mapping => slowest,
+        };
+        large.join().unwrap();
+        assert!(
+            slowest.0 > Duration::from_millis(30) && slowest.1 > 5,
+            "{slowest:?}"
+        );
     });
 }
 
