@@ -59,6 +59,12 @@ pub enum NetworkError {
     /// No netlink socket for links, or no thread to serve it.
     #[error("cannot open a socket to change links")]
     Netlink(#[source] io::Error),
+    /// No socket for nftables' events, or no thread to read it.
+    #[error("cannot watch for changes of nftables")]
+    Watch(#[source] io::Error),
+    /// The container has no place in the network, or no longer.
+    #[error("container \"{0}\" is not attached to the network")]
+    Detached(String),
     /// The kernel refused to change a link.
     #[error("cannot {doing} link \"{link}\"")]
     Link {

@@ -5,12 +5,14 @@
 //! network, host end, container, broadcast. What lives outlasts this agent: links hang on the
 //! container's namespace, rules and elements on the host's, and the next agent takes both over.
 
+mod decode;
 mod error;
 mod foreign;
 mod link;
 mod nfnetlink;
 mod pool;
 mod program;
+mod rules;
 mod standing;
 mod subnet;
 mod sysctl;
@@ -19,16 +21,16 @@ mod table;
 mod testbed;
 #[cfg(test)]
 mod tests;
+mod watch;
 
 pub use error::NetworkError;
 pub use subnet::Lease;
 
 use super::blocking;
 use crate::random;
-use foreign::Accepts;
 use link::{HostAddress, Links, Scope};
-use nfnetlink::{Element, Nftables};
 use pool::Pool;
+use rules::Rules;
 use standing::Standing;
 use std::collections::HashSet;
 use std::error::Error;
@@ -39,13 +41,12 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use subnet::Subnet;
-use table::{Elements, HostAccess};
+use table::HostAccess;
 use tracing::{debug, warn};
+use watch::{Changes, Watch};
 
 /// How long an address block rests: a namespace takes some 30 ms to go, packets in flight longer.
 const ADDRESS_REST: Duration = Duration::from_secs(5);
-/// A chain without packets that says what `close` must put back, also if another agent closes.
-const FORWARDING_NOTE: &str = "ip_forward_was_off";
 
 /// What the operator decides.
 #[derive(Debug, Clone)]
@@ -101,10 +102,10 @@ pub struct Attached {
 #[derive(Debug)]
 pub struct Network {
     links: Links,
-    table: Arc<Nftables>,
+    rules: Arc<Rules>,
+    _watch: Watch,
     pools: Mutex<Pools>,
     pool: Subnet,
-    host_access: HostAccess,
     first_port: u16,
     local_ip: Ipv4Addr,
     mtu: u32,
@@ -121,7 +122,8 @@ struct Pools {
 
 impl Network {
     /// Makes this host ready: forwarding, the table, and accepts where others' rules would drop what
-    /// ours let pass. Elements of a former agent stay until [`Network::rebuild`].
+    /// ours let pass. Elements of a former agent stay until [`Network::rebuild`]. From here on a thread
+    /// mends what others take away, until this is dropped.
     ///
     /// # Errors
     /// When the pool is unfit, `nft` is missing or refuses, or `/proc/sys/net` is read-only.
@@ -145,17 +147,25 @@ impl Network {
         } else {
             HostAccess::Refused
         };
-        let table = Arc::new(Nftables::open(table::TABLE)?);
-        let prepared = Arc::clone(&table);
-        blocking(move || prepare(&prepared, host_access)).await?;
-        let opened = config.clone();
-        let pools = blocking(move || Pools::open(pool, &opened)).await;
+        let ranges = config.clone();
+        let (rules, watch, pools) = blocking(move || {
+            let changes = Changes::open()?;
+            let rules = Arc::new(Rules::open(host_access, &changes)?);
+            let kept = Arc::downgrade(&rules);
+            let watch = Watch::start(changes, move |changes| {
+                if let Some(rules) = kept.upgrade() {
+                    rules.mend(changes);
+                }
+            })?;
+            Ok((rules, watch, Pools::open(pool, &ranges)))
+        })
+        .await?;
         Ok(Self {
             links,
-            table,
+            rules,
+            _watch: watch,
             pools: Mutex::new(pools),
             pool,
-            host_access,
             first_port: *config.ports.start(),
             local_ip,
             mtu: config.mtu.unwrap_or_else(|| mtu_at(local_ip, &addresses)),
@@ -257,7 +267,8 @@ impl Network {
         lease: &Lease,
     ) -> Result<(), NetworkError> {
         self.links.create(handle, netns, lease, self.mtu).await?;
-        let added = self.add(table::source(handle, lease)).await;
+        let (to_attach, to) = (handle.to_owned(), lease.clone());
+        let added = self.with(move |rules| rules.attach(&to_attach, &to)).await;
         if added.is_err() {
             // The first error is the one to tell.
             let _ = self.links.delete(&link::name(handle)).await;
@@ -269,7 +280,7 @@ impl Network {
     /// netlink message.
     ///
     /// # Errors
-    /// When the port leads elsewhere already.
+    /// When the port leads elsewhere already, or the container is not attached.
     pub async fn map_port(
         &self,
         handle: &str,
@@ -278,28 +289,26 @@ impl Network {
         container_port: u16,
     ) -> Result<(), NetworkError> {
         debug!(handle, host_port, container_port, "mapping a port");
-        let port = table::port(lease.container, host_port, container_port);
-        self.add(port).await
+        let (handle, lease) = (handle.to_owned(), lease.clone());
+        let pair = (host_port, container_port);
+        self.with(move |rules| rules.map(&handle, &lease, pair))
+            .await
     }
 
-    /// Where blocking is allowed: others' transactions may keep the kernel for a second.
-    async fn add(&self, element: Element) -> Result<(), NetworkError> {
-        let table = Arc::clone(&self.table);
-        blocking(move || table.add(&[element])).await
+    /// Where blocking is allowed.
+    async fn with<T: Send + 'static>(&self, work: impl FnOnce(&Rules) -> T + Send + 'static) -> T {
+        let rules = Arc::clone(&self.rules);
+        blocking(move || work(&rules)).await
     }
 
     /// Takes away what [`Network::attach`] and [`Network::map_port`] added to the table; what is not
     /// there is no error. The link dies with the container's namespace. One netlink message, or two
-    /// when something was absent. A refusal is logged; [`Network::rebuild`] mends it.
+    /// when something was absent. A refusal is logged, and
+    /// mended when the table is next found wrong.
     pub async fn detach(&self, handle: &str, lease: &Lease, ports: &[(u16, u16)]) {
-        let mut elements = vec![table::source(handle, lease)];
-        elements.extend(
-            ports
-                .iter()
-                .map(|&(from, to)| table::port(lease.container, from, to)),
-        );
-        let table = Arc::clone(&self.table);
-        if let Err(error) = blocking(move || table.remove(&elements)).await {
+        let (of, lease, ports) = (handle.to_owned(), lease.clone(), ports.to_vec());
+        let detached = self.with(move |rules| rules.detach(&of, &lease, &ports));
+        if let Err(error) = detached.await {
             warn!(
                 handle,
                 error = &error as &dyn Error,
@@ -314,9 +323,8 @@ impl Network {
     /// # Errors
     /// When `nft` refuses.
     pub async fn rebuild(&self, live: &[Attached]) -> Result<(), NetworkError> {
-        let (table, live) = (Arc::clone(&self.table), live.to_vec());
-        let host_access = self.host_access;
-        blocking(move || load(&table, host_access, Elements::Exactly(&live))).await
+        let live = live.to_vec();
+        self.with(move |rules| rules.rebuild(live)).await
     }
 
     /// Removes the link of a container that is dead, if it is still there: the kernel takes its namespace
@@ -355,25 +363,7 @@ impl Network {
         if let Err(error) = self.pools().standing.remove() {
             warn!(%error, "where the pools stand was left");
         }
-        let table = Arc::clone(&self.table);
-        blocking(move || {
-            foreign::settle(Accepts::Nowhere);
-            let forwarding = match table.has_note(FORWARDING_NOTE) {
-                Ok(true) => sysctl::write("ipv4/ip_forward", "0"),
-                Ok(false) => Ok(()),
-                Err(error) => Err(error),
-            };
-            for error in [forwarding, table.remove_table()]
-                .into_iter()
-                .filter_map(Result::err)
-            {
-                warn!(
-                    error = &error as &dyn Error,
-                    "something of the network was left"
-                );
-            }
-        })
-        .await;
+        self.with(Rules::close).await;
     }
 
     /// Keeps for the next agent what was given out last.
@@ -426,38 +416,6 @@ fn no_port(pools: &Pools) -> NetworkError {
     NetworkError::NoPort {
         in_use: pools.ports.in_use(),
         resting: pools.ports.resting(),
-    }
-}
-
-/// Table first: without it nothing of a container's may be forwarded.
-fn prepare(table: &Nftables, host: HostAccess) -> Result<(), NetworkError> {
-    load(table, host, Elements::Kept)?;
-    if sysctl::read("ipv4/ip_forward")? == "0" {
-        table.add_note(FORWARDING_NOTE)?;
-        sysctl::write("ipv4/ip_forward", "1")?;
-    }
-    foreign::settle(Accepts::WhereNeeded);
-    Ok(())
-}
-
-fn load(table: &Nftables, host: HostAccess, elements: Elements<'_>) -> Result<(), NetworkError> {
-    let nft = |script: String| program::run("nft", &["-f", "-"], &script).map(drop);
-    match nft(table::script(host, elements)) {
-        Err(NetworkError::Program { detail, .. }) => {
-            // Whatever the reason was, a transaction that fails has changed nothing.
-            warn!(
-                detail,
-                "the nftables table could not be brought up to date and is replaced"
-            );
-            let noted = table.has_note(FORWARDING_NOTE)?;
-            nft(table::script_afresh(host, elements))?;
-            if noted {
-                table.add_note(FORWARDING_NOTE)
-            } else {
-                Ok(())
-            }
-        }
-        other => other,
     }
 }
 

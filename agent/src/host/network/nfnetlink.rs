@@ -5,6 +5,7 @@
 //! when the call returns, one for each change. Numbers are those of linux/netfilter/{nfnetlink,nf_tables}.h.
 
 use super::NetworkError;
+use super::decode::{Chain, NFPROTO_INET, messages};
 use nix::errno::Errno;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, sendto,
@@ -17,22 +18,20 @@ const NFNL_SUBSYS_NFTABLES: u16 = 10;
 const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
 const NFNL_MSG_BATCH_END: u16 = 0x11;
 const NFPROTO_UNSPEC: u8 = 0;
-const NFPROTO_INET: u8 = 1;
 
 const NLM_F_REQUEST: u16 = 0x1;
 const NLM_F_ACK: u16 = 0x4;
 const NLM_F_CREATE: u16 = 0x400;
+const NLM_F_DUMP: u16 = 0x300;
 const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
 const NLA_F_NESTED: u16 = 0x8000;
 
 const NFT_MSG_DELTABLE: u16 = 2;
-const NFT_MSG_NEWCHAIN: u16 = 3;
 const NFT_MSG_GETCHAIN: u16 = 4;
 const NFT_MSG_NEWSETELEM: u16 = 12;
 const NFT_MSG_DELSETELEM: u16 = 14;
 const NFTA_TABLE_NAME: u16 = 1;
-const NFTA_CHAIN_TABLE: u16 = 1;
-const NFTA_CHAIN_NAME: u16 = 3;
 const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
 const NFTA_SET_ELEM_LIST_SET: u16 = 2;
 const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
@@ -147,52 +146,11 @@ impl Nftables {
         }
     }
 
-    /// Adds a chain that no packet passes: a note in the table that lives as long as the table.
-    pub(super) fn add_note(&self, chain: &str) -> Result<(), NetworkError> {
-        let attributes = self.chain(chain);
-        let change = Change {
-            kind: NFT_MSG_NEWCHAIN,
-            flags: NLM_F_CREATE,
-            attributes,
-        };
-        match self.transact(&[change]).into_iter().next() {
-            None => Ok(()),
-            Some((_, errno)) => Err(refused("add a chain to", self.table, errno)),
-        }
-    }
-
-    /// Whether the table has a chain of this name.
-    pub(super) fn has_note(&self, chain: &str) -> Result<bool, NetworkError> {
-        let attributes = self.chain(chain);
-        let change = Change {
-            kind: NFT_MSG_GETCHAIN,
-            flags: 0,
-            attributes,
-        };
+    /// All chains of all tables in the namespace.
+    pub(super) fn chains(&self) -> Result<Vec<Chain>, NetworkError> {
         let mut socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
-        // A question, not a change: it travels outside a batch.
-        let first = socket.sequence;
-        let packet = message(
-            nftables(change.kind),
-            NLM_F_ACK,
-            NFPROTO_INET,
-            0,
-            first,
-            &change.attributes,
-        );
-        match socket.exchange(&packet, first, 1).into_iter().next() {
-            None => Ok(true),
-            Some((_, Errno::ENOENT)) => Ok(false),
-            Some((_, errno)) => Err(refused("read a chain of", self.table, errno)),
-        }
-    }
-
-    fn chain(&self, name: &str) -> Vec<u8> {
-        [
-            attribute(NFTA_CHAIN_TABLE, &text(self.table)),
-            attribute(NFTA_CHAIN_NAME, &text(name)),
-        ]
-        .concat()
+        let listed = socket.dump(nftables(NFT_MSG_GETCHAIN), Chain::parse);
+        listed.map_err(|errno| refused("list the chains beside", self.table, errno))
     }
 
     fn element(&self, kind: u16, element: &Element) -> Change {
@@ -290,6 +248,32 @@ impl Socket {
     }
 }
 
+impl Socket {
+    /// Asks for all objects of a kind, in all families. The kernel makes each part of the answer when
+    /// the one before is taken, so there is always one until the last.
+    fn dump<T>(&mut self, kind: u16, parse: impl Fn(&[u8]) -> Option<T>) -> Result<Vec<T>, Errno> {
+        let request = message(kind, NLM_F_DUMP, NFPROTO_UNSPEC, 0, self.sequence, &[]);
+        self.sequence = self.sequence.wrapping_add(1);
+        let (descriptor, kernel) = (self.descriptor.as_raw_fd(), NetlinkAddr::new(0, 0));
+        sendto(descriptor, &request, &kernel, MsgFlags::empty())?;
+        let mut found = Vec::new();
+        let mut buffer = vec![0_u8; 64 * 1024];
+        loop {
+            let length = recv(descriptor, &mut buffer, MsgFlags::MSG_DONTWAIT)?;
+            for message in messages(buffer.get(..length).unwrap_or(&[])) {
+                match message.kind {
+                    NLMSG_DONE => return Ok(found),
+                    NLMSG_ERROR => {
+                        let error = message.body.first_chunk().copied();
+                        return Err(Errno::from_raw(-error.map_or(0, i32::from_ne_bytes)));
+                    }
+                    _ => found.extend(parse(message.body)),
+                }
+            }
+        }
+    }
+}
+
 /// Which of `count` requests numbered from `first` were refused, or not answered at all.
 fn refusals(answers: &[(u32, i32)], first: u32, count: usize) -> Vec<(usize, Errno)> {
     let position =
@@ -311,26 +295,13 @@ fn refusals(answers: &[(u32, i32)], first: u32, count: usize) -> Vec<(usize, Err
 }
 
 /// The (number, error) pairs of a received packet; error 0 says that it was done, others are negative.
-fn acknowledgements(mut packet: &[u8]) -> Vec<(u32, i32)> {
-    let mut answers = Vec::new();
-    // struct nlmsghdr: length, type, flags, sequence, port; then struct nlmsgerr begins with the error.
-    while let Some((header, rest)) = packet.split_first_chunk::<16>() {
-        let [l0, l1, l2, l3, t0, t1, _, _, s0, s1, s2, s3, ..] = *header;
-        let length = usize::try_from(u32::from_ne_bytes([l0, l1, l2, l3])).unwrap_or(usize::MAX);
-        if u16::from_ne_bytes([t0, t1]) == NLMSG_ERROR
-            && let Some(error) = rest.first_chunk::<4>()
-        {
-            answers.push((
-                u32::from_ne_bytes([s0, s1, s2, s3]),
-                i32::from_ne_bytes(*error),
-            ));
-        }
-        match packet.get(length.max(16).next_multiple_of(4)..) {
-            Some(next) => packet = next,
-            None => break,
-        }
-    }
-    answers
+fn acknowledgements(packet: &[u8]) -> Vec<(u32, i32)> {
+    messages(packet)
+        .filter(|message| message.kind == NLMSG_ERROR)
+        // struct nlmsgerr begins with the error.
+        .filter_map(|message| Some((message.sequence, message.body.first_chunk()?)))
+        .map(|(sequence, error)| (sequence, i32::from_ne_bytes(*error)))
+        .collect()
 }
 
 fn refused(doing: &'static str, table: &'static str, errno: Errno) -> NetworkError {

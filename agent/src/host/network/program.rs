@@ -1,5 +1,5 @@
-//! The programs the agent runs on its own behalf: `nft` and `iptables`, when it starts, when it puts
-//! the whole table right, and when it leaves. Never on a path that an instance takes.
+//! The programs the agent runs on its own behalf: `nft` and `iptables`, when it starts, when somebody
+//! else has changed the rules, and when it leaves. Never on a path that an instance takes.
 
 use super::NetworkError;
 use std::io::Write;
@@ -12,7 +12,7 @@ const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 /// wrote to standard error is the detail of [`NetworkError::Program`].
 #[expect(
     clippy::disallowed_methods,
-    reason = "not a helper: a short program at the agent's start and end, whose output is read here"
+    reason = "not a helper: a short program, whose output is read here"
 )]
 pub(super) fn run(
     program: &'static str,

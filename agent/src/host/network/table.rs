@@ -15,6 +15,7 @@
 
 use super::nfnetlink::Element;
 use super::{Attached, Lease, link};
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 
@@ -32,18 +33,24 @@ pub(super) enum HostAccess {
     Refused,
 }
 
-/// What becomes of the elements that the table has already.
-#[derive(Debug, Clone, Copy)]
-pub(super) enum Elements<'a> {
+/// What becomes of elements that nobody known has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Elements {
     /// They stay: those of a former agent's containers, which may be alive.
     Kept,
-    /// These alone are there afterwards.
-    Exactly(&'a [Attached]),
+    /// They go.
+    Removed,
 }
 
 /// The input of one `nft -f -`, and so one transaction: there is no moment without the old or the new
-/// rules. What is there already is added again without complaint, if its type is the same.
-pub(super) fn script(host: HostAccess, elements: Elements<'_>) -> String {
+/// rules. What is there already is added again without complaint, if its type is the same. `notes` are
+/// names of chains that no packet passes.
+pub(super) fn script(
+    host: HostAccess,
+    notes: &[String],
+    attached: &BTreeMap<String, Attached>,
+    others: Elements,
+) -> String {
     let host = match host {
         HostAccess::Allowed => "accept",
         HostAccess::Refused => "reject with icmpx admin-prohibited",
@@ -60,19 +67,65 @@ pub(super) fn script(host: HostAccess, elements: Elements<'_>) -> String {
             "add chain inet ostler {chain} {{ type {hook}; policy accept; }}"
         );
     }
+    for note in notes {
+        let _ = writeln!(text, "add chain inet ostler {note}");
+    }
     for line in RULES.lines().map(str::trim).filter(|line| !line.is_empty()) {
         let _ = writeln!(text, "add rule inet ostler {}", line.replace("$host", host));
     }
-    if let Elements::Exactly(live) = elements {
-        fill(&mut text, live);
+    if others == Elements::Removed {
+        let _ = writeln!(
+            text,
+            "flush set inet ostler {SOURCES}\nflush map inet ostler {PORTS}"
+        );
+    }
+    for attached in attached.values() {
+        let [sources, ports] = split_elements(attached);
+        for (set, elements) in [(SOURCES, sources), (PORTS, ports)] {
+            for element in elements {
+                let _ = writeln!(text, "add element inet ostler {set} {{ {element} }}");
+            }
+        }
     }
     text
 }
 
-/// The same for a kernel that has a table of this name with another layout: without the old one.
-pub(super) fn script_afresh(host: HostAccess, elements: Elements<'_>) -> String {
-    let replace = "add table inet ostler\ndelete table inet ostler\n";
-    [replace, &script(host, elements)].concat()
+/// The same without what a table of this name has now: its layout may be another.
+pub(super) fn afresh(script: &str) -> String {
+    ["add table inet ostler\ndelete table inet ostler\n", script].concat()
+}
+
+/// A container's elements, as `nft` writes them.
+pub(super) fn elements(attached: &Attached) -> Vec<String> {
+    split_elements(attached).concat()
+}
+
+/// Those of `sources`, those of `ports`.
+fn split_elements(attached: &Attached) -> [Vec<String>; 2] {
+    let (link, address) = (link::name(&attached.handle), attached.lease.container);
+    let ports = attached.ports.iter();
+    let ports = ports.map(|(outer, inner)| format!("{outer} : {address} . {inner}"));
+    [vec![format!("\"{link}\" . {address}")], ports.collect()]
+}
+
+/// What `nft` lists, taken apart into the table and its elements, whose order is nobody's.
+pub(super) fn split(listing: &str) -> (String, BTreeSet<String>) {
+    let (mut table, mut elements) = (String::new(), BTreeSet::new());
+    let mut inside = false;
+    for line in listing.lines() {
+        let first = line.trim().strip_prefix("elements = {");
+        inside |= first.is_some();
+        if inside {
+            let rest = first.unwrap_or(line).trim();
+            inside = !rest.ends_with('}');
+            let all = rest.trim_end_matches('}').split(',').map(str::trim);
+            elements.extend(all.filter(|one| !one.is_empty()).map(str::to_owned));
+        } else {
+            table.push_str(line);
+            table.push('\n');
+        }
+    }
+    (table, elements)
 }
 
 const CHAINS: [(&str, &str); 6] = [
@@ -114,31 +167,6 @@ const RULES: &str = r#"
     input meta l4proto icmp accept
     input $host
 "#;
-
-fn fill(text: &mut String, live: &[Attached]) {
-    let _ = writeln!(
-        text,
-        "flush set inet ostler {SOURCES}\nflush map inet ostler {PORTS}"
-    );
-    for Attached {
-        handle,
-        lease,
-        ports,
-    } in live
-    {
-        let (link, address) = (link::name(handle), lease.container);
-        let _ = writeln!(
-            text,
-            "add element inet ostler {SOURCES} {{ \"{link}\" . {address} }}"
-        );
-        for (outer, inner) in ports {
-            let _ = writeln!(
-                text,
-                "add element inet ostler {PORTS} {{ {outer} : {address} . {inner} }}"
-            );
-        }
-    }
-}
 
 /// Lets the container speak from its address, and from no other.
 pub(super) fn source(handle: &str, lease: &Lease) -> Element {
@@ -187,22 +215,51 @@ mod tests {
         assert_eq!(element.data.unwrap(), [10, 254, 0, 2, 0x1f, 0x90, 0, 0]);
     }
 
-    #[test]
-    fn the_script_fills_in_what_is_configured() {
-        let kept = script(HostAccess::Refused, Elements::Kept);
-        assert!(kept.contains("inet ostler input reject with icmpx admin-prohibited\n"));
-        assert!(!kept.contains('$') && !kept.contains("flush set") && !kept.contains("element"));
-        let live = [Attached {
+    fn live() -> BTreeMap<String, Attached> {
+        let attached = Attached {
             handle: "0123456789a".to_owned(),
             lease: lease(),
             ports: vec![(61_001, 8080)],
-        }];
-        let filled = script(HostAccess::Allowed, Elements::Exactly(&live));
+        };
+        BTreeMap::from([(attached.handle.clone(), attached)])
+    }
+
+    #[test]
+    fn the_script_fills_in_what_is_configured() {
+        let kept = script(HostAccess::Refused, &[], &BTreeMap::new(), Elements::Kept);
+        assert!(kept.contains("inet ostler input reject with icmpx admin-prohibited\n"));
+        assert!(!kept.contains('$') && !kept.contains("flush set") && !kept.contains("element"));
+        let notes = ["a_note".to_owned()];
+        let filled = script(HostAccess::Allowed, &notes, &live(), Elements::Removed);
         assert!(filled.contains("inet ostler input accept\n"));
+        assert!(filled.contains("add chain inet ostler a_note\n"));
         assert!(filled.ends_with(
             "flush set inet ostler sources\nflush map inet ostler ports\n\
              add element inet ostler sources { \"os-0123456789a\" . 10.254.0.2 }\n\
              add element inet ostler ports { 61001 : 10.254.0.2 . 8080 }\n"
         ));
+    }
+
+    #[test]
+    fn a_listing_is_split_into_table_and_elements() {
+        let listing = "table inet ostler {\n\
+                       \tset sources {\n\
+                       \t\ttype ifname . ipv4_addr\n\
+                       \t\telements = { \"os-b\" . 10.254.0.6,\n\
+                       \t\t\t     \"os-0123456789a\" . 10.254.0.2 }\n\
+                       \t}\n\
+                       \tmap ports {\n\
+                       \t\telements = { 61001 : 10.254.0.2 . 8080, 61002 : 10.254.0.2 . 80 }\n\
+                       \t}\n}\n";
+        let (table, found) = split(listing);
+        assert_eq!(
+            table,
+            "table inet ostler {\n\tset sources {\n\t\ttype ifname . ipv4_addr\n\t}\n\
+             \tmap ports {\n\t}\n}\n"
+        );
+        assert_eq!(found.len(), 4);
+        for attached in live().values() {
+            assert!(elements(attached).iter().all(|one| found.contains(one)));
+        }
     }
 }

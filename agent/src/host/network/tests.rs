@@ -539,7 +539,7 @@ fn detaching_twice_or_what_is_half_there_succeeds() {
         assert_eq!(ruleset(), empty);
         network.detach(ONE, &container.lease, &ports).await;
         assert_eq!(ruleset(), empty);
-        run("nft", "delete table inet ostler");
+        network.close().await;
         network.detach(ONE, &container.lease, &ports).await;
         assert!(
             network
@@ -549,6 +549,163 @@ fn detaching_twice_or_what_is_half_there_succeeds() {
         );
         drop(container);
         gone(ONE);
+    });
+}
+
+/// Waits for what another thread will do in its own time.
+async fn eventually(what: &str, so: impl Fn() -> bool) {
+    let end = tokio::time::Instant::now() + DEADLINE;
+    while !so() {
+        assert!(tokio::time::Instant::now() < end, "not so: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Longer than events are let gather.
+async fn a_while() {
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+}
+
+#[test]
+fn a_flushed_table_comes_back_with_what_is_attached() {
+    on_host(|| async {
+        let (outside, network) = (outside(), open().await);
+        let container = Container::new(&network, ONE).await;
+        let (inner, outer) = (container.namespace.listen(8080), outside.listen(80));
+        network
+            .map_port(ONE, &container.lease, 61_001, 8080)
+            .await
+            .unwrap();
+        let before = ruleset();
+        run("nft", "flush ruleset");
+        eventually("the table is back", || ruleset() == before).await;
+        converse(&inner, &mut outside.connect(HOST, 61_001).unwrap());
+        converse(
+            &outer,
+            &mut container.namespace.connect(OUTSIDE, 80).unwrap(),
+        );
+        network
+            .detach(ONE, &container.lease, &[(61_001, 8080)])
+            .await;
+        run("nft", "flush ruleset");
+        eventually("the table is back", || ruleset().contains("ostler")).await;
+        assert!(!ruleset().contains("elements"), "{}", ruleset());
+    });
+}
+
+#[test]
+fn a_mapping_brings_a_table_back_that_is_gone() {
+    on_host(|| async {
+        let (outside, network) = (outside(), open().await);
+        let container = Container::new(&network, ONE).await;
+        let inner = container.namespace.listen(8080);
+        run("nft", "flush ruleset");
+        network
+            .map_port(ONE, &container.lease, 61_001, 8080)
+            .await
+            .unwrap();
+        converse(&inner, &mut outside.connect(HOST, 61_001).unwrap());
+        run("nft", "flush ruleset");
+        let _other = Container::new(&network, TWO).await;
+        converse(&inner, &mut outside.connect(HOST, 61_001).unwrap());
+        let unknown = network.map_port("0000000000c", &container.lease, 61_002, 80);
+        assert!(matches!(unknown.await, Err(NetworkError::Detached(_))));
+    });
+}
+
+#[test]
+fn a_forward_chain_that_begins_to_drop_is_noticed() {
+    on_host(|| async {
+        let (outside, network) = (outside(), open().await);
+        let container = Container::new(&network, ONE).await;
+        let outer = outside.listen(80);
+        // As Docker does at its start. Somebody has switched forwarding off, too.
+        run("iptables-nft", "-P FORWARD DROP");
+        sysctl::write("ipv4/ip_forward", "0").unwrap();
+        eventually("accepted", || {
+            run("iptables-nft", "-S").contains("-A FORWARD -i os-+")
+        })
+        .await;
+        run("iptables-nft", "-N DOCKER-USER");
+        run("iptables-nft", "-I FORWARD -j DOCKER-USER");
+        let moved = || {
+            let rules = run("iptables-nft", "-S");
+            rules.contains("-A DOCKER-USER -o os-+") && !rules.contains("-A FORWARD -i os-+")
+        };
+        eventually("accepted where Docker lets alone", moved).await;
+        converse(
+            &outer,
+            &mut container.namespace.connect(OUTSIDE, 80).unwrap(),
+        );
+    });
+}
+
+#[test]
+fn a_table_that_is_right_is_not_written() {
+    on_host(|| async {
+        let network = open().await;
+        // Numbers of rules are never used twice.
+        let numbered = || run("nft", "--stateless --handle list table inet ostler");
+        let before = numbered();
+        let container = Container::new(&network, ONE).await;
+        network
+            .map_port(ONE, &container.lease, 61_001, 8080)
+            .await
+            .unwrap();
+        network
+            .detach(ONE, &container.lease, &[(61_001, 8080)])
+            .await;
+        run("nft", "add table ip other");
+        let chain = "forward { type filter hook forward priority 0 ; }";
+        run("nft", &format!("add chain ip other {chain}"));
+        a_while().await;
+        assert_eq!(numbered(), before);
+    });
+}
+
+#[test]
+fn a_rebuilt_table_is_mended_to_exactly_what_lives() {
+    on_host(|| async {
+        let network = open().await;
+        let container = Container::new(&network, ONE).await;
+        let live = [Attached {
+            handle: ONE.to_owned(),
+            lease: container.lease.clone(),
+            ports: vec![(61_001, 8080)],
+        }];
+        network.rebuild(&live).await.unwrap();
+        let before = ruleset();
+        run(
+            "nft",
+            "add element inet ostler ports { 61009 : 10.254.0.6 . 80 }",
+        );
+        run("nft", "delete chain inet ostler nat_post");
+        eventually("as it was", || ruleset() == before).await;
+    });
+}
+
+#[test]
+fn a_network_that_is_closed_or_gone_mends_nothing() {
+    on_host(|| async {
+        let watching = || {
+            let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+            let name = |task: io::Result<std::fs::DirEntry>| {
+                std::fs::read_to_string(task.ok()?.path().join("comm")).ok()
+            };
+            tasks.filter_map(name).any(|name| name == "nftables\n")
+        };
+        let network = open().await;
+        eventually("the thread runs", watching).await;
+        network.close().await;
+        a_while().await;
+        assert!(!ruleset().contains("ostler"));
+        drop(network);
+        eventually("the thread ends", || !watching()).await;
+        drop(open().await);
+        eventually("the thread ends", || !watching()).await;
+        run("nft", "flush ruleset");
+        a_while().await;
+        assert_eq!(ruleset(), "");
     });
 }
 
@@ -581,7 +738,6 @@ fn a_large_transaction_of_others_delays_one_mapping_and_no_task() {
             while !large.is_finished() {
                 let (begun, before) = (std::time::Instant::now(), ticks.get());
                 network.map_port(ONE, lease, 61_001, 8080).await.unwrap();
-                network.detach(ONE, lease, &[(61_001, 8080)]).await;
                 slowest = slowest.max((begun.elapsed(), ticks.get() - before));
                 tokio::task::yield_now().await;
             }
@@ -620,7 +776,7 @@ fn an_attach_that_fails_leaves_nothing_and_harms_nobody() {
         network.attach(TWO, file.as_fd(), &lease).await.unwrap_err();
         assert_eq!(ruleset() + &links(), before);
         // The last step fails: those before it are undone.
-        run("nft", "delete table inet ostler");
+        network.close().await;
         network
             .attach(TWO, other.0.as_fd(), &lease)
             .await

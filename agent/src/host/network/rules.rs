@@ -1,0 +1,280 @@
+//! What lets containers' packets pass, kept so whoever else changes the host's rules: our table with
+//! the elements of what is attached, forwarding, and the accepts in others' chains.
+//!
+//! Everything here blocks: the kernel works off one transaction at a time, also others' large ones, and
+//! programs are run where the table is loaded or looked at.
+
+use super::decode::Chain;
+use super::foreign::{self, Accepts};
+use super::nfnetlink::{Element, Nftables};
+use super::table::{self, Elements, HostAccess};
+use super::watch::Changes;
+use super::{Attached, Lease, NetworkError, program, sysctl};
+use nix::errno::Errno;
+use std::collections::{BTreeMap, BTreeSet};
+use std::error::Error;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tracing::warn;
+
+const FORWARDING: &str = "ipv4/ip_forward";
+/// A chain without packets that says what `close` must put back, also if another agent closes.
+const FORWARDING_NOTE: &str = "ip_forward_was_off";
+
+/// How often the table is loaded before it is left to the next event: somebody else is at it.
+const ROUNDS: usize = 3;
+
+/// The keeper of the rules in the network namespace in which it was opened.
+#[derive(Debug)]
+pub(super) struct Rules {
+    nftables: Nftables,
+    host_access: HostAccess,
+    shall: Mutex<Shall>,
+    /// Of its own, because iptables waits for others, and containers shall not wait for it.
+    accepts: Mutex<Accepts>,
+}
+
+/// What shall be so.
+#[derive(Debug)]
+struct Shall {
+    /// By handle.
+    attached: BTreeMap<String, Attached>,
+    /// `Kept` until somebody has said what lives: a former agent's containers may.
+    others: Elements,
+    /// Chains that no packet passes.
+    notes: Vec<String>,
+    /// How `nft` lists the table without elements. `None`: it was not loaded.
+    listing: Option<String>,
+    /// Nothing is mended any more.
+    closed: bool,
+}
+
+impl Rules {
+    /// Table first: without it nothing of a container's may be forwarded.
+    pub(super) fn open(host_access: HostAccess, changes: &Changes) -> Result<Self, NetworkError> {
+        let nftables = Nftables::open(table::TABLE)?;
+        let chains = nftables.chains()?;
+        let is_note = |chain: &Chain| chain.is_in(table::TABLE) && !chain.is_base();
+        let notes = chains.into_iter().filter(is_note);
+        let mut notes: Vec<_> = notes.map(|chain| chain.name).collect();
+        let off = sysctl::read(FORWARDING)? == "0";
+        if off && !notes.iter().any(|note| note == FORWARDING_NOTE) {
+            notes.push(FORWARDING_NOTE.to_owned());
+        }
+        let rules = Self {
+            nftables,
+            host_access,
+            shall: Mutex::new(Shall {
+                attached: BTreeMap::new(),
+                others: Elements::Kept,
+                notes,
+                listing: None,
+                closed: false,
+            }),
+            accepts: Mutex::new(Accepts::WhereNeeded),
+        };
+        rules.mend_table(&mut rules.shall(), changes)?;
+        sysctl::write(FORWARDING, "1")?;
+        rules.settle();
+        Ok(rules)
+    }
+
+    /// Makes everything so again, and touches nothing that is.
+    pub(super) fn mend(&self, changes: &Changes) {
+        let mut shall = self.shall();
+        if shall.closed {
+            return;
+        }
+        let forwarding = || {
+            if sysctl::read(FORWARDING)? == "0" {
+                warn!(
+                    "forwarding was switched off by somebody and is switched on: containers need it"
+                );
+            }
+            sysctl::write(FORWARDING, "1")
+        };
+        for outcome in [self.mend_table(&mut shall, changes), forwarding()] {
+            told(outcome);
+        }
+        drop(shall);
+        self.settle();
+    }
+
+    /// Lets a container speak from its address.
+    pub(super) fn attach(&self, handle: &str, lease: &Lease) -> Result<(), NetworkError> {
+        let mut shall = self.shall();
+        self.add(&mut shall, &table::source(handle, lease))?;
+        let attached = Attached {
+            handle: handle.to_owned(),
+            lease: lease.clone(),
+            ports: Vec::new(),
+        };
+        shall.attached.insert(handle.to_owned(), attached);
+        Ok(())
+    }
+
+    /// Leads a port of the host (`outer`) to one of an attached container (`inner`).
+    pub(super) fn map(
+        &self,
+        handle: &str,
+        lease: &Lease,
+        (outer, inner): (u16, u16),
+    ) -> Result<(), NetworkError> {
+        let mut shall = self.shall();
+        // The caller may have gone away and a `detach` come before this.
+        if !shall.attached.contains_key(handle) {
+            return Err(NetworkError::Detached(handle.to_owned()));
+        }
+        self.add(&mut shall, &table::port(lease.container, outer, inner))?;
+        if let Some(Attached { ports, .. }) = shall.attached.get_mut(handle)
+            && !ports.contains(&(outer, inner))
+        {
+            ports.push((outer, inner));
+        }
+        Ok(())
+    }
+
+    /// Takes away what was added for a container; what is not there is no error.
+    pub(super) fn detach(
+        &self,
+        handle: &str,
+        lease: &Lease,
+        ports: &[(u16, u16)],
+    ) -> Result<(), NetworkError> {
+        let mut shall = self.shall();
+        shall.attached.remove(handle);
+        let mut elements = vec![table::source(handle, lease)];
+        elements.extend(
+            ports
+                .iter()
+                .map(|&(outer, inner)| table::port(lease.container, outer, inner)),
+        );
+        self.nftables.remove(&elements)
+    }
+
+    /// Makes the table hold exactly these, in one transaction.
+    pub(super) fn rebuild(&self, live: Vec<Attached>) -> Result<(), NetworkError> {
+        let mut shall = self.shall();
+        let live = live.into_iter();
+        shall.attached = live.map(|one| (one.handle.clone(), one)).collect();
+        shall.others = Elements::Removed;
+        self.load(&mut shall)
+    }
+
+    /// Takes everything away and puts forwarding back. What is refused is logged.
+    pub(super) fn close(&self) {
+        *self.accepts.lock().unwrap_or_else(PoisonError::into_inner) = Accepts::Nowhere;
+        self.settle();
+        let mut shall = self.shall();
+        shall.closed = true;
+        if shall.notes.iter().any(|note| note == FORWARDING_NOTE) {
+            told(sysctl::write(FORWARDING, "0"));
+        }
+        told(self.nftables.remove_table());
+    }
+
+    fn settle(&self) {
+        let accepts = self.accepts.lock().unwrap_or_else(PoisonError::into_inner);
+        foreign::settle(*accepts);
+    }
+
+    /// Adds an element; where the table is gone, with it.
+    fn add(&self, shall: &mut Shall, element: &Element) -> Result<(), NetworkError> {
+        let added = self.nftables.add(std::slice::from_ref(element));
+        match added {
+            Err(NetworkError::Table {
+                errno: Errno::ENOENT,
+                ..
+            }) if !shall.closed => {
+                warn!("the nftables table was removed by somebody and is loaded again");
+                self.load(shall)?;
+                self.nftables.add(std::slice::from_ref(element))
+            }
+            other => other,
+        }
+    }
+
+    fn mend_table(&self, shall: &mut Shall, changes: &Changes) -> Result<(), NetworkError> {
+        for _ in 0..ROUNDS {
+            // What the look below sees is no news afterwards, what we do ourselves neither.
+            changes.drain();
+            if is_so(shall) {
+                return Ok(());
+            }
+            if shall.listing.is_some() {
+                warn!("the nftables table was changed by somebody and is loaded again");
+            }
+            // Where it is known what lives, what somebody has added goes too.
+            match shall.others {
+                Elements::Kept => self.load(shall)?,
+                Elements::Removed => self.replace(shall)?,
+            }
+        }
+        // Were these events to be seen, this would go on for ever.
+        changes.drain();
+        warn!("the nftables table does not stay as it is loaded: somebody changes it all the time");
+        Ok(())
+    }
+
+    fn load(&self, shall: &mut Shall) -> Result<(), NetworkError> {
+        match self.apply(shall, |script| script) {
+            Err(NetworkError::Program { detail, .. }) => {
+                // Whatever the reason was, a transaction that fails has changed nothing.
+                warn!(
+                    detail,
+                    "the nftables table could not be brought up to date and is replaced"
+                );
+                self.replace(shall)
+            }
+            other => other,
+        }
+    }
+
+    fn replace(&self, shall: &mut Shall) -> Result<(), NetworkError> {
+        self.apply(shall, |script| table::afresh(&script))
+    }
+
+    fn apply(&self, shall: &mut Shall, how: impl Fn(String) -> String) -> Result<(), NetworkError> {
+        shall.listing = None;
+        let script = table::script(
+            self.host_access,
+            &shall.notes,
+            &shall.attached,
+            shall.others,
+        );
+        program::run("nft", &["-f", "-"], &how(script))?;
+        shall.listing = Some(listed()?.0);
+        Ok(())
+    }
+
+    fn shall(&self) -> MutexGuard<'_, Shall> {
+        self.shall.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn told(outcome: Result<(), NetworkError>) {
+    if let Err(error) = outcome {
+        warn!(
+            error = &error as &dyn Error,
+            "something of the network is not as it shall be"
+        );
+    }
+}
+
+/// Whether the table is what was loaded, with the elements of what is attached.
+fn is_so(shall: &Shall) -> bool {
+    let (Some(listing), Ok((listed, elements))) = (&shall.listing, listed()) else {
+        return false;
+    };
+    let wanted: BTreeSet<String> = shall.attached.values().flat_map(table::elements).collect();
+    *listing == listed
+        && match shall.others {
+            Elements::Kept => wanted.is_subset(&elements),
+            Elements::Removed => wanted == elements,
+        }
+}
+
+/// The table as it is: its text, and its elements.
+fn listed() -> Result<(String, BTreeSet<String>), NetworkError> {
+    let list = ["--stateless", "list", "table", "inet", table::TABLE];
+    Ok(table::split(&program::run("nft", &list, "")?))
+}
