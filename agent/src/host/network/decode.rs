@@ -4,11 +4,14 @@
 pub(super) const NFPROTO_INET: u8 = 1;
 const NFPROTO_IPV4: u8 = 2;
 const NF_INET_FORWARD: u32 = 2;
+const NF_DROP: u32 = 0;
 
 const NFTA_TABLE_NAME: u16 = 1;
 const NFTA_CHAIN_TABLE: u16 = 1;
 const NFTA_CHAIN_NAME: u16 = 3;
 const NFTA_CHAIN_HOOK: u16 = 4;
+const NFTA_CHAIN_POLICY: u16 = 5;
+const NFTA_CHAIN_USE: u16 = 6;
 const NFTA_HOOK_HOOKNUM: u16 = 1;
 /// Bits of an attribute's number that tell how it is encoded.
 const NLA_FLAGS: u16 = 0xc000;
@@ -81,6 +84,9 @@ pub(super) struct Chain {
     pub(super) table: String,
     pub(super) name: String,
     hook: Option<u32>,
+    policy: Option<u32>,
+    /// Of a base chain: how many rules it has.
+    uses: u32,
 }
 
 impl Chain {
@@ -93,6 +99,8 @@ impl Chain {
             table: text(attributes, NFTA_CHAIN_TABLE)?,
             name: text(attributes, NFTA_CHAIN_NAME)?,
             hook: hook.and_then(|hook| number(hook, NFTA_HOOK_HOOKNUM)),
+            policy: number(attributes, NFTA_CHAIN_POLICY),
+            uses: number(attributes, NFTA_CHAIN_USE).unwrap_or(0),
         })
     }
 
@@ -109,6 +117,16 @@ impl Chain {
     /// Whether forwarded IPv4 packets come to it by themselves.
     pub(super) fn sees_forwarded(&self) -> bool {
         matches!(self.family, NFPROTO_INET | NFPROTO_IPV4) && self.hook == Some(NF_INET_FORWARD)
+    }
+
+    /// Whether it does anything to the packets that come to it by themselves.
+    pub(super) fn acts(&self) -> bool {
+        self.uses > 0 || self.policy == Some(NF_DROP)
+    }
+
+    /// The family's number as linux/netfilter.h has it.
+    pub(super) fn family(&self) -> u8 {
+        self.family
     }
 }
 

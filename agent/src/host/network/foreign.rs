@@ -5,7 +5,10 @@
 //! go in, into `DOCKER-USER` where it is (Docker leaves that chain alone), else into `FORWARD`; they
 //! leave with the agent. Our own table still refuses what it refuses.
 
+use super::decode::Chain;
+use super::table::TABLE;
 use super::{NetworkError, program};
+use std::collections::BTreeSet;
 use std::error::Error;
 use std::fs;
 use tracing::{info, warn};
@@ -44,6 +47,9 @@ const ACCEPTS: [&[&str]; 2] = [
 
 /// The chains that they may stand in.
 const PLACES: [&str; 2] = ["DOCKER-USER", "FORWARD"];
+
+/// Docker's own chain.
+const DOCKER: &str = "DOCKER";
 
 /// What shall be so afterwards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,6 +106,39 @@ fn carry_out(program: &'static str, plan: &Plan) {
             program, "a foreign chain that drops was told to accept containers' traffic"
         );
     }
+}
+
+/// Those of others' chains that show that somebody relies on forwarding: what Docker makes, and chains
+/// that do something to forwarded packets. By names that tell them apart, each of which can be the name of
+/// a chain itself. Blocks.
+pub(super) fn forwarders(chains: &[Chain]) -> Result<BTreeSet<String>, NetworkError> {
+    let mut found: BTreeSet<String> = chains
+        .iter()
+        .filter(|chain| !chain.is_in(TABLE))
+        .filter(|chain| chain.name == DOCKER || (chain.sees_forwarded() && chain.acts()))
+        .map(|chain| note(&chain.family().to_string(), &chain.table, &chain.name))
+        .collect();
+    if legacy_in_use() {
+        let rules = program::run("iptables-legacy", &["-w", "10", "-S"], "")?;
+        for line in rules.lines().map(str::trim) {
+            if line == "-P FORWARD DROP" || line.starts_with("-A FORWARD ") {
+                found.insert(note("legacy", "filter", "FORWARD"));
+            } else if line.strip_prefix("-N ") == Some(DOCKER) {
+                found.insert(note("legacy", "filter", DOCKER));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// A chain's name for `nft`, which takes fewer characters than the kernel, and 128 at most.
+fn note(family: &str, table: &str, chain: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "_-./".contains(c);
+    format!("found/{family}/{table}/{chain}")
+        .chars()
+        .map(|c| if plain(c) { c } else { '_' })
+        .take(127)
+        .collect()
 }
 
 /// Whether the legacy `filter` table exists in this network namespace.

@@ -357,7 +357,7 @@ impl Network {
     }
 
     /// Leaves the host as it was before the first agent came: no table, no accepts in others' chains,
-    /// forwarding off if it was, no word of where the pools stand. Links go with their containers. What
+    /// forwarding off if it was and nobody came who needs it, no word of where the pools stand. Links go with their containers. What
     /// is refused is logged, and the rest done.
     pub async fn close(&self) {
         if let Err(error) = self.pools().standing.remove() {

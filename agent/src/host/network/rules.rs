@@ -14,10 +14,11 @@ use nix::errno::Errno;
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use tracing::warn;
+use tracing::{info, warn};
 
 const FORWARDING: &str = "ipv4/ip_forward";
-/// A chain without packets that says what `close` must put back, also if another agent closes.
+/// A chain without packets that says what `close` must put back, also if another agent closes. Beside
+/// it are those for chains of others (`foreign::forwarders`) that were there when nothing was forwarded.
 const FORWARDING_NOTE: &str = "ip_forward_was_off";
 
 /// How often the table is loaded before it is left to the next event: somebody else is at it.
@@ -40,8 +41,8 @@ struct Shall {
     attached: BTreeMap<String, Attached>,
     /// `Kept` until somebody has said what lives: a former agent's containers may.
     others: Elements,
-    /// Chains that no packet passes.
-    notes: Vec<String>,
+    /// Chains that no packet passes: whether forwarding was off, and who did not mind.
+    notes: BTreeSet<String>,
     /// How `nft` lists the table without elements. `None`: it was not loaded.
     listing: Option<String>,
     /// Nothing is mended any more.
@@ -53,12 +54,14 @@ impl Rules {
     pub(super) fn open(host_access: HostAccess, changes: &Changes) -> Result<Self, NetworkError> {
         let nftables = Nftables::open(table::TABLE)?;
         let chains = nftables.chains()?;
-        let is_note = |chain: &Chain| chain.is_in(table::TABLE) && !chain.is_base();
-        let notes = chains.into_iter().filter(is_note);
-        let mut notes: Vec<_> = notes.map(|chain| chain.name).collect();
-        let off = sysctl::read(FORWARDING)? == "0";
-        if off && !notes.iter().any(|note| note == FORWARDING_NOTE) {
-            notes.push(FORWARDING_NOTE.to_owned());
+        let is_note = |chain: &&Chain| chain.is_in(table::TABLE) && !chain.is_base();
+        let notes = chains.iter().filter(is_note);
+        let mut notes: BTreeSet<_> = notes.map(|chain| chain.name.clone()).collect();
+        if sysctl::read(FORWARDING)? == "0" && notes.insert(FORWARDING_NOTE.to_owned()) {
+            notes.extend(foreign::forwarders(&chains).unwrap_or_else(|error| {
+                told(Err(error));
+                BTreeSet::new()
+            }));
         }
         let rules = Self {
             nftables,
@@ -166,10 +169,25 @@ impl Rules {
         self.settle();
         let mut shall = self.shall();
         shall.closed = true;
-        if shall.notes.iter().any(|note| note == FORWARDING_NOTE) {
-            told(sysctl::write(FORWARDING, "0"));
+        if shall.notes.contains(FORWARDING_NOTE) {
+            told(self.end_forwarding(&shall.notes));
         }
         told(self.nftables.remove_table());
+    }
+
+    /// Switches forwarding off, unless somebody has come who may need it.
+    fn end_forwarding(&self, notes: &BTreeSet<String>) -> Result<(), NetworkError> {
+        let now = foreign::forwarders(&self.nftables.chains()?)?;
+        let new: Vec<&str> = now.difference(notes).map(String::as_str).collect();
+        if new.is_empty() {
+            return sysctl::write(FORWARDING, "0");
+        }
+        let chains = new.join(", ");
+        info!(
+            chains,
+            "forwarding was off before and stays on: others forward by now"
+        );
+        Ok(())
     }
 
     fn settle(&self) {

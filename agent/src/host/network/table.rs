@@ -47,7 +47,7 @@ pub(super) enum Elements {
 /// names of chains that no packet passes.
 pub(super) fn script(
     host: HostAccess,
-    notes: &[String],
+    notes: &BTreeSet<String>,
     attached: &BTreeMap<String, Attached>,
     others: Elements,
 ) -> String {
@@ -226,10 +226,15 @@ mod tests {
 
     #[test]
     fn the_script_fills_in_what_is_configured() {
-        let kept = script(HostAccess::Refused, &[], &BTreeMap::new(), Elements::Kept);
+        let kept = script(
+            HostAccess::Refused,
+            &BTreeSet::new(),
+            &BTreeMap::new(),
+            Elements::Kept,
+        );
         assert!(kept.contains("inet ostler input reject with icmpx admin-prohibited\n"));
         assert!(!kept.contains('$') && !kept.contains("flush set") && !kept.contains("element"));
-        let notes = ["a_note".to_owned()];
+        let notes = BTreeSet::from(["a_note".to_owned()]);
         let filled = script(HostAccess::Allowed, &notes, &live(), Elements::Removed);
         assert!(filled.contains("inet ostler input accept\n"));
         assert!(filled.contains("add chain inet ostler a_note\n"));

@@ -427,6 +427,51 @@ fn close_leaves_the_host_as_the_first_agent_found_it() {
 }
 
 #[test]
+fn forwarding_stays_on_for_those_who_came_to_need_it() {
+    let docker: [&[(&'static str, &str)]; 3] = [
+        &[("iptables-nft", "-P FORWARD DROP")],
+        &[
+            ("iptables-legacy", "-N DOCKER"),
+            ("iptables-legacy", "-A FORWARD -o docker0 -j DOCKER"),
+        ],
+        &[
+            ("nft", "add table ip docker-bridges"),
+            (
+                "nft",
+                "add chain ip docker-bridges fw { type filter hook forward priority 0 ; }",
+            ),
+            (
+                "nft",
+                "add rule ip docker-bridges fw oifname docker0 accept",
+            ),
+        ],
+    ];
+    for commands in docker {
+        on_host(|| async {
+            sysctl::write("ipv4/ip_forward", "0").unwrap();
+            // These were here before us, and nothing was forwarded.
+            run("iptables-nft", "-t mangle -P FORWARD DROP");
+            run("nft", "add table inet filter");
+            let chain = "forward { type filter hook forward priority 0 ; policy drop ; }";
+            run("nft", &format!("add chain inet filter {chain}"));
+            open().await.close().await;
+            assert_eq!(sysctl::read("ipv4/ip_forward").unwrap(), "0");
+            drop(open().await);
+            for (program, arguments) in commands {
+                run(program, arguments);
+            }
+            open().await.close().await;
+            assert_eq!(
+                sysctl::read("ipv4/ip_forward").unwrap(),
+                "1",
+                "{commands:?}"
+            );
+            assert!(!ruleset().contains("ostler"));
+        });
+    }
+}
+
+#[test]
 fn what_lives_notices_neither_a_new_agent_nor_a_rebuild() {
     on_host(|| async {
         let (outside, network) = (outside(), open().await);
