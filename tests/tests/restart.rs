@@ -275,7 +275,11 @@ async fn an_end_is_told_whole_whatever_cuts_the_agent_off() {
         assert_eq!(!ooms.is_empty(), eats, "{of_it:#?}");
         if eats {
             assert_eq!(of_it[0]["victim"]["comm"], "hog", "{of_it:#?}");
-            assert!(ooms.iter().all(|oom| *oom == ooms[0]), "{of_it:#?}");
+            // The kernel may kill more than one; each is told in one way.
+            for oom in &ooms {
+                let first = ooms.iter().find(|one| one["victim"] == oom["victim"]);
+                assert_eq!(first, Some(oom), "{of_it:#?}");
+            }
         }
         host.stop(&droplet).await;
     }
