@@ -9,14 +9,16 @@ use crate::instances::outlet;
 use crate::instances::record::{Records, make_private, write_durably};
 use crate::instances::stable::{self, Farewell, Stable};
 use crate::instances::world::World;
+use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
-use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket};
 use std::collections::HashSet;
 use std::error::Error;
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
+use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +33,9 @@ const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How long the locks of an agent that was killed may still be held, and how often that is looked at.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
+/// The abstract socket that an agent holds.
+const HOST_LOCK: &str = "ostler-agent";
 
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
@@ -123,8 +128,11 @@ async fn prepare(base: &Path) -> Outcome<Locks> {
     let deadline = Instant::now() + LOCK_PATIENCE;
     loop {
         let taken = take_host().and_then(|host| Ok((host, take_base(base)?)));
-        if taken.is_ok() || Instant::now() >= deadline {
+        if taken.is_ok() {
             return taken;
+        }
+        if Instant::now() >= deadline {
+            return taken.map_err(|error| who_else().unwrap_or(error));
         }
         sleep(LOCK_PAUSE).await;
     }
@@ -144,19 +152,26 @@ fn take_base(base: &Path) -> Outcome<Flock<File>> {
 /// Two agents in one network namespace would take each other's links and rules for leftovers. An
 /// abstract socket belongs to the namespace and is free again when its holder has ended (unix(7)).
 fn take_host() -> Outcome<UnixListener> {
-    let name = SocketAddr::from_abstract_name("ostler-agent")?;
-    match UnixListener::bind_addr(&name) {
-        Ok(listener) => Ok(listener),
-        Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
-            let other = UnixStream::connect_addr(&name)?;
-            let pid = getsockopt(&other, PeerCredentials)?.pid();
-            Err(format!(
-                "process {pid} is the agent of this host already, or cleans it up: end it, or run this one in another network namespace"
-            )
-            .into())
-        }
-        Err(error) => Err(error.into()),
-    }
+    let name = SocketAddr::from_abstract_name(HOST_LOCK)?;
+    Ok(UnixListener::bind_addr(&name)?)
+}
+
+/// Which process has the host, if one has. Never waits: whoever holds it answers nobody.
+fn who_else() -> Option<Box<dyn Error>> {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None).ok()?;
+    let address = UnixAddr::new_abstract(HOST_LOCK.as_bytes()).ok()?;
+    let pid = match connect(socket.as_raw_fd(), &address) {
+        Ok(()) => getsockopt(&socket, PeerCredentials).ok()?.pid().to_string(),
+        Err(Errno::EAGAIN) => "?".to_owned(),
+        Err(_) => return None,
+    };
+    Some(
+        format!(
+            "process {pid} is the agent of this host already, or cleans it up: end it, or run this one in another network namespace"
+        )
+        .into(),
+    )
 }
 
 /// The host's durable id: made once, kept in `<base>/id`.
@@ -216,11 +231,11 @@ async fn run(config: Config) -> Outcome<()> {
     if let Err(error) = stable.await {
         error!(%error, "the stable ended badly");
     }
+    // The last answers and words reach the server, if there is one.
+    drop(timeout(LAST_WORDS, receiver).await);
     if parting == Farewell::Shutdown {
         leave_nothing(&world).await;
     }
-    // The last answers and words reach the server, if there is one.
-    drop(timeout(LAST_WORDS, receiver).await);
     drop(timeout(LAST_WORDS, world.outlet.settle()).await);
     publisher.abort();
     Ok(())

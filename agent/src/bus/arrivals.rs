@@ -34,11 +34,13 @@ pub(super) struct Arrivals {
 impl Arrivals {
     /// Begins to take; what came before is taken first, in the order of the subscriptions.
     pub(super) fn of(subscribers: Vec<Subscriber>) -> Self {
-        let (into, queue) = mpsc::channel(WAITING);
+        let ends = subscribers.len();
+        let (into, queue) = mpsc::channel(WAITING + ends);
         let tap = |subscriber| {
             let source = Source {
                 subscriber,
                 into: Some(into.clone()),
+                ends,
             };
             Arc::new(Tap {
                 turn: AtomicU8::new(IDLE),
@@ -65,7 +67,7 @@ impl Arrivals {
         if let Some(tap) = self.taps.pop() {
             let mut source = tap.source.lock().unwrap_or_else(PoisonError::into_inner);
             // The client's own queue has room for thousands of such words.
-            let asked = source.subscriber.drain().now_or_never();
+            let asked = unconstrained(source.subscriber.drain()).now_or_never();
             if !matches!(asked, Some(Ok(()))) {
                 debug!("a subscription could not be ended");
             }
@@ -83,6 +85,8 @@ struct Source {
     subscriber: Subscriber,
     /// `None` once the subscription has ended.
     into: Option<mpsc::Sender<Arrival>>,
+    /// Room in the queue that messages leave for the ends.
+    ends: usize,
 }
 
 const IDLE: u8 = 0;
@@ -123,13 +127,14 @@ impl Source {
         {
             match (message, &self.into) {
                 (Some(message), Some(into)) => {
-                    if into.try_send(Arrival::Message(message)).is_err() {
+                    let room = into.capacity() > self.ends;
+                    if !room || into.try_send(Arrival::Message(message)).is_err() {
                         warn!("a message was dropped: this host reads too slowly");
                     }
                 }
                 (None, _) | (_, None) => {
                     if let Some(into) = self.into.take() {
-                        // If there is no room for it: the end of all comes all the same.
+                        // There is room for it.
                         drop(into.try_send(Arrival::End));
                     }
                     return;

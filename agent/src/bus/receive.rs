@@ -8,7 +8,7 @@ use super::replay::{Replay, Seen};
 use crate::instances::instance::events;
 use crate::instances::outlet::Message as Outgoing;
 use crate::instances::record::RecordError;
-use crate::instances::stable::Ask;
+use crate::instances::stable::{self, Ask};
 use crate::instances::world::World;
 use async_nats::{Client, Message, Subscriber};
 use messages::command::{Asked, Command, Query, json, parse};
@@ -26,6 +26,9 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
 
 /// How long the client may be busy with what it was told last.
 const SETTLE: Duration = Duration::from_millis(10);
+
+/// How long the publisher may take to come to a pause.
+const PAUSE_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Everything an answer needs.
 struct Desk {
@@ -74,7 +77,7 @@ pub async fn receive(
                 if !desk.world.outlet.mark().up() {
                     break;
                 }
-                quiet = desk.world.outlet.pause().await;
+                quiet = timeout(PAUSE_PATIENCE, desk.world.outlet.pause()).await.ok().flatten();
                 // What was said just before is on its way then.
                 sleep(SETTLE).await;
                 messages.drain_one();
@@ -92,6 +95,10 @@ pub async fn receive(
         };
         let span = info_span!(parent: None, "request", subject = %message.subject);
         take(&desk, &asks, message).instrument(span).await;
+    }
+    if !leaving {
+        // The client is closed for good: nobody can be answered any more.
+        return Ok(());
     }
     drop(quiet);
     // The stable has heard everything.
@@ -195,15 +202,22 @@ async fn command_to(
         // Stops and updates are never refused: here they wait.
         return ask(asks, asked).await;
     }
-    if let Err(mpsc::error::TrySendError::Full(Ask::Command {
+    let (asked, refusal) = match asks.try_send(asked) {
+        Ok(()) => return,
+        Err(mpsc::error::TrySendError::Full(asked)) => (
+            asked,
+            Reply::error(ErrorCode::Busy, "too many commands at once: send it again"),
+        ),
+        Err(mpsc::error::TrySendError::Closed(asked)) => (asked, stable::shutting_down()),
+    };
+    if let Ask::Command {
         command, answer, ..
-    })) = asks.try_send(asked)
+    } = asked
     {
-        let busy = Reply::error(ErrorCode::Busy, "too many commands at once: send it again");
         if matches!(command, Command::Start(_)) {
-            desk.deliver_refusal(&raw, &busy);
+            desk.deliver_refusal(&raw, &refusal);
         }
-        drop(answer.send(busy));
+        drop(answer.send(refusal));
     }
 }
 

@@ -37,11 +37,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if let Some(lease) = self.lease.take() {
-            self.shared.network.release(lease);
-        }
-        if let Some(port) = self.port.take() {
-            self.shared.network.release_port(port);
-        }
+        let network = &self.shared.network;
+        network.unreserve(self.lease.as_ref(), self.port);
     }
 }

@@ -41,9 +41,11 @@ pub fn reserved<'a>(instances: impl Iterator<Item = (&'a Record, u64, u64)>) -> 
 /// What is missing.
 pub fn admit(capacity: Amount, reserved: Amount, wanted: Amount) -> Result<(), Short> {
     let fits = |capacity: u64, reserved: u64, wanted: u64| {
-        reserved
-            .checked_add(wanted)
-            .is_some_and(|sum| sum <= capacity)
+        // Who wants nothing is not to be refused for what others have.
+        wanted == 0
+            || reserved
+                .checked_add(wanted)
+                .is_some_and(|sum| sum <= capacity)
     };
     if !fits(capacity.disk, reserved.disk, wanted.disk) {
         return Err(Short::Disk);
@@ -174,5 +176,12 @@ mod tests {
             disk: 1,
         };
         assert_eq!(admit(capacity, half, huge), Err(Short::Memory));
+        let over = Amount {
+            memory: 101,
+            disk: 50,
+        };
+        let disk_only = Amount { memory: 0, disk: 1 };
+        assert_eq!(admit(capacity, over, disk_only), Ok(()));
+        assert_eq!(admit(capacity, over, Amount::default()), Ok(()));
     }
 }

@@ -207,6 +207,18 @@ impl Network {
         }
     }
 
+    /// Takes back what [`Self::reserve`] gave and nobody ever used: it need not rest.
+    pub fn unreserve(&self, lease: Option<&Lease>, port: Option<u16>) {
+        let mut pools = self.pools();
+        let now = Instant::now();
+        if let Some(lease) = lease {
+            pools.blocks.untake(self.pool.number(lease.container), now);
+        }
+        if let Some(port) = port {
+            pools.ports.untake(self.port_number(port), now);
+        }
+    }
+
     /// Claims the addresses of a container that lives already.
     ///
     /// # Errors

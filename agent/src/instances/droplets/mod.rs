@@ -111,7 +111,7 @@ struct Inner {
     running: Mutex<HashMap<Wanted, Running>>,
     /// When each droplet was last asked for: an instance may just be about to use it.
     asked: Mutex<HashMap<Digest, Instant>>,
-    slots: Semaphore,
+    slots: Arc<Semaphore>,
     /// Tells two tries for one droplet apart.
     tries: AtomicU64,
 }
@@ -152,7 +152,7 @@ impl Droplets {
             }
         }
         let running = Mutex::new(HashMap::new());
-        let slots = Semaphore::new(PARALLEL);
+        let slots = Arc::new(Semaphore::new(PARALLEL));
         Ok(Self {
             inner: Arc::new(Inner {
                 dir,
@@ -220,19 +220,11 @@ impl Droplets {
 
     /// Ends whatever is being fetched or unpacked, and waits for it, but not for a server that is silent.
     pub async fn stop(&self) {
-        let running: Vec<Outcome> = {
-            let running = lock(&self.inner.running);
-            running.values().for_each(|task| task.stop.ask());
-            running
-                .values()
-                .map(|task| task.outcome.subscribe())
-                .collect()
-        };
-        let ended = async {
-            for mut outcome in running {
-                drop(outcome.wait_for(Option::is_some).await);
-            }
-        };
+        for task in lock(&self.inner.running).values() {
+            task.stop.ask();
+        }
+        let all = u32::try_from(PARALLEL).unwrap_or(u32::MAX);
+        let ended = self.inner.slots.acquire_many(all);
         drop(tokio::time::timeout(STOP_PATIENCE, ended).await);
     }
 
@@ -295,14 +287,20 @@ impl Droplets {
         if tokio::fs::metadata(&layer).await.is_ok() {
             return Ok(layer);
         }
-        let _slot = self.inner.slots.acquire().await;
+        // The thread holds it, which may go on for a while after whoever wanted it.
+        let slot = Arc::clone(&self.inner.slots).acquire_owned().await;
+        let slot = Arc::new(slot);
         let deadline = Instant::now() + self.inner.options.total.min(A_DAY);
         let mut pause = FIRST_PAUSE;
         let mut retries = self.inner.options.retries;
         loop {
             let (inner, source, stop) =
                 (Arc::clone(&self.inner), Arc::clone(&source), stop.clone());
-            let work = move || inner.provide(&source, wanted, deadline, &stop);
+            let slot = Arc::clone(&slot);
+            let work = move || {
+                let _slot = slot;
+                inner.provide(&source, wanted, deadline, &stop)
+            };
             let error = match on_a_thread(work).await {
                 Ok(layer) => return Ok(layer),
                 Err(error) => error,

@@ -12,7 +12,7 @@ use crate::instances::world::now;
 use container::status::Status;
 use messages::state::State;
 use std::time::Duration;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{error, info, warn};
 
 /// How long the dead may take to close their pipes and their supervisor to write the end.
@@ -199,24 +199,22 @@ impl Instance {
     /// Waits until the bus has everything. Output takes room, so it waits no longer than a crash is
     /// kept; what is missing then shows in the offsets of the exit.
     async fn settle(&mut self) {
-        let lifetime = self.world.config.instance.crash_lifetime;
-        let delivered = async {
-            while !self.output_said() {
-                self.hear().await;
+        let deadline = Instant::now() + self.world.config.instance.crash_lifetime;
+        while !self.output_said() || !self.record.unsent.is_empty() {
+            if !self.hear_until(deadline).await {
+                warn!(
+                    handle = self.record.handle,
+                    "the bus did not come back in time: output that it did not get is dropped"
+                );
+                return;
             }
-            self.events_said().await;
-        };
-        if timeout(lifetime, delivered).await.is_err() {
-            warn!(
-                handle = self.record.handle,
-                "the bus did not come back in time: output that it did not get is dropped"
-            );
         }
     }
 
     async fn events_said(&mut self) {
         while !self.record.unsent.is_empty() {
-            self.hear().await;
+            let event = self.heard().await;
+            self.see_to(event).await;
         }
     }
 
@@ -226,22 +224,31 @@ impl Instance {
 
     /// Sees to whatever comes, for so long.
     async fn hear_for(&mut self, time: Duration) {
-        let all = async {
-            loop {
-                self.hear().await;
-            }
-        };
-        let _over: Result<(), _> = timeout(time, all).await;
+        let deadline = Instant::now() + time;
+        while self.hear_until(deadline).await {}
     }
 
-    /// Sees to whatever comes next.
-    async fn hear(&mut self) {
+    /// Sees to what comes next; `false` if nothing does.
+    async fn hear_until(&mut self, deadline: Instant) -> bool {
+        match timeout_at(deadline, self.heard()).await {
+            // Never given up half-way: it may be writing the record.
+            Ok(event) => self.see_to(event).await,
+            Err(_) => return false,
+        }
+        true
+    }
+
+    /// What comes next.
+    async fn heard(&mut self) -> Event {
         let undelivered = !self.output_said();
-        let event = tokio::select! {
+        tokio::select! {
             Some(()) = self.announcer.confirmed() => Event::Confirmed,
             () = job_is(&mut self.job, |job| job.delivered), if undelivered => Event::Wants,
             Some(query) = self.queries.recv() => Event::Query(query),
-        };
+        }
+    }
+
+    async fn see_to(&mut self, event: Event) {
         match event {
             Event::Confirmed => self.confirmed().await,
             Event::Query(query) => self.answer(query).await,

@@ -26,6 +26,10 @@ use tracing::error;
 /// The job of an app in its container.
 const JOB: u32 = 1;
 
+/// How long it may take at least until it is known that the job's program was executed. It takes
+/// milliseconds, on a host that is up to its ears in work perhaps seconds.
+const EXECUTED: Duration = Duration::from_secs(60);
+
 /// Between two tries to find out whether a container lives.
 const ADOPT_AGAIN: Duration = Duration::from_secs(5);
 
@@ -124,7 +128,7 @@ impl Instance {
 
     /// Accepted, and cut off before the app ran: nothing of it can be missed.
     async fn begin_again(&mut self) -> End {
-        let destroyed = match (self.container.take(), self.record.container.take()) {
+        let destroyed = match (self.container.clone(), self.record.container.clone()) {
             (Some(container), _) => container.destroy().await,
             (None, Some(saved)) => self.world.engine.destroy_handle(&saved).await,
             (None, None) => Ok(()),
@@ -136,6 +140,7 @@ impl Instance {
         if let Err(error) = vacated {
             return failed(error);
         }
+        (self.container, self.record.container) = (None, None);
         self.record.spawned = false;
         // What is known of the job that never ran, and its cursor, are none for the next.
         self.job = watch::channel(JobView::default()).1;
@@ -361,7 +366,7 @@ impl Instance {
 
     async fn until_started(&mut self) -> Result<(), End> {
         let mut job = self.job.clone();
-        let limit = self.health_limit();
+        let limit = self.health_limit().max(EXECUTED);
         let started = self
             .attend(timeout(limit, async move {
                 job_is(&mut job, |job| job.started).await;

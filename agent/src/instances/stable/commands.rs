@@ -121,10 +121,7 @@ impl Stable {
         grown: Amount,
     ) -> Result<Vec<Place>, Reply> {
         if self.parting {
-            return Err(Reply::error(
-                ErrorCode::ShuttingDown,
-                "this host takes no more starts: its agent is leaving",
-            ));
+            return Err(super::shutting_down());
         }
         let stack = request.stack.as_deref().unwrap_or_default();
         let config = &self.world.config;

@@ -18,7 +18,7 @@ use super::world::{World, now};
 use crate::engine::{Adopted, Container, Place, Saved};
 use crate::host::{blocking, in_background};
 use messages::command::{Command, Trigger};
-use messages::reply::Reply;
+use messages::reply::{ErrorCode, Reply};
 use messages::start::StartRequest;
 use messages::state::State;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -92,21 +92,27 @@ struct Stall {
     heartbeat_bytes: usize,
     /// It crashed, and makes room for another one: it is counted and told no more.
     leaves: bool,
+    /// The number of the newest limits that it was asked to take, and the largest of those since it had
+    /// none open: so much may be its.
+    promise: Option<(u64, Limits)>,
 }
 
 impl Stall {
     /// The limits that it has or, as long as it has not answered to them, may get: the larger of each.
     fn promised(&self) -> Limits {
         let has = self.view.record.limits;
-        let wants = self.reins.wants.borrow();
-        match wants.limits {
-            Some((number, new)) if number > self.view.applied => Limits {
-                mem: has.mem.max(new.mem),
-                disk: has.disk.max(new.disk),
-                fds: has.fds.max(new.fds),
-            },
+        match self.promise {
+            Some((number, most)) if number > self.view.applied => larger(has, most),
             Some(_) | None => has,
         }
+    }
+}
+
+fn larger(one: Limits, other: Limits) -> Limits {
+    Limits {
+        mem: one.mem.max(other.mem),
+        disk: one.disk.max(other.disk),
+        fds: one.fds.max(other.fds),
     }
 }
 
@@ -178,9 +184,13 @@ impl Stable {
             .map(|saved| saved.handle.clone())
             .collect();
         known.extend(found.unread.iter().map(|unread| unread.handle.clone()));
-        let kept_saved: Vec<Saved> = kept.iter().map(Container::saved).collect();
+        let unread_saved: Vec<&Saved> = found
+            .unread
+            .iter()
+            .filter_map(|unread| unread.container.as_ref())
+            .collect();
         let mut live = saved(|remains| !matches!(remains, Remains::Dead(..)));
-        live.extend(&kept_saved);
+        live.extend(unread_saved);
         world.engine.rebuild_network(&live).await?;
         // Cut off between a container and its record: that handle is used again.
         let again = adopted.iter().map(|(record, _)| record.handle.clone());
@@ -213,7 +223,12 @@ impl Stable {
         match StartRequest::from_value(&record.start) {
             Ok(message) => {
                 let (accepted, _) = oneshot::channel();
-                self.board(record, message, (remains, None), accepted);
+                // Accepted, and without a container yet: its place is kept before others can ask for one.
+                let waits = matches!(record.state, State::Born | State::Starting)
+                    && record.container.is_none()
+                    && record.stopping.is_none();
+                let place = waits.then(|| self.world.engine.reserve().ok()).flatten();
+                self.board(record, message, (remains, place), accepted);
             }
             Err(why) => {
                 error!(handle = record.handle, %why, "a kept start message is not understood");
@@ -238,6 +253,7 @@ impl Stable {
             reins,
             heartbeat_bytes,
             leaves: false,
+            promise: None,
         };
         self.tasks.spawn(instance.live(accepted));
         self.stalls.insert(handle, stall);
@@ -289,7 +305,10 @@ impl Stable {
                 },
             }
         }
-        drop(inbox);
+        inbox.close();
+        while let Ok(ask) = inbox.try_recv() {
+            self.turn_away(ask);
+        }
         self.until_recorded(deadline).await;
         if parting == Some(Farewell::Shutdown) {
             self.shut_down(link).await;
@@ -313,6 +332,22 @@ impl Stable {
                 self.greeting = Greeting::Owed;
                 self.link(self.link);
             }
+        }
+    }
+
+    /// What could not be heard in time is answered all the same.
+    fn turn_away(&self, ask: Ask) {
+        if let Ask::Command {
+            command,
+            raw,
+            answer,
+        } = ask
+        {
+            let refusal = shutting_down();
+            if matches!(command, Command::Start(_)) {
+                self.tell_refusal(&raw, &refusal);
+            }
+            drop(answer.send(refusal));
         }
     }
 
@@ -486,7 +521,8 @@ impl Stable {
     }
 }
 
-/// Adopts the containers of records that this agent cannot use, so that their apps run on untouched.
+/// Adopts the containers of records that this agent cannot use, so that their apps run on untouched. What
+/// is adopted keeps its addresses, dead or alive. Only a shutdown takes it away, as everything.
 async fn keep_unread(world: &World, unread: &[Unread]) -> Vec<Container> {
     let mut kept = Vec::new();
     for one in unread {
@@ -498,12 +534,19 @@ async fn keep_unread(world: &World, unread: &[Unread]) -> Vec<Container> {
             continue;
         };
         match world.engine.adopt(saved).await {
-            Ok(Adopted::Alive(container)) => kept.push(container),
-            Ok(Adopted::Dead { .. }) => {}
+            Ok(Adopted::Alive(container) | Adopted::Dead { container, .. }) => kept.push(container),
             Err(error) => error!(handle = one.handle, %error, "its container cannot be adopted"),
         }
     }
     kept
+}
+
+/// What an agent that leaves says to whatever it cannot begin any more.
+pub fn shutting_down() -> Reply {
+    Reply::error(
+        ErrorCode::ShuttingDown,
+        "this host takes no more commands: its agent is leaving",
+    )
 }
 
 fn ticks(period: Duration) -> tokio::time::Interval {

@@ -84,7 +84,7 @@ impl Stable {
     }
 
     /// Wants of an instance what the new limits name; the rest stays as it has, or will have, it.
-    fn want_limits(&self, handle: String, limits: ScaleLimits) -> Owed {
+    fn want_limits(&mut self, handle: String, limits: ScaleLimits) -> Owed {
         let new = self.stalls.get(&handle).map(|stall| {
             let wants = stall.reins.wants.borrow();
             let old = match wants.limits {
@@ -96,6 +96,9 @@ impl Stable {
         let number = self.want(&handle, |wants| {
             wants.limits = new.map(|new| (wants.number, new));
         });
+        if let (Some(stall), Some(new)) = (self.stalls.get_mut(&handle), new) {
+            stall.promise = Some((number, super::larger(stall.promised(), new)));
+        }
         Owed {
             handle,
             number,

@@ -174,12 +174,19 @@ impl Stable {
         false
     }
 
+    /// Whether it did not take the limits that it was asked to; newer ones may have come before it did.
     fn refuses(&self, owed: &Owed) -> bool {
-        let has = self.stalls.get(&owed.handle).map(|stall| {
-            let limits = stall.view.record.limits;
-            (limits.mem, limits.disk)
-        });
-        owed.limits.is_some() && has.is_some() && owed.limits != has
+        let Some(stall) = self.stalls.get(&owed.handle) else {
+            return false;
+        };
+        let limits = stall.view.record.limits;
+        let newest = stall
+            .promise
+            .is_some_and(|(number, _)| number == owed.number);
+        newest
+            && owed
+                .limits
+                .is_some_and(|asked| asked != (limits.mem, limits.disk))
     }
 
     fn progress(&self, owed: &Owed) -> Progress {
