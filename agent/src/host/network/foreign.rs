@@ -48,6 +48,9 @@ const ACCEPTS: [&[&str]; 2] = [
 /// The chains that they may stand in.
 const PLACES: [&str; 2] = ["DOCKER-USER", "FORWARD"];
 
+/// What iptables says of a table that others have made, and that it cannot read.
+const NATIVE: &str = "incompatible";
+
 /// Docker's own chain.
 const DOCKER: &str = "DOCKER";
 
@@ -61,29 +64,37 @@ pub(super) enum Accepts {
 }
 
 /// Puts the accepts in or takes them out, in each iptables that is in use here. Blocks: one process
-/// to read, and one for each change. What others' rules do not allow is told, and is no failure of ours.
-pub(super) fn settle(accepts: Accepts) {
+/// to read, and one for each change. What others' rules do not allow is told. Tells whether it is so now,
+/// or will be only when others have changed something.
+pub(super) fn settle(accepts: Accepts) -> bool {
+    let mut so = true;
     for program in ["iptables-nft", "iptables-legacy"] {
         // Reading with the legacy program would make its tables where there are none yet.
         if program == "iptables-legacy" && !legacy_in_use() {
             continue;
         }
         match program::run(program, &["-w", "10", "-S"], "") {
-            Ok(rules) => carry_out(program, &plan(&rules, accepts)),
+            Ok(rules) => so &= carry_out(program, &plan(&rules, accepts)),
             // Without the program there is nobody who could have used it here. In a mount namespace
             // of our own somebody outside might have.
             Err(NetworkError::Missing { .. }) => {}
-            // For example a native nft table "ip filter" with more in it than iptables knows.
-            Err(error) => warn!(
-                error = &error as &dyn Error,
-                "a filter table cannot be read by iptables and stays as it is: if its forward chain \
-                 drops, let it accept what comes from and goes to \"os-*\""
-            ),
+            Err(error) => {
+                // A native nft table "ip filter" with more in it than iptables knows.
+                so &= matches!(&error, NetworkError::Program { detail, .. } if detail.contains(NATIVE));
+                warn!(
+                    error = &error as &dyn Error,
+                    "a filter table cannot be read by iptables and stays as it is: if its forward chain \
+                     drops, let it accept what comes from and goes to \"os-*\""
+                );
+            }
         }
     }
+    so
 }
 
-fn carry_out(program: &'static str, plan: &Plan) {
+/// Tells whether nothing was refused.
+fn carry_out(program: &'static str, plan: &Plan) -> bool {
+    let mut done = true;
     for change in &plan.changes {
         let mut arguments = vec!["-w", "10"];
         arguments.extend(change.iter().map(String::as_str));
@@ -96,8 +107,9 @@ fn carry_out(program: &'static str, plan: &Plan) {
             );
             // The old accepts must do while there are no new ones.
             if adding {
-                return;
+                return false;
             }
+            done = false;
         }
     }
     if let (Some(chain), false) = (plan.chain, plan.changes.is_empty()) {
@@ -106,6 +118,7 @@ fn carry_out(program: &'static str, plan: &Plan) {
             program, "a foreign chain that drops was told to accept containers' traffic"
         );
     }
+    done
 }
 
 /// Those of others' chains that show that somebody relies on forwarding: what Docker makes, and chains

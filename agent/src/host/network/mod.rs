@@ -150,12 +150,11 @@ impl Network {
         let ranges = config.clone();
         let (rules, watch, pools) = blocking(move || {
             let changes = Changes::open()?;
-            let rules = Arc::new(Rules::open(host_access, &changes)?);
+            let (rules, so) = Rules::open(host_access, &changes)?;
+            let rules = Arc::new(rules);
             let kept = Arc::downgrade(&rules);
-            let watch = Watch::start(changes, move |changes| {
-                if let Some(rules) = kept.upgrade() {
-                    rules.mend(changes);
-                }
+            let watch = Watch::start(changes, so, move |changes| {
+                kept.upgrade().is_none_or(|rules| rules.mend(changes))
             })?;
             Ok((rules, watch, Pools::open(pool, &ranges)))
         })

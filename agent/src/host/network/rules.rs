@@ -21,7 +21,7 @@ const FORWARDING: &str = "ipv4/ip_forward";
 /// it are those for chains of others (`foreign::forwarders`) that were there when nothing was forwarded.
 const FORWARDING_NOTE: &str = "ip_forward_was_off";
 
-/// How often the table is loaded before it is left to the next event: somebody else is at it.
+/// How often the table is loaded before it is left for a while: somebody else is at it.
 const ROUNDS: usize = 3;
 
 /// The keeper of the rules in the network namespace in which it was opened.
@@ -50,18 +50,18 @@ struct Shall {
 }
 
 impl Rules {
-    /// Table first: without it nothing of a container's may be forwarded.
-    pub(super) fn open(host_access: HostAccess, changes: &Changes) -> Result<Self, NetworkError> {
+    /// Table first: without it nothing of a container's may be forwarded. Tells, too, whether all is so.
+    pub(super) fn open(
+        host_access: HostAccess,
+        changes: &Changes,
+    ) -> Result<(Self, bool), NetworkError> {
         let nftables = Nftables::open(table::TABLE)?;
         let chains = nftables.chains()?;
         let is_note = |chain: &&Chain| chain.is_in(table::TABLE) && !chain.is_base();
         let notes = chains.iter().filter(is_note);
         let mut notes: BTreeSet<_> = notes.map(|chain| chain.name.clone()).collect();
         if sysctl::read(FORWARDING)? == "0" && notes.insert(FORWARDING_NOTE.to_owned()) {
-            notes.extend(foreign::forwarders(&chains).unwrap_or_else(|error| {
-                told(Err(error));
-                BTreeSet::new()
-            }));
+            notes.extend(told(foreign::forwarders(&chains)).unwrap_or_default());
         }
         let rules = Self {
             nftables,
@@ -75,17 +75,17 @@ impl Rules {
             }),
             accepts: Mutex::new(Accepts::WhereNeeded),
         };
-        rules.mend_table(&mut rules.shall(), changes)?;
+        let table = rules.mend_table(&mut rules.shall(), changes)?;
         sysctl::write(FORWARDING, "1")?;
-        rules.settle();
-        Ok(rules)
+        let settled = rules.settle();
+        Ok((rules, table && settled))
     }
 
-    /// Makes everything so again, and touches nothing that is.
-    pub(super) fn mend(&self, changes: &Changes) {
+    /// Makes everything so again, and touches nothing that is. Tells whether all is so.
+    pub(super) fn mend(&self, changes: &Changes) -> bool {
         let mut shall = self.shall();
         if shall.closed {
-            return;
+            return true;
         }
         let forwarding = || {
             if sysctl::read(FORWARDING)? == "0" {
@@ -95,11 +95,11 @@ impl Rules {
             }
             sysctl::write(FORWARDING, "1")
         };
-        for outcome in [self.mend_table(&mut shall, changes), forwarding()] {
-            told(outcome);
-        }
+        let table = told(self.mend_table(&mut shall, changes));
+        let forwarding = told(forwarding());
         drop(shall);
-        self.settle();
+        let settled = self.settle();
+        table == Some(true) && forwarding.is_some() && settled
     }
 
     /// Lets a container speak from its address.
@@ -190,9 +190,9 @@ impl Rules {
         Ok(())
     }
 
-    fn settle(&self) {
+    fn settle(&self) -> bool {
         let accepts = self.accepts.lock().unwrap_or_else(PoisonError::into_inner);
-        foreign::settle(*accepts);
+        foreign::settle(*accepts)
     }
 
     /// Adds an element; where the table is gone, with it.
@@ -211,12 +211,16 @@ impl Rules {
         }
     }
 
-    fn mend_table(&self, shall: &mut Shall, changes: &Changes) -> Result<(), NetworkError> {
-        for _ in 0..ROUNDS {
+    /// Tells whether the table is so: somebody else may be at it all the time.
+    fn mend_table(&self, shall: &mut Shall, changes: &Changes) -> Result<bool, NetworkError> {
+        for round in 0..=ROUNDS {
             // What the look below sees is no news afterwards, what we do ourselves neither.
             changes.drain();
             if is_so(shall) {
-                return Ok(());
+                return Ok(true);
+            }
+            if round == ROUNDS {
+                break;
             }
             if shall.listing.is_some() {
                 warn!("the nftables table was changed by somebody and is loaded again");
@@ -227,10 +231,8 @@ impl Rules {
                 Elements::Removed => self.replace(shall)?,
             }
         }
-        // Were these events to be seen, this would go on for ever.
-        changes.drain();
         warn!("the nftables table does not stay as it is loaded: somebody changes it all the time");
-        Ok(())
+        Ok(false)
     }
 
     fn load(&self, shall: &mut Shall) -> Result<(), NetworkError> {
@@ -269,13 +271,14 @@ impl Rules {
     }
 }
 
-fn told(outcome: Result<(), NetworkError>) {
-    if let Err(error) = outcome {
+fn told<T>(outcome: Result<T, NetworkError>) -> Option<T> {
+    let tell = |error: &NetworkError| {
         warn!(
-            error = &error as &dyn Error,
+            error = error as &dyn Error,
             "something of the network is not as it shall be"
         );
-    }
+    };
+    outcome.inspect_err(tell).ok()
 }
 
 /// Whether the table is what was loaded, with the elements of what is attached.

@@ -639,6 +639,34 @@ fn a_flushed_table_comes_back_with_what_is_attached() {
 }
 
 #[test]
+fn what_could_not_be_mended_is_tried_again() {
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
+    use nix::sched::{CloneFlags, unshare};
+    const SETTING: &str = "/proc/sys/net/ipv4/ip_forward";
+    on_host(|| async {
+        // Threads that begin from here on see these mounts, and no other does.
+        unshare(CloneFlags::CLONE_NEWNS).unwrap();
+        let none = None::<&str>;
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        mount(none, "/", none, private, none).unwrap();
+        let _network = open().await;
+        sysctl::write("ipv4/ip_forward", "0").unwrap();
+        mount(Some(SETTING), SETTING, none, MsFlags::MS_BIND, none).unwrap();
+        let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
+        mount(none, SETTING, none, read_only, none).unwrap();
+        sysctl::write("ipv4/ip_forward", "1").unwrap_err();
+        run("nft", "flush ruleset");
+        eventually("the table is back", || ruleset().contains("ostler")).await;
+        // Whatever there was to be noticed has been.
+        a_while().await;
+        umount2(SETTING, MntFlags::MNT_DETACH).unwrap();
+        assert_eq!(sysctl::read("ipv4/ip_forward").unwrap(), "0");
+        let on = || sysctl::read("ipv4/ip_forward").unwrap() == "1";
+        eventually("forwarding is on", on).await;
+    });
+}
+
+#[test]
 fn a_mapping_brings_a_table_back_that_is_gone() {
     on_host(|| async {
         let (outside, network) = (outside(), open().await);

@@ -16,9 +16,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
-use std::io;
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::thread;
+use std::time::{Duration, Instant};
 
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
 /// The multicast group 7, `NFNLGRP_NFTABLES`, as bind(2) wants it.
@@ -28,8 +30,10 @@ const DELTABLE: u16 = NEWTABLE | 2;
 const NEWCHAIN: u16 = NEWTABLE | 3;
 const DELCHAIN: u16 = NEWTABLE | 5;
 
-/// How long what goes on may go on before it is looked at, in milliseconds.
-const PATIENCE_MS: u16 = 1000;
+/// How long what goes on may go on before it is looked at.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How soon what could not be mended is tried again: first, and at last after doubling.
+const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
 /// How soon something wants to be looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -104,56 +108,125 @@ fn heed(message: Message<'_>) -> Heed {
 /// The thread that watches. It ends when this is dropped.
 #[derive(Debug)]
 pub(super) struct Watch {
-    // Never written to: it hangs up.
-    _alive: OwnedFd,
+    /// Hangs up when dropped; a byte wakes the thread.
+    thread: UnixStream,
 }
 
 impl Watch {
-    /// Starts it. `mend` runs on it after every event that concerns us, once for those of a second.
+    /// Starts it. `mend` runs on it after every event that concerns us, once for those of a second. It
+    /// tells whether all is so afterwards; else it runs again, as at the start if all is not `so` then.
     pub(super) fn start(
         changes: Changes,
-        mend: impl Fn(&Changes) + Send + 'static,
+        so: bool,
+        mend: impl Fn(&Changes) -> bool + Send + 'static,
     ) -> Result<Self, NetworkError> {
         let start = || {
-            let (ended, alive) = io::pipe()?;
+            let (ours, thread) = UnixStream::pair()?;
+            for end in [&ours, &thread] {
+                end.set_nonblocking(true)?;
+            }
             thread::Builder::new()
                 .name("nftables".to_owned())
-                .spawn(move || watch(&changes, &ended.into(), mend))?;
-            Ok(Self {
-                _alive: alive.into(),
-            })
+                .spawn(move || watch(&changes, &ours, so, mend))?;
+            Ok(Self { thread })
         };
         start().map_err(NetworkError::Watch)
     }
+
+    /// Something is not as it shall be: it is mended at once.
+    pub(super) fn wake(&self) {
+        // Full: it will wake.
+        let _ = (&self.thread).write(&[0]);
+    }
 }
 
-fn watch(changes: &Changes, ended: &OwnedFd, mend: impl Fn(&Changes)) {
-    let hung_up = |ended: &PollFd<'_>| ended.any() != Some(false);
+fn watch(changes: &Changes, agent: &UnixStream, so: bool, mend: impl Fn(&Changes) -> bool) {
+    let mut pause = AGAIN.0;
+    let mut due = (!so).then(|| Instant::now() + pause);
     loop {
-        let mut both = [ended, &changes.0].map(|fd| PollFd::new(fd.as_fd(), PollFlags::POLLIN));
-        match poll(&mut both, PollTimeout::NONE) {
-            Err(Errno::EINTR) => continue,
+        let left = due.map(|due| due.saturating_duration_since(Instant::now()));
+        // Whole milliseconds: one more than is left, lest it comes back too early again and again.
+        let timeout = left.map_or(PollTimeout::NONE, |left| {
+            let left = left.saturating_add(Duration::from_millis(1));
+            PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
+        });
+        let mut both =
+            [agent.as_fd(), changes.0.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+        match poll(&mut both, timeout) {
+            Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => {
                 tracing::warn!(%error, "changes of nftables are noticed no longer");
                 return;
             }
-            Ok(_) => {}
         }
-        let [end, _] = &both;
-        if hung_up(end) {
-            return;
+        let woken = match (&*agent).read(&mut [0; 64]) {
+            Ok(0) => return,
+            Ok(_) => Heed::Now,
+            Err(_nothing) => Heed::Never,
+        };
+        let now = Instant::now();
+        let wanted = match changes.drain().max(woken) {
+            Heed::Never => None,
+            Heed::Soon => Some(now + PATIENCE),
+            Heed::Now => Some(now),
+        };
+        due = due.into_iter().chain(wanted).min();
+        if due.is_some_and(|due| due <= now) {
+            let so = mend(changes);
+            due = (!so).then(|| Instant::now() + pause);
+            pause = if so { AGAIN.0 } else { AGAIN.1.min(pause * 2) };
         }
-        match changes.drain() {
-            Heed::Never => continue,
-            Heed::Now => {}
-            Heed::Soon => {
-                let mut end = [PollFd::new(ended.as_fd(), PollFlags::POLLIN)];
-                // A signal that ends the wait early does no harm.
-                if poll(&mut end, PATIENCE_MS).is_ok_and(|ready| ready > 0) {
-                    return;
-                }
-            }
-        }
-        mend(changes);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testbed::{DEADLINE, on_host, run};
+    use super::*;
+    use std::sync::mpsc::{Receiver, channel};
+
+    /// When mendings ran. The first `vain` ones are in vain.
+    fn mendings(vain: usize, so: bool) -> (Watch, Receiver<Instant>) {
+        let (ran, times) = channel();
+        let count = std::sync::atomic::AtomicUsize::new(0);
+        let mend = move |_: &Changes| {
+            let _ = ran.send(Instant::now());
+            count.fetch_add(1, std::sync::atomic::Ordering::Relaxed) >= vain
+        };
+        let changes = Changes::open().unwrap();
+        (Watch::start(changes, so, mend).unwrap(), times)
+    }
+
+    #[test]
+    fn what_could_not_be_mended_is_tried_again_ever_more_seldom() {
+        on_host(|| async {
+            let (watch, times) = mendings(2, true);
+            watch.wake();
+            let three = [(); 3].map(|()| times.recv_timeout(DEADLINE).unwrap());
+            assert!(three[1] - three[0] >= AGAIN.0, "{three:?}");
+            assert!(three[2] - three[1] >= AGAIN.0 * 2, "{three:?}");
+            let fourth = times.recv_timeout(AGAIN.0 * 5);
+            assert!(fourth.is_err(), "the third was not in vain");
+            let (_watch, times) = mendings(0, false);
+            times.recv_timeout(DEADLINE).unwrap();
+        });
+    }
+
+    #[test]
+    fn what_cuts_containers_off_does_not_wait_for_what_may() {
+        on_host(|| async {
+            let (_watch, times) = mendings(0, true);
+            let before = Instant::now();
+            run("nft", "add table inet ostler");
+            // While this one takes longer, the machine is too slow to tell.
+            run("nft", "delete table inet ostler");
+            let deleted = Instant::now();
+            let first = times.recv_timeout(DEADLINE).unwrap();
+            assert!(
+                first - before < PATIENCE || deleted - before > PATIENCE / 2,
+                "{:?}",
+                first - before
+            );
+        });
     }
 }
