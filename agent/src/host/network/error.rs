@@ -4,6 +4,7 @@ use nix::errno::Errno;
 use std::io;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Why something about the network did not work.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +56,16 @@ pub enum NetworkError {
         arguments: String,
         /// How it ended and what it said.
         detail: String,
+    },
+    /// A program did not end. Whether it has done what it should is not known.
+    #[error("{program} {arguments}: did not end within {deadline:?} and was killed")]
+    Hung {
+        /// Its name.
+        program: &'static str,
+        /// Its arguments.
+        arguments: String,
+        /// How long it was given.
+        deadline: Duration,
     },
     /// No netlink socket for links, or no thread to serve it.
     #[error("cannot open a socket to change links")]

@@ -73,7 +73,7 @@ pub(super) fn settle(accepts: Accepts) -> bool {
         if program == "iptables-legacy" && !legacy_in_use() {
             continue;
         }
-        match program::run(program, &["-w", "10", "-S"], "") {
+        match program::run(program, &["-w", "5", "-S"], "") {
             Ok(rules) => so &= carry_out(program, &plan(&rules, accepts)),
             // Without the program there is nobody who could have used it here. In a mount namespace
             // of our own somebody outside might have.
@@ -96,7 +96,7 @@ pub(super) fn settle(accepts: Accepts) -> bool {
 fn carry_out(program: &'static str, plan: &Plan) -> bool {
     let mut done = true;
     for change in &plan.changes {
-        let mut arguments = vec!["-w", "10"];
+        let mut arguments = vec!["-w", "5"];
         arguments.extend(change.iter().map(String::as_str));
         if let Err(error) = program::run(program, &arguments, "") {
             let adding = change.first().is_some_and(|word| word == "-I");
@@ -132,7 +132,7 @@ pub(super) fn forwarders(chains: &[Chain]) -> Result<BTreeSet<String>, NetworkEr
         .map(|chain| note(&chain.family().to_string(), &chain.table, &chain.name))
         .collect();
     if legacy_in_use() {
-        let rules = program::run("iptables-legacy", &["-w", "10", "-S"], "")?;
+        let rules = program::run("iptables-legacy", &["-w", "5", "-S"], "")?;
         for line in rules.lines().map(str::trim) {
             if line == "-P FORWARD DROP" || line.starts_with("-A FORWARD ") {
                 found.insert(note("legacy", "filter", "FORWARD"));

@@ -24,6 +24,9 @@ const FORWARDING_NOTE: &str = "ip_forward_was_off";
 /// How often the table is loaded before it is left for a while: somebody else is at it.
 const ROUNDS: usize = 3;
 
+/// The table's text without its elements, and these.
+type Listed = (String, BTreeSet<String>);
+
 /// The keeper of the rules in the network namespace in which it was opened.
 #[derive(Debug)]
 pub(super) struct Rules {
@@ -83,10 +86,17 @@ impl Rules {
 
     /// Makes everything so again, and touches nothing that is. Tells whether all is so.
     pub(super) fn mend(&self, changes: &Changes) -> bool {
+        // Mostly all is so, and containers that come and go need not wait for `nft` to say it.
+        let seen = listed();
         let mut shall = self.shall();
         if shall.closed {
             return true;
         }
+        let table = || match is_so(&shall, seen)? {
+            true => Ok(true),
+            false => self.mend_table(&mut shall, changes),
+        };
+        let table = told(table());
         let forwarding = || {
             if sysctl::read(FORWARDING)? == "0" {
                 warn!(
@@ -95,7 +105,6 @@ impl Rules {
             }
             sysctl::write(FORWARDING, "1")
         };
-        let table = told(self.mend_table(&mut shall, changes));
         let forwarding = told(forwarding());
         drop(shall);
         let settled = self.settle();
@@ -216,7 +225,7 @@ impl Rules {
         for round in 0..=ROUNDS {
             // What the look below sees is no news afterwards, what we do ourselves neither.
             changes.drain();
-            if is_so(shall) {
+            if is_so(shall, listed())? {
                 return Ok(true);
             }
             if round == ROUNDS {
@@ -281,21 +290,24 @@ fn told<T>(outcome: Result<T, NetworkError>) -> Option<T> {
     outcome.inspect_err(tell).ok()
 }
 
-/// Whether the table is what was loaded, with the elements of what is attached.
-fn is_so(shall: &Shall) -> bool {
-    let (Some(listing), Ok((listed, elements))) = (&shall.listing, listed()) else {
-        return false;
+/// Whether the table is what was loaded, with the elements of what is attached. An error: nobody knows.
+fn is_so(shall: &Shall, listed: Result<Listed, NetworkError>) -> Result<bool, NetworkError> {
+    let (listed, elements) = match listed {
+        Ok(listed) => listed,
+        Err(error @ NetworkError::Hung { .. }) => return Err(error),
+        // For example because there is none.
+        Err(_) => return Ok(false),
     };
     let wanted: BTreeSet<String> = shall.attached.values().flat_map(table::elements).collect();
-    *listing == listed
-        && match shall.others {
-            Elements::Kept => wanted.is_subset(&elements),
-            Elements::Removed => wanted == elements,
-        }
+    let all = match shall.others {
+        Elements::Kept => wanted.is_subset(&elements),
+        Elements::Removed => wanted == elements,
+    };
+    Ok(all && shall.listing.as_ref() == Some(&listed))
 }
 
 /// The table as it is: its text, and its elements.
-fn listed() -> Result<(String, BTreeSet<String>), NetworkError> {
+fn listed() -> Result<Listed, NetworkError> {
     let list = ["--stateless", "list", "table", "inet", table::TABLE];
     Ok(table::split(&program::run("nft", &list, "")?))
 }
