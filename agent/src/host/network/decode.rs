@@ -13,6 +13,8 @@ const NFTA_CHAIN_HOOK: u16 = 4;
 const NFTA_CHAIN_POLICY: u16 = 5;
 const NFTA_CHAIN_USE: u16 = 6;
 const NFTA_HOOK_HOOKNUM: u16 = 1;
+const NFTA_RULE_TABLE: u16 = 1;
+const NFTA_RULE_CHAIN: u16 = 2;
 /// Bits of an attribute's number that tell how it is encoded.
 const NLA_FLAGS: u16 = 0xc000;
 
@@ -75,6 +77,36 @@ fn split(body: &[u8]) -> Option<(u8, &[u8])> {
 pub(super) fn table(body: &[u8]) -> Option<(u8, String)> {
     let (family, attributes) = split(body)?;
     Some((family, text(attributes, NFTA_TABLE_NAME)?))
+}
+
+/// Where a rule is that a message is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct RulePlace {
+    family: u8,
+    table: String,
+    pub(super) chain: String,
+}
+
+impl RulePlace {
+    /// From the body of a message about a rule.
+    pub(super) fn parse(body: &[u8]) -> Option<Self> {
+        let (family, attributes) = split(body)?;
+        Some(Self {
+            family,
+            table: text(attributes, NFTA_RULE_TABLE)?,
+            chain: text(attributes, NFTA_RULE_CHAIN)?,
+        })
+    }
+
+    /// Whether it is in the `inet` table of this name.
+    pub(super) fn is_in(&self, table: &str) -> bool {
+        self.family == NFPROTO_INET && self.table == table
+    }
+
+    /// Whether it is in a table of IPv4 alone, as those of `iptables` are.
+    pub(super) fn is_ipv4(&self) -> bool {
+        self.family == NFPROTO_IPV4
+    }
 }
 
 /// A chain of some table.

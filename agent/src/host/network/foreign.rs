@@ -46,7 +46,7 @@ const ACCEPTS: [&[&str]; 2] = [
 ];
 
 /// The chains that they may stand in.
-const PLACES: [&str; 2] = ["DOCKER-USER", "FORWARD"];
+pub(super) const PLACES: [&str; 2] = ["DOCKER-USER", "FORWARD"];
 
 /// What iptables says of a table that others have made, and that it cannot read.
 const NATIVE: &str = "incompatible";

@@ -37,8 +37,10 @@ fn links() -> String {
     names.map(|name| format!("{name}\n")).collect()
 }
 
-/// Without the chain that is tried: shows that the packet would have come through.
-fn without(chain: &str) {
+/// Without the chain that is tried, and whoever would mend it: shows that the packet would have come
+/// through.
+fn without(network: Network, chain: &str) {
+    drop(network);
     run("nft", &format!("flush chain inet ostler {chain}"));
 }
 
@@ -80,7 +82,7 @@ fn outside_reaches_the_mapped_port_and_nothing_else() {
         let unmapped = outside.connect(HOST, port + 1).unwrap_err();
         assert_eq!(unmapped.kind(), io::ErrorKind::ConnectionRefused);
         assert_rejected(outside.connect(container.lease.container, 8080));
-        without("forward");
+        without(network, "forward");
         outside.connect(container.lease.container, 8080).unwrap();
     });
 }
@@ -123,7 +125,7 @@ fn a_container_reaches_no_other_container() {
         assert_rejected(one.namespace.connect(two.lease.container, 8080));
         assert_rejected(one.namespace.connect(HOST, port));
         assert_rejected(one.namespace.connect(one.lease.host, port));
-        without("forward");
+        without(network, "forward");
         one.namespace.connect(two.lease.container, 8080).unwrap();
     });
 }
@@ -181,7 +183,7 @@ fn a_borrowed_source_address_is_dropped() {
         lying.send_to(b"lying", (OUTSIDE, 9000)).unwrap();
         honest.send_to(b"honest", (OUTSIDE, 9000)).unwrap();
         assert_eq!(received(&receiver).0, "honest");
-        without("raw_in");
+        without(network, "raw_in");
         // The kernel's own check of the reverse path would drop it as well.
         std::fs::write(format!("/proc/sys/net/ipv4/conf/os-{ONE}/rp_filter"), "0").unwrap();
         lying.send_to(b"lying", (OUTSIDE, 9000)).unwrap();
@@ -209,7 +211,7 @@ fn the_hosts_loopback_is_out_of_a_containers_reach() {
         sender.send_to(b"loopback", (loopback, 9000)).unwrap();
         sender.send_to(b"gateway", (gateway, 9000)).unwrap();
         assert_eq!(received(&receiver).0, "gateway");
-        without("raw_in");
+        without(network, "raw_in");
         sender.send_to(b"loopback", (loopback, 9000)).unwrap();
         assert_eq!(received(&receiver).0, "loopback");
     });
@@ -251,7 +253,7 @@ fn a_container_speaks_no_ipv6() {
             .unwrap();
         four.send_to(b"four", (container.lease.host, 9000)).unwrap();
         assert_eq!(received(&receiver).0, "four");
-        without("raw_in");
+        without(network, "raw_in");
         six.send_to(b"six", SocketAddrV6::new(here, 9000, 0, 0))
             .unwrap();
         assert_eq!(received(&receiver).0, "six");
@@ -693,8 +695,8 @@ fn a_forward_chain_that_begins_to_drop_is_noticed() {
         let container = Container::new(&network, ONE).await;
         let outer = outside.listen(80);
         // As Docker does at its start. Somebody has switched forwarding off, too.
-        run("iptables-nft", "-P FORWARD DROP");
         sysctl::write("ipv4/ip_forward", "0").unwrap();
+        run("iptables-nft", "-P FORWARD DROP");
         eventually("accepted", || {
             run("iptables-nft", "-S").contains("-A FORWARD -i os-+")
         })
@@ -710,6 +712,37 @@ fn a_forward_chain_that_begins_to_drop_is_noticed() {
             &outer,
             &mut container.namespace.connect(OUTSIDE, 80).unwrap(),
         );
+    });
+}
+
+#[test]
+fn rules_that_somebody_removes_are_put_back_and_then_it_is_quiet() {
+    on_host(|| async {
+        let (_network, before) = (open().await, ruleset());
+        run("nft", "flush chain inet ostler forward");
+        eventually("the chain is whole", || ruleset() == before).await;
+        run("iptables-nft", "-P FORWARD DROP");
+        let accepted = |chain: &str| {
+            let rules = run("iptables-nft", "-S");
+            rules.contains(&format!("-A {chain} -i os-+"))
+                && rules.contains(&format!("-A {chain} -o os-+"))
+        };
+        eventually("accepted", || accepted("FORWARD")).await;
+        let accept = "-D FORWARD -i os-+ -m comment --comment ostler -j ACCEPT";
+        run("iptables-nft", accept);
+        eventually("accepted again", || accepted("FORWARD")).await;
+        run("iptables-nft", "-N DOCKER-USER");
+        run("iptables-nft", "-I FORWARD -j DOCKER-USER");
+        eventually("accepted elsewhere", || accepted("DOCKER-USER")).await;
+        run("iptables-nft", "-F DOCKER-USER");
+        eventually("accepted there again", || accepted("DOCKER-USER")).await;
+        // What was done to mend it is no news that leads to more.
+        a_while().await;
+        let numbered = || run("nft", "--stateless --handle list ruleset");
+        let settled = numbered();
+        a_while().await;
+        a_while().await;
+        assert_eq!(numbered(), settled);
     });
 }
 

@@ -4,12 +4,14 @@
 //! kernel ── nftables' events ─▶ the thread: does it concern us? ─ waits for more ─▶ `mend`
 //! ```
 //!
-//! `nft flush ruleset` (a reload of nftables' unit) takes our table with it, and Docker gives FORWARD
-//! the policy DROP when it starts. The kernel tells of both. It tells of nothing that iptables-legacy
-//! does, nor of settings: those are looked at again at the next event, and at the agent's start.
+//! `nft flush ruleset` (a reload of nftables' unit) takes our table with it, Docker gives FORWARD the
+//! policy DROP when it starts, and `iptables -F` takes our accepts. The kernel tells of all that. It tells
+//! of nothing that iptables-legacy does, nor of settings: those are looked at again at the next event, and
+//! at the agent's start.
 
 use super::NetworkError;
-use super::decode::{self, Chain, Message, NFPROTO_INET, messages};
+use super::decode::{self, Chain, Message, NFPROTO_INET, RulePlace, messages};
+use super::foreign::PLACES;
 use super::table::TABLE;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -29,6 +31,8 @@ const NEWTABLE: u16 = NFNL_SUBSYS_NFTABLES << 8;
 const DELTABLE: u16 = NEWTABLE | 2;
 const NEWCHAIN: u16 = NEWTABLE | 3;
 const DELCHAIN: u16 = NEWTABLE | 5;
+const NEWRULE: u16 = NEWTABLE | 6;
+const DELRULE: u16 = NEWTABLE | 8;
 
 /// How long what goes on may go on before it is looked at.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -94,7 +98,10 @@ fn heed(message: Message<'_>) -> Heed {
             decode::table(message.body).is_some_and(|table| table == (NFPROTO_INET, TABLE.into()))
         }
         NEWCHAIN | DELCHAIN => Chain::parse(message.body).is_some_and(|chain| {
-            chain.is_in(TABLE) || chain.sees_forwarded() || chain.name == "DOCKER-USER"
+            chain.is_in(TABLE) || chain.sees_forwarded() || PLACES.contains(&chain.name.as_str())
+        }),
+        NEWRULE | DELRULE => RulePlace::parse(message.body).is_some_and(|rule| {
+            rule.is_in(TABLE) || (rule.is_ipv4() && PLACES.contains(&rule.chain.as_str()))
         }),
         _ => false,
     };
