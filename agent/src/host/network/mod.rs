@@ -103,7 +103,7 @@ pub struct Attached {
 pub struct Network {
     links: Links,
     rules: Arc<Rules>,
-    _watch: Watch,
+    watch: Watch,
     pools: Mutex<Pools>,
     pool: Subnet,
     first_port: u16,
@@ -162,7 +162,7 @@ impl Network {
         Ok(Self {
             links,
             rules,
-            _watch: watch,
+            watch,
             pools: Mutex::new(pools),
             pool,
             first_port: *config.ports.start(),
@@ -314,8 +314,8 @@ impl Network {
 
     /// Takes away what [`Network::attach`] and [`Network::map_port`] added to the table; what is not
     /// there is no error. The link dies with the container's namespace. One netlink message, or two
-    /// when something was absent. A refusal is logged, and
-    /// mended when the table is next found wrong.
+    /// when something was absent. A refusal is logged, and what was left goes with a mending at once:
+    /// a port must not lead to the next one who gets the address.
     pub async fn detach(&self, handle: &str, lease: &Lease, ports: &[(u16, u16)]) {
         let (of, lease, ports) = (handle.to_owned(), lease.clone(), ports.to_vec());
         let detached = self.with(move |rules| rules.detach(&of, &lease, &ports));
@@ -325,6 +325,7 @@ impl Network {
                 error = &error as &dyn Error,
                 "a container's network rules were left"
             );
+            self.watch.wake();
         }
     }
 

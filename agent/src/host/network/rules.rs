@@ -145,7 +145,8 @@ impl Rules {
         Ok(())
     }
 
-    /// Takes away what was added for a container; what is not there is no error.
+    /// Takes away what was added for a container; what is not there is no error. After one, the next
+    /// mending finds what was left.
     pub(super) fn detach(
         &self,
         handle: &str,
@@ -153,13 +154,12 @@ impl Rules {
         ports: &[(u16, u16)],
     ) -> Result<(), NetworkError> {
         let mut shall = self.shall();
-        shall.attached.remove(handle);
-        let mut elements = vec![table::source(handle, lease)];
-        elements.extend(
-            ports
-                .iter()
-                .map(|&(outer, inner)| table::port(lease.container, outer, inner)),
-        );
+        let known = shall.attached.remove(handle).map(|known| known.ports);
+        // By host port, which alone says what goes.
+        let all: BTreeMap<u16, u16> = known.into_iter().flatten().chain(ports.to_vec()).collect();
+        let all = all.into_iter();
+        let ports = all.map(|(outer, inner)| table::port(lease.container, outer, inner));
+        let elements: Vec<_> = ports.chain([table::source(handle, lease)]).collect();
         self.nftables.remove(&elements)
     }
 

@@ -599,6 +599,32 @@ fn detaching_twice_or_what_is_half_there_succeeds() {
     });
 }
 
+#[test]
+fn what_a_refused_detach_leaves_goes_soon() {
+    on_host(|| async {
+        let network = open().await;
+        network.rebuild(&[]).await.unwrap();
+        let empty = ruleset();
+        let container = Container::new(&network, ONE).await;
+        network
+            .map_port(ONE, &container.lease, 61_001, 8080)
+            .await
+            .unwrap();
+        // Nobody names the port, but it is known.
+        network.detach(ONE, &container.lease, &[]).await;
+        assert_eq!(ruleset(), empty);
+        let container = Container::new(&network, TWO).await;
+        network
+            .map_port(TWO, &container.lease, 61_001, 8080)
+            .await
+            .unwrap();
+        // More than the kernel takes in one message.
+        let too_many: Vec<_> = (10_000..30_000).map(|port| (port, 80)).collect();
+        network.detach(TWO, &container.lease, &too_many).await;
+        eventually("nothing is left", || ruleset() == empty).await;
+    });
+}
+
 /// Waits for what another thread will do in its own time.
 async fn eventually(what: &str, so: impl Fn() -> bool) {
     let end = tokio::time::Instant::now() + DEADLINE;
