@@ -46,7 +46,7 @@ struct Shall {
     others: Elements,
     /// Chains that no packet passes: whether forwarding was off, and who did not mind.
     notes: BTreeSet<String>,
-    /// How `nft` lists the table without elements. `None`: it was not loaded.
+    /// How `nft` lists the table without elements. `None`: it was not loaded, or not seen whole since.
     listing: Option<String>,
     /// Nothing is mended any more.
     closed: bool,
@@ -270,8 +270,10 @@ impl Rules {
             &shall.attached,
             shall.others,
         );
+        let size = table::script_size(&script);
         program::run("nft", &["-f", "-"], &how(script))?;
-        shall.listing = Some(listed()?.0);
+        // Somebody may have taken something away in between: that is not how it shall be.
+        shall.listing = Some(listed()?.0).filter(|listing| table::listing_size(listing) == size);
         Ok(())
     }
 

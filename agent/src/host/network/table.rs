@@ -128,6 +128,31 @@ pub(super) fn split(listing: &str) -> (String, BTreeSet<String>) {
     (table, elements)
 }
 
+/// How many chains and rules there are after a script of [`script`].
+pub(super) fn script_size(script: &str) -> (usize, usize) {
+    let count = |what: &str| {
+        let lines = script.lines();
+        lines.filter(|line| line.starts_with(what)).count()
+    };
+    (count("add chain "), count("add rule "))
+}
+
+/// How many chains and rules `nft` lists.
+pub(super) fn listing_size(listing: &str) -> (usize, usize) {
+    let (mut chains, mut rules, mut inside) = (0, 0, false);
+    for line in listing.lines().map(str::trim) {
+        if line.ends_with('{') {
+            inside = line.starts_with("chain ");
+            chains += usize::from(inside);
+        } else if line == "}" {
+            inside = false;
+        } else if inside && !line.starts_with("type ") {
+            rules += 1;
+        }
+    }
+    (chains, rules)
+}
+
 const CHAINS: [(&str, &str); 6] = [
     ("raw_in", "filter hook prerouting priority raw"),
     ("nat_in", "nat hook prerouting priority dstnat"),
@@ -195,6 +220,7 @@ pub(super) fn port(container: Ipv4Addr, outer: u16, inner: u16) -> Element {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testbed::{on_host, run};
     use super::*;
 
     fn lease() -> Lease {
@@ -266,5 +292,26 @@ mod tests {
         for attached in live().values() {
             assert!(elements(attached).iter().all(|one| found.contains(one)));
         }
+    }
+
+    #[test]
+    fn a_listing_of_all_that_was_loaded_is_as_large_as_the_script() {
+        use super::super::program;
+        on_host(|| async {
+            let notes = BTreeSet::from(["a_note".to_owned(), "found/2/filter/FORWARD".to_owned()]);
+            let script = script(HostAccess::Refused, &notes, &live(), Elements::Removed);
+            let listed = || {
+                let listing = run("nft", "--stateless list table inet ostler");
+                listing_size(&split(&listing).0)
+            };
+            program::run("nft", &["-f", "-"], &afresh(&script)).unwrap();
+            let rules = RULES.lines().filter(|line| !line.trim().is_empty()).count();
+            assert_eq!(script_size(&script), (8, rules));
+            assert_eq!(listed(), script_size(&script));
+            run("nft", "delete chain inet ostler a_note");
+            assert_eq!(listed().0, 7);
+            run("nft", "flush chain inet ostler raw_in");
+            assert_eq!(listed().1, script_size(&script).1 - 4);
+        });
     }
 }
