@@ -117,8 +117,8 @@ pub(super) struct Chain {
     pub(super) name: String,
     hook: Option<u32>,
     policy: Option<u32>,
-    /// Of a base chain: how many rules it has.
-    uses: u32,
+    /// Of a base chain: how many rules it has. Of another one also how many lead to it.
+    pub(super) uses: u32,
 }
 
 impl Chain {

@@ -8,7 +8,7 @@
 use super::decode::Chain;
 use super::table::TABLE;
 use super::{NetworkError, program};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::fs;
 use tracing::{info, warn};
@@ -122,36 +122,64 @@ fn carry_out(program: &'static str, plan: &Plan) -> bool {
 }
 
 /// Those of others' chains that show that somebody relies on forwarding: what Docker makes, and chains
-/// that do something to forwarded packets. By names that tell them apart, each of which can be the name of
-/// a chain itself. Blocks.
-pub(super) fn forwarders(chains: &[Chain]) -> Result<BTreeSet<String>, NetworkError> {
-    let mut found: BTreeSet<String> = chains
+/// that do something to forwarded packets. By names that tell them apart, with the number of rules that each
+/// has. Blocks.
+pub(super) fn forwarders(chains: &[Chain]) -> Result<BTreeMap<String, u32>, NetworkError> {
+    let mut found: BTreeMap<String, u32> = chains
         .iter()
         .filter(|chain| !chain.is_in(TABLE))
         .filter(|chain| chain.name == DOCKER || (chain.sees_forwarded() && chain.acts()))
-        .map(|chain| note(&chain.family().to_string(), &chain.table, &chain.name))
+        .map(|chain| {
+            let family = chain.family().to_string();
+            (name(&family, &chain.table, &chain.name), chain.uses)
+        })
         .collect();
     if legacy_in_use() {
         let rules = program::run("iptables-legacy", &["-w", "5", "-S"], "")?;
         for line in rules.lines().map(str::trim) {
-            if line == "-P FORWARD DROP" || line.starts_with("-A FORWARD ") {
-                found.insert(note("legacy", "filter", "FORWARD"));
+            let mut has = |chain, more| {
+                *found.entry(name("legacy", "filter", chain)).or_insert(0) += more;
+            };
+            if line == "-P FORWARD DROP" {
+                has("FORWARD", 0);
+            } else if line.starts_with("-A FORWARD ") && !is_ours(&words(line)) {
+                has("FORWARD", 1);
             } else if line.strip_prefix("-N ") == Some(DOCKER) {
-                found.insert(note("legacy", "filter", DOCKER));
+                has(DOCKER, 0);
             }
         }
     }
     Ok(found)
 }
 
-/// A chain's name for `nft`, which takes fewer characters than the kernel, and 128 at most.
-fn note(family: &str, table: &str, chain: &str) -> String {
+/// A chain's name, and room for a number, in what `nft` takes for the name of a chain: fewer characters
+/// than the kernel, and 128 at most.
+fn name(family: &str, table: &str, chain: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "_-./".contains(c);
     format!("found/{family}/{table}/{chain}")
         .chars()
         .map(|c| if plain(c) { c } else { '_' })
-        .take(127)
+        .take(110)
         .collect()
+}
+
+/// The name of a chain of ours that keeps that this was found.
+pub(super) fn note(name: &str, rules: u32) -> String {
+    format!("{name}/{rules}")
+}
+
+/// Whether a chain that was found with so many rules has been noted, and not with fewer. An older agent's
+/// notes have no numbers.
+pub(super) fn is_noted(notes: &BTreeSet<String>, name: &str, rules: u32) -> bool {
+    let with_number = |note: &str| {
+        let number = note.strip_prefix(name)?.strip_prefix('/')?;
+        number.parse::<u32>().ok()
+    };
+    notes.contains(name)
+        || notes
+            .iter()
+            .filter_map(|note| with_number(note))
+            .any(|noted| noted >= rules)
 }
 
 /// Whether the legacy `filter` table exists in this network namespace.
@@ -180,14 +208,8 @@ fn plan(rules: &str, accepts: Accepts) -> Plan {
         Accepts::WhereNeeded | Accepts::Nowhere => None,
     };
     // Whatever else bears our comment is somebody else's.
-    let ours: Vec<Vec<&str>> = rules
-        .lines()
-        .map(|line| line.split_whitespace().collect::<Vec<_>>())
-        .filter(|words| match words.split_at_checked(2) {
-            Some((["-A", chain], rule)) => PLACES.contains(chain) && ACCEPTS.contains(&rule),
-            _ => false,
-        })
-        .collect();
+    let lines = rules.lines().map(words);
+    let ours: Vec<Vec<&str>> = lines.filter(|words| is_ours(words)).collect();
     let in_place = |chain| {
         let there = |accept: &&[&str]| {
             ours.iter()
@@ -213,6 +235,18 @@ fn plan(rules: &str, accepts: Accepts) -> Plan {
     Plan {
         chain,
         changes: added.chain(removed).collect(),
+    }
+}
+
+fn words(line: &str) -> Vec<&str> {
+    line.split_whitespace().collect()
+}
+
+/// Whether a line of `iptables -S` is one of our accepts.
+fn is_ours(words: &[&str]) -> bool {
+    match words.split_at_checked(2) {
+        Some((["-A", chain], rule)) => PLACES.contains(chain) && ACCEPTS.contains(&rule),
+        _ => false,
     }
 }
 

@@ -64,7 +64,12 @@ impl Rules {
         let notes = chains.iter().filter(is_note);
         let mut notes: BTreeSet<_> = notes.map(|chain| chain.name.clone()).collect();
         if sysctl::read(FORWARDING)? == "0" && notes.insert(FORWARDING_NOTE.to_owned()) {
-            notes.extend(told(foreign::forwarders(&chains)).unwrap_or_default());
+            let found = told(foreign::forwarders(&chains)).unwrap_or_default();
+            notes.extend(
+                found
+                    .iter()
+                    .map(|(name, rules)| foreign::note(name, *rules)),
+            );
         }
         let rules = Self {
             nftables,
@@ -187,7 +192,10 @@ impl Rules {
     /// Switches forwarding off, unless somebody has come who may need it.
     fn end_forwarding(&self, notes: &BTreeSet<String>) -> Result<(), NetworkError> {
         let now = foreign::forwarders(&self.nftables.chains()?)?;
-        let new: Vec<&str> = now.difference(notes).map(String::as_str).collect();
+        let new = now
+            .iter()
+            .filter(|(name, rules)| !foreign::is_noted(notes, name, **rules));
+        let new: Vec<&str> = new.map(|(name, _)| name.as_str()).collect();
         if new.is_empty() {
             return sysctl::write(FORWARDING, "0");
         }

@@ -474,6 +474,37 @@ fn forwarding_stays_on_for_those_who_came_to_need_it() {
 }
 
 #[test]
+fn forwarding_stays_on_for_those_who_joined_a_chain_that_was_there() {
+    for program in ["iptables-nft", "iptables-legacy"] {
+        on_host(|| async {
+            sysctl::write("ipv4/ip_forward", "0").unwrap();
+            run(program, "-P FORWARD DROP");
+            run(program, "-A FORWARD -i eth9 -j DROP");
+            open().await.close().await;
+            // Our own accepts were no reason.
+            assert_eq!(sysctl::read("ipv4/ip_forward").unwrap(), "0");
+            drop(open().await);
+            run(program, "-I FORWARD -i virbr0 -j ACCEPT");
+            open().await.close().await;
+            assert_eq!(sysctl::read("ipv4/ip_forward").unwrap(), "1", "{program}");
+        });
+    }
+}
+
+#[test]
+fn notes_of_an_older_agent_have_no_numbers() {
+    on_host(|| async {
+        run("iptables-nft", "-P FORWARD DROP");
+        run("nft", "add table inet ostler");
+        for note in ["ip_forward_was_off", "found/2/filter/FORWARD"] {
+            run("nft", &format!("add chain inet ostler {note}"));
+        }
+        open().await.close().await;
+        assert_eq!(sysctl::read("ipv4/ip_forward").unwrap(), "0");
+    });
+}
+
+#[test]
 fn what_lives_notices_neither_a_new_agent_nor_a_rebuild() {
     on_host(|| async {
         let (outside, network) = (outside(), open().await);
