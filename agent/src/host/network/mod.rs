@@ -31,7 +31,7 @@ use crate::random;
 use link::{HostAddress, Links, Scope};
 use pool::Pool;
 use rules::Rules;
-use standing::Standing;
+use standing::{Kept, Standing};
 use std::collections::HashSet;
 use std::error::Error;
 use std::net::{Ipv4Addr, UdpSocket};
@@ -39,7 +39,7 @@ use std::ops::RangeInclusive;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use subnet::Subnet;
 use table::HostAccess;
 use tracing::{debug, warn};
@@ -66,8 +66,8 @@ pub struct NetworkConfig {
     pub local_ip: Option<Ipv4Addr>,
     /// Whether containers may open connections to services of the host itself.
     pub allow_host_access: bool,
-    /// Where it is kept which address and port were given out last, so that the next agent does not
-    /// begin with what this one has just released; nowhere when `None`.
+    /// Where it is kept which address and port were given out last and which rest, so that the next agent
+    /// does not give out what this one has just released; nowhere when `None`.
     pub standing: Option<PathBuf>,
 }
 
@@ -104,7 +104,8 @@ pub struct Network {
     links: Links,
     rules: Arc<Rules>,
     watch: Watch,
-    pools: Mutex<Pools>,
+    pools: Arc<Mutex<Pools>>,
+    standing: Arc<Standing>,
     pool: Subnet,
     first_port: u16,
     local_ip: Ipv4Addr,
@@ -117,7 +118,6 @@ struct Pools {
     blocks: Pool,
     /// Number n is the n-th port.
     ports: Pool,
-    standing: Standing,
 }
 
 impl Network {
@@ -148,7 +148,7 @@ impl Network {
             HostAccess::Refused
         };
         let ranges = config.clone();
-        let (rules, watch, pools) = blocking(move || {
+        let (rules, watch, pools, standing) = blocking(move || {
             let changes = Changes::open()?;
             let (rules, so) = Rules::open(host_access, &changes)?;
             let rules = Arc::new(rules);
@@ -156,14 +156,16 @@ impl Network {
             let watch = Watch::start(changes, so, move |changes| {
                 kept.upgrade().is_none_or(|rules| rules.mend(changes))
             })?;
-            Ok((rules, watch, Pools::open(pool, &ranges)))
+            let (pools, standing) = Pools::open(pool, &ranges);
+            Ok((rules, watch, pools, standing))
         })
         .await?;
         Ok(Self {
             links,
             rules,
             watch,
-            pools: Mutex::new(pools),
+            pools: Arc::new(Mutex::new(pools)),
+            standing: Arc::new(standing),
             pool,
             first_port: *config.ports.start(),
             local_ip,
@@ -196,7 +198,7 @@ impl Network {
         };
         match pools.ports.take(now) {
             Some(port) => {
-                self.keep(&pools);
+                self.keep();
                 Ok((self.pool.block(block), self.port(port)))
             }
             None => {
@@ -232,6 +234,7 @@ impl Network {
         self.pools()
             .blocks
             .release(self.pool.number(lease.container), Instant::now());
+        self.keep();
     }
 
     /// A host port for one more mapping.
@@ -242,7 +245,7 @@ impl Network {
         let mut pools = self.pools();
         match pools.ports.take(Instant::now()) {
             Some(number) => {
-                self.keep(&pools);
+                self.keep();
                 Ok(self.port(number))
             }
             None => Err(no_port(&pools)),
@@ -263,6 +266,7 @@ impl Network {
         self.pools()
             .ports
             .release(self.port_number(port), Instant::now());
+        self.keep();
     }
 
     /// Links the namespace `netns` to this host: there is then a link `eth0` in it, down and without
@@ -372,20 +376,24 @@ impl Network {
     /// forwarding off if it was and nobody came who needs it, no word of where the pools stand. Links go with their containers. What
     /// is refused is logged, and the rest done.
     pub async fn close(&self) {
-        if let Err(error) = self.pools().standing.remove() {
+        let standing = Arc::clone(&self.standing);
+        if let Err(error) = blocking(move || standing.remove()).await {
             warn!(%error, "where the pools stand was left");
         }
         self.with(Rules::close).await;
     }
 
-    /// Keeps for the next agent what was given out last.
-    fn keep(&self, pools: &Pools) {
-        let address = self.pool.block(pools.blocks.last()).container;
-        pools.standing.keep(address, self.port(pools.ports.last()));
+    /// Keeps for the next agent what was given out last and what rests, in the background.
+    fn keep(&self) {
+        let (pools, pool, first_port) = (Arc::clone(&self.pools), self.pool, self.first_port);
+        self.standing.keep(move || {
+            let pools = pools.lock().unwrap_or_else(PoisonError::into_inner);
+            pools.kept(pool, first_port)
+        });
     }
 
     fn port(&self, number: u32) -> u16 {
-        u16::try_from(number).map_or(u16::MAX, |number| self.first_port.wrapping_add(number))
+        nth_port(self.first_port, number)
     }
 
     fn port_number(&self, port: u16) -> u32 {
@@ -398,30 +406,71 @@ impl Network {
 }
 
 impl Pools {
-    /// Empty pools that begin behind what an agent gave out last: at random where it did not say, or
-    /// where the ranges were others. Blocks.
-    fn open(pool: Subnet, config: &NetworkConfig) -> Self {
+    /// Empty pools that begin behind what an agent gave out last, at random where it did not say or
+    /// where the ranges were others, and let rest what rested. Blocks.
+    fn open(pool: Subnet, config: &NetworkConfig) -> (Self, Standing) {
         let ports = u32::try_from(config.ports.len()).unwrap_or(u32::MAX);
-        let mut blocks = Pool::new(pool.blocks(), ADDRESS_REST);
-        let mut ports = Pool::new(ports, config.port_quarantine);
-        let (standing, last) = Standing::open(config.standing.clone());
-        if config.standing.is_some() {
-            let (address, port) = last.unzip();
-            let block = address
-                .filter(|address| pool.contains(*address))
-                .map(|container| pool.number(container));
-            let port = port
-                .filter(|port| config.ports.contains(port))
-                .map(|port| u32::from(port - config.ports.start()));
-            blocks.begin_behind(block.unwrap_or_else(random::u32));
-            ports.begin_behind(port.unwrap_or_else(random::u32));
+        let mut pools = Self {
+            blocks: Pool::new(pool.blocks(), ADDRESS_REST),
+            ports: Pool::new(ports, config.port_quarantine),
+        };
+        let (standing, kept) = Standing::open(config.standing.clone());
+        if config.standing.is_none() {
+            return (pools, standing);
         }
-        Self {
-            blocks,
-            ports,
-            standing,
+        let block = |address: Ipv4Addr| pool.contains(address).then(|| pool.number(address));
+        let port = |port: u16| {
+            let ours = config.ports.contains(&port);
+            ours.then(|| u32::from(port - config.ports.start()))
+        };
+        let (last_address, last_port) = kept.last.unzip();
+        let last_block = last_address.and_then(block).unwrap_or_else(random::u32);
+        pools.blocks.begin_behind(last_block);
+        let last_port = last_port.and_then(port).unwrap_or_else(random::u32);
+        pools.ports.begin_behind(last_port);
+        let (now, today) = (Instant::now(), since_1970());
+        // Where the clock was set back, all of it.
+        let rested = |when| Duration::from_secs(today.saturating_sub(when));
+        for (address, when) in kept.addresses {
+            if let Some(number) = block(address) {
+                pools.blocks.let_rest(number, rested(when), now);
+            }
+        }
+        for (outer, when) in kept.ports {
+            if let Some(number) = port(outer) {
+                pools.ports.let_rest(number, rested(when), now);
+            }
+        }
+        (pools, standing)
+    }
+
+    /// What the next agent should know.
+    fn kept(&self, pool: Subnet, first_port: u16) -> Kept {
+        let (now, today) = (Instant::now(), since_1970());
+        let when = |rested: Duration| today.saturating_sub(rested.as_secs());
+        let (blocks, ports) = (self.blocks.rested(now), self.ports.rested(now));
+        let address = |number| pool.block(number).container;
+        let port = |number| nth_port(first_port, number);
+        Kept {
+            last: Some((address(self.blocks.last()), port(self.ports.last()))),
+            addresses: blocks
+                .map(|(number, rested)| (address(number), when(rested)))
+                .collect(),
+            ports: ports
+                .map(|(number, rested)| (port(number), when(rested)))
+                .collect(),
         }
     }
+}
+
+fn nth_port(first: u16, number: u32) -> u16 {
+    u16::try_from(number).map_or(u16::MAX, |number| first.wrapping_add(number))
+}
+
+/// By the host's clock, in seconds.
+fn since_1970() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| since.as_secs())
 }
 
 fn no_port(pools: &Pools) -> NetworkError {

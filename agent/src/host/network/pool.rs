@@ -52,6 +52,28 @@ impl Pool {
         }
     }
 
+    /// Lets a number rest that came back to an earlier pool so long ago. Before anything is given out or
+    /// adopted.
+    pub(super) fn let_rest(&mut self, number: u32, rested: Duration, now: Instant) {
+        let left = self.rest.saturating_sub(rested);
+        // It is not given out when its turn comes, and rests once.
+        if left.is_zero() || !self.is_ahead(number) || !self.early.insert(number) {
+            return;
+        }
+        let ready = now + left;
+        let place = self.resting.partition_point(|(other, _)| *other <= ready);
+        self.resting.insert(place, (ready, number));
+    }
+
+    /// The numbers that rest, and how long each has.
+    pub(super) fn rested(&self, now: Instant) -> impl Iterator<Item = (u32, Duration)> {
+        let resting = self.resting.iter();
+        resting.filter_map(move |&(ready, number)| {
+            let left = ready.saturating_duration_since(now);
+            (!left.is_zero()).then(|| (number, self.rest.saturating_sub(left)))
+        })
+    }
+
     /// The number given out last.
     pub(super) fn last(&self) -> u32 {
         self.last
@@ -234,6 +256,38 @@ mod tests {
         assert_eq!(pool.adopt(7), Err(InUse));
         pool.release(7, now);
         assert_eq!(pool.take(now), Some(0));
+        assert_eq!(pool.take(now + REST), None);
+    }
+
+    #[test]
+    fn what_rested_in_an_earlier_pool_goes_on_resting() {
+        let now = Instant::now();
+        let second = Duration::from_secs(1);
+        let mut earlier = Pool::new(4, REST);
+        while earlier.take(now).is_some() {}
+        earlier.release(3, now);
+        earlier.release(2, now + second);
+        earlier.untake(1, now + second);
+        let kept: Vec<_> = earlier.rested(now + second * 2).collect();
+        assert_eq!(kept, [(3, second * 2), (2, second)]);
+        assert_eq!(earlier.rested(now + REST + second).count(), 0);
+        let mut pool = Pool::new(4, REST);
+        pool.begin_behind(1);
+        for (number, rested) in kept.into_iter().rev() {
+            pool.let_rest(number, rested, now);
+            pool.let_rest(number, rested, now);
+        }
+        pool.let_rest(1, REST, now);
+        pool.let_rest(7, Duration::ZERO, now);
+        assert_eq!(pool.resting(), 2);
+        assert_eq!(
+            [(); 3].map(|()| pool.take(now)),
+            [Some(0), Some(1), None],
+            "2 and 3 rest"
+        );
+        assert_eq!(pool.adopt(2), Ok(()));
+        assert_eq!(pool.take(now + second * 2), None);
+        assert_eq!(pool.take(now + second * 3), Some(3));
         assert_eq!(pool.take(now + REST), None);
     }
 

@@ -1038,20 +1038,110 @@ fn addresses_and_ports_are_given_out_once() {
     });
 }
 
-/// A file that goes when the test ends, however it ends.
+/// A directory that goes when the test ends, however it ends.
 struct Goes(std::path::PathBuf);
+
+impl Goes {
+    fn new(name: &str) -> Self {
+        let name = format!("ostler-{name}-{}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir(&path).unwrap();
+        Self(path)
+    }
+}
 
 impl Drop for Goes {
     fn drop(&mut self) {
-        let _gone_already = std::fs::remove_file(&self.0);
+        let _gone_already = std::fs::remove_dir_all(&self.0);
     }
+}
+
+/// Waits until it is kept that these ports rest.
+async fn kept(path: &std::path::Path, ports: &[u16]) {
+    eventually("it is kept", || {
+        let kept = std::fs::read_to_string(path).unwrap_or_default();
+        let rests = |port| {
+            kept.lines()
+                .any(|line| line.starts_with(&format!("{port} ")))
+        };
+        ports.iter().all(rests)
+    })
+    .await;
+}
+
+#[test]
+fn what_rests_is_not_given_out_by_the_next_agent() {
+    on_host(|| async {
+        let directory = Goes::new("rests");
+        let path = directory.0.join("pools");
+        let mut config = NetworkConfig {
+            pool: ([10, 9, 8, 0].into(), 29),
+            ports: 61_001..=61_003,
+            standing: Some(path.clone()),
+            ..NetworkConfig::default()
+        };
+        let network = Network::open(&config).await.unwrap();
+        let leases = [(); 2].map(|()| network.reserve().unwrap());
+        let more = network.take_port().unwrap();
+        // All were used: the one behind the last has come back last.
+        for (lease, port) in leases.clone() {
+            network.release(lease);
+            network.release_port(port);
+        }
+        kept(&path, &leases.map(|(_, port)| port)).await;
+        drop(network);
+        let network = Network::open(&config).await.unwrap();
+        assert!(matches!(
+            network.reserve(),
+            Err(NetworkError::NoAddress { resting: 2, .. })
+        ));
+        assert_eq!(network.take_port().unwrap(), more);
+        assert!(matches!(
+            network.take_port(),
+            Err(NetworkError::NoPort { resting: 2, .. })
+        ));
+        // Who comes back with one has it.
+        network
+            .adopt_port(if more == 61_001 { 61_002 } else { 61_001 })
+            .unwrap();
+        drop(network);
+        config.port_quarantine = Duration::ZERO;
+        Network::open(&config).await.unwrap().take_port().unwrap();
+    });
+}
+
+#[test]
+fn a_slow_disk_delays_nobody() {
+    on_host(|| async {
+        let directory = Goes::new("slow");
+        let (path, new) = (directory.0.join("pools"), directory.0.join("pools.new"));
+        let config = NetworkConfig {
+            standing: Some(path.clone()),
+            ..NetworkConfig::default()
+        };
+        let network = Network::open(&config).await.unwrap();
+        // Opening it to write waits for a reader.
+        nix::unistd::mkfifo(&new, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let ports: Vec<_> = (0..100).map(|_| network.reserve().unwrap().1).collect();
+        for port in &ports {
+            network.release_port(*port);
+        }
+        let first = std::fs::read_to_string(&new).unwrap();
+        assert!(first.lines().count() <= 101, "{first}");
+        eventually("a file is there", || path.is_file()).await;
+        kept(&path, &ports).await;
+        network.close().await;
+        network.reserve().unwrap();
+        a_while().await;
+        assert_eq!(std::fs::read_dir(&directory.0).unwrap().count(), 0);
+    });
 }
 
 #[test]
 fn what_was_just_released_is_not_given_out_by_the_next_agent() {
     on_host(|| async {
-        let path = std::env::temp_dir().join(format!("ostler-pools-{}", std::process::id()));
-        let _goes = Goes(path.clone());
+        let directory = Goes::new("pools");
+        let path = directory.0.join("pools");
         let config = NetworkConfig {
             pool: ([10, 9, 8, 0].into(), 28),
             ports: 61_001..=61_004,
@@ -1064,6 +1154,7 @@ fn what_was_just_released_is_not_given_out_by_the_next_agent() {
             let (lease, port) = network.reserve().unwrap();
             network.release(lease.clone());
             network.release_port(port);
+            kept(&path, &[port]).await;
             seen.push((lease.container, port));
         }
         let fresh: HashSet<_> = seen.iter().map(|(address, _)| address).collect();
