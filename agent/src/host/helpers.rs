@@ -138,7 +138,26 @@ impl Drop for Leash {
 struct Ask {
     command: Command,
     runtime: Handle,
-    answer: oneshot::Sender<Result<Child, SysError>>,
+    answer: oneshot::Sender<Result<Unclaimed, SysError>>,
+}
+
+/// A helper on its way to whoever asked for it. What nobody takes must not live on: it may die in the
+/// channel, with the one who waited.
+#[derive(Debug)]
+struct Unclaimed(Option<Child>);
+
+impl Unclaimed {
+    fn claim(mut self) -> Option<Child> {
+        self.0.take()
+    }
+}
+
+impl Drop for Unclaimed {
+    fn drop(&mut self) {
+        if let Some(child) = &self.0 {
+            child.kill();
+        }
+    }
 }
 
 /// The thread that starts helpers, and the pipe by which they notice the agent's death.
@@ -206,7 +225,9 @@ impl Helpers {
         let child = started
             .await
             .map_err(|_| HelperError::Leaving(program))?
-            .map_err(|source| HelperError::Start { program, source })?;
+            .map_err(|source| HelperError::Start { program, source })?
+            .claim()
+            .ok_or(HelperError::Leaving(program))?;
         tracing::debug!(helper = program, pid = child.pid, "helper started");
         Ok(child)
     }
@@ -232,12 +253,10 @@ fn serve(programs: &Path, ask: Ask) {
         let (ended, end) = watch::channel(None);
         let pidfd = Arc::new(pidfd);
         ask.runtime.spawn(reap(Arc::clone(&pidfd), ended));
-        Child { pid, pidfd, end }
+        Unclaimed(Some(Child { pid, pidfd, end }))
     });
-    // Nobody waits any more: what nobody knows must not live on.
-    if let Err(Ok(child)) = ask.answer.send(child) {
-        child.kill();
-    }
+    // Nobody waits any more: it ends here.
+    drop(ask.answer.send(child));
 }
 
 /// Waits on the pidfd, which becomes readable when the process has ended (`pidfd_open(2)`). Where that
@@ -383,6 +402,7 @@ mod tests {
     use std::io::{Read, Write, pipe};
     use std::os::fd::{AsRawFd, OwnedFd};
     use std::path::Path;
+    use std::time::{Duration, Instant};
 
     fn shell(script: &str, fds: Vec<(OwnedFd, i32)>) -> Command {
         let args = vec!["-c".into(), script.into()];
@@ -517,6 +537,25 @@ mod tests {
     fn has_children() -> bool {
         use nix::sys::wait::waitpid;
         waitpid(None, Some(WaitPidFlag::WNOHANG)) != Err(Errno::ECHILD)
+    }
+
+    #[tokio::test]
+    async fn a_helper_that_nobody_waits_for_any_more_does_not_live() {
+        use std::future::Future;
+        use std::task::{Context, Waker};
+        let helpers = helpers();
+        let (mut reader, writer) = pipe().unwrap();
+        let command = shell("echo; exec sleep 5", vec![(writer.into(), 1)]);
+        let mut spawned = Box::pin(helpers.spawn(command));
+        let mut context = Context::from_waker(Waker::noop());
+        assert!(spawned.as_mut().poll(&mut context).is_pending());
+        // It runs. Its `Child` is on its way, or there.
+        reader.read_exact(&mut [0]).unwrap();
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let begun = Instant::now();
+        drop(spawned);
+        assert_eq!(reader.read(&mut [0]).unwrap(), 0);
+        assert!(begun.elapsed() < Duration::from_secs(3), "it lived on");
     }
 
     #[tokio::test]
