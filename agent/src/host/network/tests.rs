@@ -5,6 +5,7 @@ use super::testbed::{
     listen, on_host, open, open_hospitable, outside, received, run,
 };
 use super::{Attached, Lease, Network, NetworkConfig, NetworkError, sysctl};
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use std::cell::Cell;
 use std::collections::HashSet;
 use std::fs::File;
@@ -697,18 +698,76 @@ fn a_flushed_table_comes_back_with_what_is_attached() {
     });
 }
 
+/// From here on mounts of this thread, and of those that begin on it, are its own.
+fn mount_for_ourselves() {
+    use nix::sched::{CloneFlags, unshare};
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    let (none, private) = (None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE);
+    mount(none, "/", none, private, none).unwrap();
+}
+
+/// The first directory in which programs are looked for.
+const PROGRAMS: &str = "/usr/local/sbin";
+
+/// A shell script takes the place of `nft`, and ends with it.
+fn before_nft(script: &str) {
+    use std::os::unix::fs::PermissionsExt;
+    mount_for_ourselves();
+    let none = None::<&str>;
+    mount(none, PROGRAMS, Some("tmpfs"), MsFlags::empty(), none).unwrap();
+    let (path, script) = (
+        format!("{PROGRAMS}/nft"),
+        format!("#!/bin/sh\ncd {PROGRAMS}\n{script}\nexec /usr/sbin/nft \"$@\"\n"),
+    );
+    std::fs::write(&path, script).unwrap();
+    std::fs::set_permissions(path, PermissionsExt::from_mode(0o755)).unwrap();
+}
+
+#[test]
+fn a_slow_look_at_the_table_delays_no_mapping() {
+    on_host(|| async {
+        before_nft("[ \"$2\" = list ] && rm slow 2>/dev/null && { : > begun; sleep 3; }");
+        let network = open().await;
+        let container = Container::new(&network, ONE).await;
+        File::create(format!("{PROGRAMS}/slow")).unwrap();
+        run("iptables-nft", "-P FORWARD DROP");
+        let begun = format!("{PROGRAMS}/begun");
+        eventually("somebody looks", || std::fs::exists(&begun).unwrap()).await;
+        let before = std::time::Instant::now();
+        network
+            .map_port(ONE, &container.lease, 61_001, 8080)
+            .await
+            .unwrap();
+        network
+            .detach(ONE, &container.lease, &[(61_001, 8080)])
+            .await;
+        assert!(before.elapsed() < Duration::from_secs(2));
+        let accepted = || run("iptables-nft", "-S").contains("-A FORWARD -i os-+");
+        eventually("accepted", accepted).await;
+    });
+}
+
+#[test]
+fn what_is_taken_away_right_after_the_load_is_put_back() {
+    on_host(|| async {
+        before_nft(
+            "[ \"$1\" = -f ] && rm once 2>/dev/null && {\n\
+             /usr/sbin/nft \"$@\" && exec /usr/sbin/nft delete chain inet ostler nat_post\n}",
+        );
+        File::create(format!("{PROGRAMS}/once")).unwrap();
+        let _network = open().await;
+        assert!(!std::fs::exists(format!("{PROGRAMS}/once")).unwrap());
+        let whole = ruleset();
+        assert!(whole.contains("nat_post"), "{whole}");
+    });
+}
+
 #[test]
 fn what_could_not_be_mended_is_tried_again() {
-    use nix::mount::{MntFlags, MsFlags, mount, umount2};
-    use nix::sched::{CloneFlags, unshare};
     const SETTING: &str = "/proc/sys/net/ipv4/ip_forward";
     on_host(|| async {
-        // Threads that begin from here on see these mounts, and no other does.
-        unshare(CloneFlags::CLONE_NEWNS).unwrap();
-        let none = None::<&str>;
-        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-        mount(none, "/", none, private, none).unwrap();
-        let _network = open().await;
+        mount_for_ourselves();
+        let (none, _network) = (None::<&str>, open().await);
         sysctl::write("ipv4/ip_forward", "0").unwrap();
         mount(Some(SETTING), SETTING, none, MsFlags::MS_BIND, none).unwrap();
         let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_BIND | MsFlags::MS_RDONLY;
