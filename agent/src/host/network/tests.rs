@@ -636,6 +636,8 @@ fn what_a_refused_detach_leaves_goes_soon() {
     on_host(|| async {
         let network = open().await;
         network.rebuild(&[]).await.unwrap();
+        // The load itself is looked at.
+        a_while().await;
         let empty = ruleset();
         let container = Container::new(&network, ONE).await;
         network
