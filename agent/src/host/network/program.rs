@@ -57,9 +57,12 @@ fn run_within(
         .stdout(copy(&output)?)
         .stderr(copy(&complaint)?)
         .spawn()
-        .map_err(|spawn| match spawn.kind() {
-            io::ErrorKind::NotFound => NetworkError::Missing { program },
-            _ => error(spawn),
+        .map_err(|spawn| {
+            if spawn.kind() == io::ErrorKind::NotFound {
+                NetworkError::Missing { program }
+            } else {
+                error(spawn)
+            }
         })?;
     let ended = ends_within(deadline, &child);
     if !matches!(ended, Ok(true)) {
