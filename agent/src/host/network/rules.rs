@@ -278,10 +278,15 @@ impl Rules {
             &shall.attached,
             shall.others,
         );
-        let size = table::script_size(&script);
+        let (chains, rules) = table::script_size(&script);
         program::run("nft", &["-f", "-"], &how(script))?;
-        // Somebody may have taken something away in between: that is not how it shall be.
-        shall.listing = Some(listed()?.0).filter(|listing| table::listing_size(listing) == size);
+        // Somebody may have taken something away in between: that is not how it shall be. An older
+        // agent's chains without rules stay as long as its elements do.
+        let whole = |listing: &String| match (table::listing_size(listing), shall.others) {
+            ((some, all), Elements::Kept) => some >= chains && all == rules,
+            (all, Elements::Removed) => all == (chains, rules),
+        };
+        shall.listing = Some(listed()?.0).filter(whole);
         Ok(())
     }
 

@@ -1066,6 +1066,24 @@ fn a_table_of_another_layout_is_replaced() {
 }
 
 #[test]
+fn a_chain_of_an_older_layout_goes_with_the_rebuild() {
+    on_host(|| async {
+        let fresh = open().await;
+        let usual = ruleset();
+        drop(fresh);
+        let chain = "older { type filter hook forward priority 7 ; }";
+        run("nft", &format!("add chain inet ostler {chain}"));
+        let numbered = || run("nft", "--stateless --handle list table inet ostler");
+        let network = open().await;
+        let loaded = numbered();
+        a_while().await;
+        assert_eq!(numbered(), loaded, "it is so");
+        network.rebuild(&[]).await.unwrap();
+        eventually("only what shall be", || ruleset() == usual).await;
+    });
+}
+
+#[test]
 fn addresses_and_ports_are_given_out_once() {
     on_host(|| async {
         let config = NetworkConfig {
