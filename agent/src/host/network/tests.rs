@@ -1196,7 +1196,9 @@ fn what_rests_is_not_given_out_by_the_next_agent() {
             .unwrap();
         drop(network);
         config.port_quarantine = Duration::ZERO;
-        Network::open(&config).await.unwrap().take_port().unwrap();
+        let network = Network::open(&config).await.unwrap();
+        network.take_port().unwrap();
+        network.close().await;
     });
 }
 
@@ -1218,6 +1220,8 @@ fn a_slow_disk_delays_nobody() {
         }
         let first = std::fs::read_to_string(&new).unwrap();
         assert!(first.lines().count() <= 101, "{first}");
+        // In the place of what was written into the first one.
+        network.take_port().unwrap();
         eventually("a file is there", || path.is_file()).await;
         kept(&path, &ports).await;
         network.close().await;
@@ -1252,12 +1256,14 @@ fn what_was_just_released_is_not_given_out_by_the_next_agent() {
         let fresh: HashSet<_> = seen.iter().map(|(_, port)| port).collect();
         assert_eq!(fresh.len(), 3, "{seen:?}");
         // Garbage, or what another configuration has left: somewhere.
-        for kept in ["", "no address 1\n", "192.0.2.7 61003           \n"] {
-            std::fs::write(&path, kept).unwrap();
+        for garbage in ["", "no address 1\n", "192.0.2.7 61003           \n"] {
+            std::fs::write(&path, garbage).unwrap();
             let network = Network::open(&config).await.unwrap();
             let (lease, port) = network.reserve().unwrap();
             assert!(config.ports.contains(&port), "{port}");
             assert_eq!(lease.container.octets()[..3], [10, 9, 8], "{lease:?}");
+            let new = || std::fs::read_to_string(&path).unwrap() != garbage;
+            eventually("it is kept", new).await;
         }
         Network::open(&config).await.unwrap().close().await;
         assert!(!path.exists());
