@@ -193,17 +193,12 @@ async fn limits_that_change_while_a_container_is_made_are_applied() {
         let limits = json!({"droplet": droplet, "instances": 1, "limits": {"mem": 200}});
         let scaled = host.request(&host.subject("scale"), &limits).await;
         assert_eq!(scaled["ok"], true, "{scaled}");
-        let find = json!({"droplet": droplet, "wait": "running"});
         let mut heartbeats = host.watch("dea.heartbeat").await;
         heartbeats
             .until("RUNNING", |beat| beat["droplets"][0]["state"] == "RUNNING")
             .await;
         let handle = answer["handle"].as_str().unwrap();
-        assert_eq!(
-            kernel_limit(&host, handle),
-            200 << 20,
-            "round {round}, {find}"
-        );
+        assert_eq!(kernel_limit(&host, handle), 200 << 20, "round {round}");
         host.stop(&droplet).await;
     }
 }
