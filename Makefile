@@ -50,9 +50,8 @@ docker: build stack ## an image of the agent, and start, output, scale and stop 
 install: ## installs what `make build` has built, with a unit file and a sample configuration
 	install -D -m 755 $(TARGET)/release/ostler $(DESTDIR)$(PREFIX)/bin/ostler
 	for helper in $(HELPERS); do install -D -m 755 $(OSTLER_HELPERS)/$$helper $(DESTDIR)$(PREFIX)/lib/ostler/$$helper; done
-	install -d $(DESTDIR)/etc/systemd/system $(DESTDIR)/etc/ostler
-	sed 's|/usr/local|$(PREFIX)|' packaging/ostler.service >$(DESTDIR)/etc/systemd/system/ostler.service
-	test -e $(DESTDIR)/etc/ostler/ostler.toml || sed 's|^#: helpers = .*|helpers = "$(PREFIX)/lib/ostler"|' packaging/ostler.toml >$(DESTDIR)/etc/ostler/ostler.toml
+	sed 's|/usr/local|$(PREFIX)|' packaging/ostler.service | install -D -m 644 /dev/stdin $(DESTDIR)/etc/systemd/system/ostler.service
+	test -e $(DESTDIR)/etc/ostler/ostler.toml || sed 's|^#: helpers = .*|helpers = "$(PREFIX)/lib/ostler"|' packaging/ostler.toml | install -D -m 644 /dev/stdin $(DESTDIR)/etc/ostler/ostler.toml
 	@echo "now name a stack in $(DESTDIR)/etc/ostler/ostler.toml, then: systemctl enable --now ostler"
 
 clean: ## what was built here (not the cache in /var/cache/ostler-dev)
