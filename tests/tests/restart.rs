@@ -35,6 +35,15 @@ impl Dice {
     }
 }
 
+/// A directory that goes with it.
+struct Scratch(std::path::PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
 /// Ends the lines app and checks that every line of both streams arrived once, up to the announced end.
 async fn every_line_once(host: &Host, output: &mut Output) {
     let mut exits = host.watch("droplet.exited").await;
@@ -345,6 +354,53 @@ async fn a_host_has_one_agent() {
     assert!(host.tree().one("wshd").lives());
     host.stop("app").await;
     let _ = host.restart().await;
+}
+
+#[tokio::test]
+async fn a_start_that_was_cut_off_before_its_job_begins_again() {
+    let real = std::env::var("OSTLER_HELPERS").expect("the runner says where the helpers are");
+    let helpers = std::env::temp_dir().join(format!("ostler-helpers-{}", std::process::id()));
+    std::fs::create_dir(&helpers).unwrap();
+    // Dropped after the host, also if the test fails.
+    let _scratch = Scratch(helpers.clone());
+    for helper in ["wshd", "wsh", "iomux-link", "oom"] {
+        std::fs::copy(format!("{real}/{helper}"), helpers.join(helper)).unwrap();
+    }
+    // A supervisor that takes its time: the job has its directory, and nobody has begun it.
+    let spawn = helpers.join("iomux-spawn");
+    std::fs::write(&spawn, "#!/bin/sh\nexec sleep 1000\n").unwrap();
+    std::fs::set_permissions(&spawn, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let own = helpers.to_str().unwrap();
+    let mut host = Host::with(tests::Setup {
+        config: &[(&real, own)],
+        ..Default::default()
+    })
+    .await;
+    let start = host.message("app", &Droplet::sample("sleeper"));
+    let answer = host.request(&host.subject("start"), &start).await;
+    let handle = answer["handle"].as_str().unwrap();
+    let job = host.base.join("containers").join(handle).join("jobs/1");
+    let tree = host
+        .tree_until("a slow supervisor", |tree| {
+            job.exists() && tree.named("sleep").len() == 1
+        })
+        .await;
+    host.kill9().await;
+    tree.one("sleep").signal(Signal::SIGKILL);
+    std::fs::remove_file(&spawn).unwrap();
+    std::fs::copy(format!("{real}/iomux-spawn"), &spawn).unwrap();
+    let mut exits = host.watch("droplet.exited").await;
+    let mut heartbeats = host.watch("dea.heartbeat").await;
+    host.start_agent().await;
+    let beat = heartbeats
+        .until("the end of the start", |beat| {
+            beat["droplets"][0]["state"] != "STARTING"
+        })
+        .await;
+    assert_eq!(beat["droplets"][0]["state"], "RUNNING", "{}", host.log());
+    assert_eq!(beat["droplets"][0]["instance"], answer["instance"]);
+    assert_eq!(exits.arrived(), Vec::<Value>::new());
+    host.stop("app").await;
 }
 
 #[tokio::test]
