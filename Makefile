@@ -24,10 +24,10 @@ build: deps ## the agent (release) and the five static helpers
 stack: deps ## the Debian root with Ruby that sample apps run in (cached)
 	@fixtures/stack/build.sh >/dev/null
 
-test: deps ## all tests, here and in the cgroup v2 machine; says at its end that nothing is left over
+test: deps ## all tests here, half of them in cgroup v2 machines; says at its end that nothing is left over
 	@.ci/run test
 
-test-v2: deps ## the tests that cgroup v2 is for, in a virtual machine (ONLY=regex of `file test`)
+test-v2: deps ## engine, wall, network and what cgroup v2 is for, in virtual machines (ONLY=regex of `file test`)
 	@.ci/run test-v2
 
 lint: deps ## format, clippy, and the walls between the rooms
@@ -44,6 +44,9 @@ bench: build stack ## one JSON line per figure, beside runc, bwrap and fork+exec
 soak: deps stack ## the tests of luck, with many rounds (OSTLER_ROUNDS=200)
 	@OSTLER_ROUNDS=$${OSTLER_ROUNDS:-200} .ci/run soak
 
+fuzz: deps ## RUNS inputs (100000) for each parser of foreign bytes; says how many were executed
+	@scripts/fuzz.sh
+
 docker: build stack ## an image of the agent, and start, output, scale and stop through compose
 	@docker/try.sh
 
@@ -57,4 +60,4 @@ install: ## installs what `make build` has built, with a unit file and a sample 
 clean: ## what was built here (not the cache in /var/cache/ostler-dev)
 	cargo clean
 
-.PHONY: help deps build stack test test-v2 lint demo bench soak docker install clean
+.PHONY: help deps build stack test test-v2 lint demo bench soak fuzz docker install clean

@@ -1,14 +1,20 @@
 //! The agent's life from its configuration to its last word, as a list of steps.
 
-use crate::bus;
+use crate::bus::{self, Access, Surroundings};
+use crate::cli;
 use crate::config::{self, Config, Overrides};
 use crate::engine::{Engine, EngineConfig, NetworkConfig};
 use crate::host::{blocking, depot};
+use crate::instances::crashes::Crashes;
 use crate::instances::droplets::{Droplets, FetchOptions};
-use crate::instances::outlet;
+use crate::instances::instance::Change;
+use crate::instances::outlet::{self, Outlet};
 use crate::instances::record::{Records, make_private, write_durably};
-use crate::instances::stable::{self, Farewell, Stable};
-use crate::instances::world::World;
+use crate::instances::routes::Routes;
+use crate::instances::stable::{self, Ask, Duty, Farewell, Stable};
+use crate::instances::world::{SAVES, World};
+use crate::metrics::{self, Sources};
+use crate::quiet;
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::sockopt::PeerCredentials;
@@ -22,13 +28,18 @@ use std::os::unix::net::{SocketAddr, UnixListener};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
-use tracing::{error, info, warn};
+use tracing::{error, info};
 
 /// What a server may take to confirm the last words.
 const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// What calls to the kernel may take that were begun.
+const LAST_CALLS: Duration = Duration::from_secs(5);
 
 /// How long the locks of an agent that was killed may still be held, and how often that is looked at.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
@@ -48,9 +59,15 @@ const WORKERS: usize = 2;
 /// Whatever keeps the agent from starting; once it runs, nothing ends it but a signal.
 pub fn agent(path: &Path, overrides: Overrides) -> Outcome<()> {
     let config = config::load(path, overrides, host_memory_mb())?;
-    runtime()?.block_on(async {
+    let around = Surroundings::of(|name| std::env::var(name).ok());
+    let access = Access::gather(&config.nats, around)?;
+    if nix::unistd::geteuid().is_root() {
+        // While there is one thread: it forks.
+        cli::refuse_weaker(&config)?;
+    }
+    within_runtime(async {
         let _locks = prepare(&config.base).await?;
-        run(config).await
+        run(config, access).await
     })
 }
 
@@ -60,7 +77,7 @@ pub fn agent(path: &Path, overrides: Overrides) -> Outcome<()> {
 /// If an agent runs, or something could not be removed.
 pub fn clean(path: &Path, overrides: Overrides) -> Outcome<()> {
     let config = config::load(path, overrides, host_memory_mb())?;
-    runtime()?.block_on(async {
+    within_runtime(async {
         let _locks = prepare(&config.base).await?;
         clear(&config).await
     })
@@ -82,12 +99,14 @@ async fn clear(config: &Config) -> Outcome<()> {
         "answers",
         "templates",
         "trash",
+        stable::KEPT,
+        metrics::TRIAL,
         "lock",
     ] {
         remove(&config.base.join(name))?;
     }
     println!(
-        "removed {} containers and what an agent keeps in {}, but the host's id",
+        "removed {} containers and what an agent keeps in {}, but the host's id and which ports rest",
         swept.cleared,
         config.base.display()
     );
@@ -108,11 +127,15 @@ fn remove(path: &Path) -> Outcome<()> {
     }
 }
 
-fn runtime() -> std::io::Result<tokio::runtime::Runtime> {
-    tokio::runtime::Builder::new_multi_thread()
+/// Runs it to its end. Calls that wait in the kernel (a disk that hangs) keep no agent from leaving.
+fn within_runtime<T>(work: impl Future<Output = Outcome<T>>) -> Outcome<T> {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .enable_all()
-        .build()
+        .build()?;
+    let outcome = runtime.block_on(work);
+    runtime.shutdown_timeout(LAST_CALLS);
+    outcome
 }
 
 /// What an agent has for itself as long as it lives: the host and the base directory.
@@ -191,57 +214,135 @@ fn host_id(base: &Path) -> Outcome<String> {
     }
 }
 
-async fn run(config: Config) -> Outcome<()> {
+async fn run(config: Config, access: Access) -> Outcome<()> {
     let mut signals = Signals::listen()?;
+    let page = metrics::listen(config.metrics).await?;
+    tokio::spawn(quiet::tell());
     let id = host_id(&config.base)?;
     let engine = Engine::open(engine_config(&config)).await?;
     info!(id, local_ip = %engine.local_ip(), "the engine is ready");
-    let droplets = Droplets::open(&config.base, fetch_options(&config))?;
-    let records = Records::open(&config.base)?;
     let (outlet, inlet) = outlet::outlet();
-    let link = inlet.link.subscribe();
-    let client = bus::connect(&config.nats, &id, inlet.link.clone()).await?;
-    let publisher = tokio::spawn(bus::publish(client.clone(), inlet));
     let (changes, changed) = mpsc::unbounded_channel();
-    let world = Arc::new(World {
-        id,
-        boot_id: depot::boot_id()?,
-        engine,
-        droplets,
-        records,
-        outlet,
-        changes,
-        config,
-    });
+    let world = Arc::new(world(config, id, engine, (outlet, changes))?);
+    let link = inlet.link.subscribe();
+    let (twin, twins) = oneshot::channel();
+    let client = bus::open(access, &world.id, inlet, twin).await?;
     let stable = Stable::open(Arc::clone(&world), changed).await?;
     let (asks, inbox) = mpsc::channel(stable::MAILBOX);
-    let (farewell, farewell_asked) = tokio::sync::oneshot::channel();
-    let stable = tokio::spawn(stable.run(inbox, link, farewell_asked));
-    let (leave, leaving) = tokio::sync::oneshot::channel();
-    let mut receiver = tokio::spawn(bus::receive(client, Arc::clone(&world), asks, leaving));
+    let (orders, ordered) = watch::channel(Duty::Serving);
+    let (relief, mut relieved) = mpsc::channel(1);
+    let stable = tokio::spawn(stable.run(inbox, link, ordered, relief));
+    let (leave, leaving) = oneshot::channel();
+    let tally = Arc::new(bus::Tally::begin());
+    // Until this function ends.
+    let _serving = serve(page, &world, &tally, &asks);
+    let told = (Arc::clone(&world), tally);
+    let mut receiver = tokio::spawn(bus::receive(client, told, asks, leaving));
     let parting = tokio::select! {
-        parting = signals.parting() => parting,
+        parting = order(&mut signals, &orders, &mut relieved) => parting,
+        twin = found(twins) => return Err(cloned(&world, &twin).into()),
         ended = &mut receiver => {
             ended??;
             return Err("the bus client has closed: apps run on, start the agent again".into());
         }
     };
     info!(?parting, "leaving");
-    let _ended = (farewell.send(parting), leave.send(()));
+    let _ended = leave.send(());
     if let Err(error) = stable.await {
         error!(%error, "the stable ended badly");
     }
     // The last answers and words reach the server, if there is one.
     drop(timeout(LAST_WORDS, receiver).await);
-    if parting == Farewell::Shutdown {
+    if parting.stops().is_some() {
         leave_nothing(&world).await;
     }
     drop(timeout(LAST_WORDS, world.outlet.settle()).await);
-    publisher.abort();
     Ok(())
 }
 
-/// All instances are gone: so is everything else but the host's id.
+/// What all instances share, with what stands on disk.
+fn world(
+    config: Config,
+    id: String,
+    engine: Engine,
+    (outlet, changes): (Outlet, mpsc::UnboundedSender<Change>),
+) -> Outcome<World> {
+    let lifetime = config.instance.crash_lifetime;
+    Ok(World {
+        id,
+        droplets: Droplets::open(&config.base, fetch_options(&config))?,
+        crashes: Crashes::open(&config.base, config.crashes.clone(), lifetime)?,
+        records: Records::open(&config.base)?,
+        boot_id: depot::boot_id()?,
+        engine,
+        saves: Semaphore::new(SAVES),
+        starts: Semaphore::new(config.resources.parallel_starts),
+        routes: Routes::new(outlet.clone()),
+        outlet,
+        changes,
+        config,
+    })
+}
+
+/// Answers for metrics and health, if `page` is a place for that, until what this returns is dropped.
+fn serve(
+    page: Option<TcpListener>,
+    world: &Arc<World>,
+    tally: &Arc<bus::Tally>,
+    asks: &mpsc::Sender<Ask>,
+) -> JoinSet<()> {
+    let mut serving = JoinSet::new();
+    if let Some(page) = page {
+        let sources = Sources {
+            world: Arc::clone(world),
+            tally: Arc::clone(tally),
+            asks: asks.downgrade(),
+        };
+        serving.spawn(metrics::serve(page, sources));
+    }
+    serving
+}
+
+/// Passes on what signals ask for, until the agent is to go: by a signal, or because an evacuation is over.
+async fn order(
+    signals: &mut Signals,
+    orders: &watch::Sender<Duty>,
+    relieved: &mut mpsc::Receiver<()>,
+) -> Farewell {
+    loop {
+        let duty = tokio::select! {
+            duty = signals.next() => duty,
+            Some(()) = relieved.recv() => Duty::Parting(Farewell::Evacuated),
+        };
+        orders.send_modify(|ordered| *ordered = duty.max(*ordered));
+        if let Duty::Parting(parting) = duty {
+            return parting;
+        }
+    }
+}
+
+/// Why an agent does not start on a bus where another one has its id.
+fn cloned(world: &World, twin: &bus::Twin) -> String {
+    let (id, base) = (&world.id, world.config.base.display());
+    let here = world.engine.local_ip();
+    let there = twin
+        .ip
+        .as_deref()
+        .unwrap_or("an address that it does not tell");
+    format!(
+        "another agent, at {there}, has the id of this one, at {here}: {id}. If this machine is a copy of that one, run `ostler clean` here, remove {base}/id and start again; else end that one first"
+    )
+}
+
+/// Another agent with this id; never, if there is none.
+async fn found(twins: oneshot::Receiver<bus::Twin>) -> bus::Twin {
+    match twins.await {
+        Ok(twin) => twin,
+        Err(_) => std::future::pending().await,
+    }
+}
+
+/// All instances are gone: so is everything else but the host's id and its answers.
 async fn leave_nothing(world: &World) {
     world.engine.clone().close().await;
     world.droplets.stop().await;
@@ -250,11 +351,20 @@ async fn leave_nothing(world: &World) {
         if let Err(error) = droplets.remove_all() {
             error!(%error, "something stays");
         }
-        for name in ["answers", "templates", "instances", "trash"] {
+        for name in [
+            "templates",
+            "instances",
+            "crashes",
+            "trash",
+            stable::KEPT,
+            metrics::TRIAL,
+        ] {
             if let Err(error) = remove(&base.join(name)) {
                 error!(%error, "something stays");
             }
         }
+        // Not what is in it: it is repeated to whoever asks again.
+        drop(std::fs::remove_dir(base.join("answers")));
         // Not what is in it: a container that resisted may still use it, and is found by it.
         if let Err(error) = std::fs::remove_dir(base.join("containers")) {
             error!(%error, "the containers' directory stays");
@@ -263,41 +373,37 @@ async fn leave_nothing(world: &World) {
     .await;
 }
 
-/// The signals that end the agent.
-struct Signals {
-    ending: [(Farewell, Signal); 4],
-    /// The DEA's drain signals. Nothing is done at them yet, and they must not kill.
-    ignored: [Signal; 2],
-}
+/// The signals that say what the agent shall do.
+struct Signals([(Duty, Signal); 6]);
 
 impl Signals {
     /// From here on they are noticed, also during the start.
     fn listen() -> std::io::Result<Self> {
-        let ending = [
-            (Farewell::Shutdown, signal(SignalKind::terminate())?),
-            (Farewell::Shutdown, signal(SignalKind::interrupt())?),
-            (Farewell::Shutdown, signal(SignalKind::quit())?),
-            (Farewell::Leave, signal(SignalKind::hangup())?),
-        ];
-        let ignored = [
-            signal(SignalKind::user_defined1())?,
-            signal(SignalKind::user_defined2())?,
-        ];
-        Ok(Self { ending, ignored })
+        let shutdown = Duty::Parting(Farewell::Shutdown);
+        Ok(Self([
+            (shutdown, signal(SignalKind::terminate())?),
+            (shutdown, signal(SignalKind::interrupt())?),
+            (shutdown, signal(SignalKind::quit())?),
+            (
+                Duty::Parting(Farewell::Leave),
+                signal(SignalKind::hangup())?,
+            ),
+            (Duty::Evacuating, signal(SignalKind::user_defined2())?),
+            (Duty::Drained, signal(SignalKind::user_defined1())?),
+        ]))
     }
 
-    async fn parting(&mut self) -> Farewell {
-        let [term, int, quit, hup] = &mut self.ending;
-        let [usr1, usr2] = &mut self.ignored;
-        loop {
-            tokio::select! {
-                _ = term.1.recv() => return term.0,
-                _ = int.1.recv() => return int.0,
-                _ = quit.1.recv() => return quit.0,
-                _ = hup.1.recv() => return hup.0,
-                _ = usr1.recv() => warn!("USR1 is not supported yet: nothing was done"),
-                _ = usr2.recv() => warn!("USR2 (evacuation) is not supported yet: nothing was done"),
-            }
+    async fn next(&mut self) -> Duty {
+        let [term, int, quit, hup, usr2, usr1] = &mut self.0;
+        tokio::select! {
+            // The strongest of those that came together.
+            biased;
+            _ = term.1.recv() => term.0,
+            _ = int.1.recv() => int.0,
+            _ = quit.1.recv() => quit.0,
+            _ = hup.1.recv() => hup.0,
+            _ = usr2.1.recv() => usr2.0,
+            _ = usr1.1.recv() => usr1.0,
         }
     }
 }
@@ -314,9 +420,14 @@ fn engine_config(config: &Config) -> EngineConfig {
             port_quarantine: config.network.port_quarantine,
             local_ip: config.network.local_ip,
             allow_host_access: config.network.allow_host_access,
+            host_allow: config.network.host_allow.clone(),
+            egress: config.network.egress,
+            allow: config.network.allow.clone(),
+            deny: config.network.deny.clone(),
             standing: None,
         },
         spool_bytes: config.spool_bytes,
+        disk: config.instance.disk,
     }
 }
 
@@ -332,7 +443,7 @@ fn fetch_options(config: &Config) -> FetchOptions {
 }
 
 /// `MemTotal` of /proc/meminfo, in MB.
-fn host_memory_mb() -> u64 {
+pub fn host_memory_mb() -> u64 {
     std::fs::read_to_string("/proc/meminfo")
         .ok()
         .and_then(|text| {

@@ -7,6 +7,7 @@ use crate::fault::{Context, SysError};
 use crate::fields::Malformed;
 use crate::request::{Answer, Io, JobInfo, MAX_REQUEST, Request, Window};
 use crate::status::{Status, Step};
+use crate::sys::pipe::is_anonymous;
 use crate::sys::{fdpass, pidfd};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -17,6 +18,7 @@ use nix::sys::socket::{
 };
 use nix::sys::stat::Mode;
 use nix::sys::time::{TimeVal, TimeValLike};
+use nix::unistd::{Gid, Uid, fchown};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
@@ -111,6 +113,9 @@ impl Client {
         let mut fds = vec![job];
         let io = match stdio {
             Stdio::Descriptors(three) => {
+                if status_pipe.is_some() {
+                    three.iter().try_for_each(|fd| self.give_pipe(*fd))?;
+                }
                 fds.extend(three);
                 Io::Descriptors
             }
@@ -124,6 +129,18 @@ impl Client {
             },
             &fds,
         )
+    }
+
+    /// Gives a supervisor's pipe to the container's root, which passes it on to the job's user: else nobody
+    /// inside could reopen `/dev/stdout`. A person's may be others', too, and they could read what is in it.
+    fn give_pipe(&self, fd: BorrowedFd<'_>) -> Result<(), SysError> {
+        if !is_anonymous(fd).context("fstatfs", "descriptor of a job")? {
+            return Ok(());
+        }
+        let peer =
+            getsockopt(&self.socket, PeerCredentials).context("getsockopt", "SO_PEERCRED")?;
+        let root = (Uid::from_raw(peer.uid()), Gid::from_raw(peer.gid()));
+        fchown(fd, Some(root.0), Some(root.1)).context("fchown", "pipe of a job")
     }
 
     /// The next frame of the job that was asked for; `None`: the init is gone, or the job has had its

@@ -18,5 +18,7 @@ pub const LOCKED: u8 = 5;
 pub const NOT_STARTED: u8 = 6;
 /// `iomux-link`: the supervisor has as many readers as it takes.
 pub const FULL: u8 = 7;
+/// `wshd --open-files`: nobody on this host may raise a limit (no `CAP_SYS_RESOURCE`). Nothing was changed.
+pub const REFUSED: u8 = 8;
 /// `iomux-link` for a person: its own failure, whatever it was.
 pub const OWN_FAILURE: u8 = 125;

@@ -170,7 +170,29 @@ const SEALS: SealFlag = SealFlag::F_SEAL_WRITE
 /// `memfd_create`, `write` or the sealing failed: no memory or no descriptors left.
 pub fn memfd(bytes: &[u8], name: &str) -> Result<OwnedFd, SysError> {
     let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    let fd = memfd_create(name, flags).context("memfd_create", name)?;
+    seal(
+        memfd_create(name, flags).context("memfd_create", name)?,
+        bytes,
+        name,
+    )
+}
+
+/// The same of a program, to be executed.
+///
+/// # Errors
+/// `EACCES`: this host allows no programs in memory (`vm.memfd_noexec` is 2).
+pub fn program_memfd(bytes: &[u8], name: &str) -> Result<OwnedFd, SysError> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    // Said aloud, because a host may make others not executable (Linux 6.3).
+    let executable = flags | MFdFlags::from_bits_retain(nix::libc::MFD_EXEC);
+    let fd = match memfd_create(name, executable) {
+        Err(Errno::EINVAL) => memfd_create(name, flags),
+        other => other,
+    };
+    seal(fd.context("memfd_create", name)?, bytes, name)
+}
+
+fn seal(fd: OwnedFd, bytes: &[u8], name: &str) -> Result<OwnedFd, SysError> {
     let mut file = File::from(fd);
     file.write_all(bytes).context("write", name)?;
     fcntl(&file, FcntlArg::F_ADD_SEALS(SEALS)).context("fcntl", "F_ADD_SEALS")?;

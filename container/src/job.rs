@@ -3,6 +3,7 @@
 //! It travels as a sealed memory file from the agent through `iomux-spawn` and `wsh` to `wshd`, by
 //! descriptor, so that no argument meets a shell and no secret shows in a process list.
 
+use crate::copy::{Links, Naming};
 use crate::fault::SysError;
 use crate::fields::{Malformed, Reader, Writer, memfd, read_memfd, u32_of};
 use std::os::fd::{AsFd, OwnedFd};
@@ -38,6 +39,66 @@ pub struct JobRequest {
     /// Whether `wshd` keeps a reader of the job's output pipes, so that the job outlives its
     /// supervisor, and the job's end until it is told to forget it.
     pub keep_readers: bool,
+    /// What it copies instead of executing a program.
+    pub copy: Option<Copy>,
+}
+
+/// A job that executes nothing: `wshd`'s own code, as the job's user, copies a tar stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Copy {
+    /// What is at a path, to descriptor 1. A relative path starts in the job's working directory.
+    Out {
+        /// The path.
+        path: Vec<u8>,
+        /// What becomes of symlinks.
+        links: Links,
+    },
+    /// From descriptor 0 to a path.
+    In {
+        /// The path.
+        path: Vec<u8>,
+        /// Under which names.
+        naming: Naming,
+    },
+}
+
+impl Copy {
+    /// The job's exit code: everything was copied.
+    pub const WHOLE: u8 = 0;
+    /// Some of it could not be read; descriptor 2 says what.
+    pub const DAMAGED: u8 = 1;
+    /// It stopped; descriptor 2 says why.
+    pub const FAILED: u8 = 2;
+
+    /// One byte for what, and the path.
+    fn encode(&self) -> Vec<u8> {
+        let (what, path) = match self {
+            Self::Out { path, links } => match links {
+                Links::Keep => (1, path),
+                Links::Follow => (2, path),
+            },
+            Self::In { path, naming } => match naming {
+                Naming::AsGiven => (3, path),
+                Naming::AsCopied => (4, path),
+            },
+        };
+        [&[what], &path[..]].concat()
+    }
+
+    fn decode(value: &[u8]) -> Result<Self, Malformed> {
+        let wrong = Malformed("a copy is of no kind");
+        let (what, path) = value.split_first().ok_or(wrong)?;
+        let path = string(path)?;
+        let out = |path, links| Self::Out { path, links };
+        let in_ = |path, naming| Self::In { path, naming };
+        match what {
+            1 => Ok(out(path, Links::Keep)),
+            2 => Ok(out(path, Links::Follow)),
+            3 => Ok(in_(path, Naming::AsGiven)),
+            4 => Ok(in_(path, Naming::AsCopied)),
+            _ => Err(wrong),
+        }
+    }
 }
 
 mod tag {
@@ -48,6 +109,7 @@ mod tag {
     pub(super) const RLIMIT: u16 = 5;
     pub(super) const UMASK: u16 = 6;
     pub(super) const KEEP_READERS: u16 = 7;
+    pub(super) const COPY: u16 = 8;
 }
 
 impl JobRequest {
@@ -76,6 +138,9 @@ impl JobRequest {
         if self.keep_readers {
             fields = fields.put(tag::KEEP_READERS, b"");
         }
+        if let Some(copy) = &self.copy {
+            fields = fields.put(tag::COPY, &copy.encode());
+        }
         fields.finish()
     }
 
@@ -96,6 +161,7 @@ impl JobRequest {
                 tag::RLIMIT => job.rlimits.push(rlimit(value)?),
                 tag::UMASK => job.umask = Some(u32_of(value)? & 0o777),
                 tag::KEEP_READERS => job.keep_readers = true,
+                tag::COPY => job.copy = Some(Copy::decode(value)?),
                 _ => return Err(Malformed("an unknown field in a job")),
             }
         }
@@ -147,7 +213,8 @@ fn rlimit(value: &[u8]) -> Result<Rlimit, Malformed> {
 
 #[cfg(test)]
 mod tests {
-    use super::{JobRequest, Rlimit};
+    use super::{Copy, JobRequest, Rlimit};
+    use crate::copy::{Links, Naming};
     use crate::fields::{Malformed, Writer};
 
     fn full() -> JobRequest {
@@ -168,12 +235,36 @@ mod tests {
             }],
             umask: Some(0o77),
             keep_readers: true,
+            copy: None,
         }
     }
 
     #[test]
     fn a_job_comes_back_as_it_was() {
-        for job in [JobRequest::default(), full()] {
+        let path = b"/a \xff".to_vec();
+        let copies = [
+            Copy::Out {
+                path: path.clone(),
+                links: Links::Keep,
+            },
+            Copy::Out {
+                path: path.clone(),
+                links: Links::Follow,
+            },
+            Copy::In {
+                path: path.clone(),
+                naming: Naming::AsGiven,
+            },
+            Copy::In {
+                path,
+                naming: Naming::AsCopied,
+            },
+        ];
+        let copies = copies.map(|copy| JobRequest {
+            copy: Some(copy),
+            ..JobRequest::default()
+        });
+        for job in [JobRequest::default(), full()].into_iter().chain(copies) {
             assert_eq!(JobRequest::decode(&job.encode()), Ok(job.clone()));
             assert_eq!(JobRequest::from_memfd(job.to_memfd().unwrap()), Ok(job));
         }
@@ -195,6 +286,9 @@ mod tests {
             refused(5, b"123"),
             Malformed("a resource limit is not of twenty bytes")
         );
+        for copy in [&b""[..], b"\x05/", b"\x00/"] {
+            assert_eq!(refused(8, copy), Malformed("a copy is of no kind"));
+        }
         assert_eq!(refused(99, b""), Malformed("an unknown field in a job"));
     }
 }

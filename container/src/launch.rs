@@ -7,7 +7,8 @@
 //! 3   control            wshd → agent  Cloned + [pidfd of the init, its network namespace]
 //! 4   memfd of Launch    agent → wshd  GO, once the link is in that namespace
 //! 5…  v1 `tasks` files   wshd → agent  Ready: the container serves; or Failed at any time
-//!  …  v2 group directory (last)
+//!  …  v2 group directory
+//!  …  mount of the writable layer's file system (last)
 //! ```
 //!
 //! The process that was started ends with 0 after `Cloned` and must be reaped; the init is then a child
@@ -42,7 +43,29 @@ pub enum Access {
     ReadWrite,
 }
 
-/// A directory or file of the host that shows in the container (nosuid, nodev).
+/// The user and group ids of a container: its 0…65535 are `first`… on the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Ids {
+    /// The host's number of the container's root.
+    pub first: u32,
+}
+
+impl Ids {
+    /// How many ids a container has.
+    pub const COUNT: u32 = 65_536;
+    /// By custom nobody: what has no number inside shows as it (`/proc/sys/kernel/overflowuid`).
+    const NOBODY: u32 = 65_534;
+
+    /// The host's number of an id of the container; nobody's for one that it does not have.
+    #[must_use]
+    pub fn on_host(self, id: u32) -> u32 {
+        let id = if id < Self::COUNT { id } else { Self::NOBODY };
+        self.first.saturating_add(id)
+    }
+}
+
+/// A directory or file of the host that shows in the container (nosuid, nodev). Its owners are not mapped:
+/// what belongs to no id of the container shows as nobody's, and its root has no right to it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Bind {
     /// On the host.
@@ -78,7 +101,9 @@ pub struct Launch {
     /// An empty directory of the host: where the root is mounted, inside the container's own mount
     /// namespace only.
     pub root: PathBuf,
-    /// Read-only directories of the root, uppermost first.
+    /// Its users and groups.
+    pub ids: Ids,
+    /// Read-only directories of the root, uppermost first. Their owners are taken as ids of the container.
     pub lowers: Vec<PathBuf>,
     /// Where changes go.
     pub upper: PathBuf,
@@ -96,6 +121,9 @@ pub struct Launch {
     pub v1_tasks: u32,
     /// Whether the directory of a v2 group follows them.
     pub v2_dir: bool,
+    /// Whether a mount follows, at no place yet, that holds `upper` and `work` when it is put on the
+    /// directory above them.
+    pub disk: bool,
 }
 
 /// What `wshd` says on the control socket.
@@ -127,6 +155,8 @@ mod tag {
     pub(super) const TMPFS: u16 = 10;
     pub(super) const V1_TASKS: u16 = 11;
     pub(super) const V2_DIR: u16 = 12;
+    pub(super) const IDS: u16 = 13;
+    pub(super) const DISK: u16 = 14;
     pub(super) const EVENT: u16 = 1;
     pub(super) const WHAT: u16 = 2;
     pub(super) const ERRNO: u16 = 3;
@@ -146,7 +176,9 @@ impl Launch {
             .put(tag::SOCKET, &path(&self.socket))
             .put(tag::TMPFS, &self.tmpfs_bytes.to_le_bytes())
             .put_u32(tag::V1_TASKS, self.v1_tasks)
-            .put_u32(tag::V2_DIR, u32::from(self.v2_dir));
+            .put_u32(tag::V2_DIR, u32::from(self.v2_dir))
+            .put_u32(tag::IDS, self.ids.first)
+            .put_u32(tag::DISK, u32::from(self.disk));
         for lower in &self.lowers {
             fields = fields.put(tag::LOWER, &path(lower));
         }
@@ -192,12 +224,18 @@ impl Launch {
                 tag::TMPFS => launch.tmpfs_bytes = u64_of(value)?,
                 tag::V1_TASKS => launch.v1_tasks = u32_of(value)?,
                 tag::V2_DIR => launch.v2_dir = u32_of(value)? != 0,
+                tag::IDS => launch.ids.first = u32_of(value)?,
+                tag::DISK => launch.disk = u32_of(value)? != 0,
                 _ => return Err(Malformed("an unknown field in a launch")),
             }
         }
         let needed = [&launch.root, &launch.upper, &launch.work, &launch.socket];
         if launch.lowers.is_empty() || needed.iter().any(|path| path.as_os_str().is_empty()) {
             return Err(Malformed("a launch lacks a directory"));
+        }
+        if launch.ids.first < Ids::COUNT || launch.ids.first.checked_add(Ids::COUNT).is_none() {
+            // The host's own users are below.
+            return Err(Malformed("a launch has no ids"));
         }
         Ok(launch)
     }
@@ -324,13 +362,14 @@ fn link(value: &[u8]) -> Result<Link, Malformed> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Access, Bind, Event, Launch, Link, MAX_EVENT};
+    use super::{Access, Bind, Event, Ids, Launch, Link, MAX_EVENT};
     use crate::fields::{Malformed, Writer};
     use std::net::Ipv4Addr;
 
     fn small() -> Launch {
         Launch {
             handle: "178l4d6v637".to_owned(),
+            ids: Ids { first: 1 << 30 },
             hostname: "app".to_owned(),
             root: "/c/root".into(),
             lowers: vec!["/layers/a:b,c".into(), "/stack".into()],
@@ -359,9 +398,25 @@ mod tests {
             mtu: 1450,
         });
         (full.tmpfs_bytes, full.v1_tasks, full.v2_dir) = (1 << 40, 6, true);
+        full.disk = true;
         for launch in [small(), full] {
             assert_eq!(Launch::decode(&launch.encode()), Ok(launch));
         }
+    }
+
+    #[test]
+    fn root_of_the_container_is_no_user_of_the_host() {
+        for first in [0, 1000, 65_535, u32::MAX - 65_534] {
+            let launch = Launch {
+                ids: Ids { first },
+                ..small()
+            };
+            let refused = Launch::decode(&launch.encode()).unwrap_err();
+            assert_eq!(refused, Malformed("a launch has no ids"), "{first}");
+        }
+        let ids = Ids { first: 1 << 30 };
+        assert_eq!(ids.on_host(0), 1 << 30);
+        assert_eq!(ids.on_host(70_000), ids.on_host(65_534));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! `unsafe`.
 
 pub mod client;
+pub mod copy;
 pub mod exit;
 pub mod fault;
 pub mod fields;

@@ -45,7 +45,7 @@ pub enum Step {
     Descriptors = 6,
     /// A resource limit was refused.
     Rlimit = 7,
-    /// Groups, ids or capabilities could not be dropped.
+    /// Groups, ids or capabilities could not be dropped (`EPERM`: or one was found that should have been).
     Privileges = 8,
     /// The working directory does not exist or is closed to the user.
     Directory = 9,

@@ -22,6 +22,7 @@ use nix::sys::socket::{
 };
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::Path;
 use support::{Group, Place, job, pipe, read_all, sh, wait_until};
 
 #[test]
@@ -80,6 +81,9 @@ fn what_cannot_run_says_at_which_step() {
         (Step::Exec, Errno::EACCES)
     );
     assert_eq!(failed("nobody", &sh("exit 0")), (Step::User, Errno::ENOENT));
+    // A container has 65536 users.
+    let beyond = (Step::User, Errno::EOVERFLOW);
+    assert_eq!(failed("70000", &sh("exit 0")), beyond);
     let in_root = JobRequest {
         cwd: Some(b"/root".to_vec()),
         ..sh("exit 0")
@@ -160,7 +164,7 @@ fn a_job_has_nothing_of_the_host() {
 }
 
 #[test]
-fn root_inside_keeps_eight_capabilities_and_none_of_the_kernel() {
+fn root_inside_keeps_fourteen_capabilities_and_none_of_the_kernel() {
     let place = Place::new();
     let script = "grep -E '^Cap(Inh|Prm|Eff|Bnd|Amb)' /proc/self/status | tr -d '\\t\\n'; echo; \
         for try in 'echo b > /proc/sysrq-trigger' 'echo x > /proc/sys/kernel/core_pattern' \
@@ -170,15 +174,76 @@ fn root_inside_keeps_eight_capabilities_and_none_of_the_kernel() {
         cat /proc/kcore /proc/timer_list 2> /dev/null | wc -c; chown 5 /tmp && ls -ldn /tmp | cut -c1-10; \
         cut -d' ' -f2 /proc/mounts | grep -v '^/\\(proc\\|sys\\|dev\\)' | sort | uniq | tr '\\n' ' '";
     let (stdout, stderr, _) = place.spawn("", &sh(script)).finish();
-    let kept = "00000000000004fb";
+    let kept = "00000000a80425fb";
     let caps = format!(
         "CapInh:0000000000000000CapPrm:{kept}CapEff:{kept}CapBnd:{kept}CapAmb:0000000000000000"
     );
     let expected = [&caps[..], "0", "drwxrwxrwt", "/ /bound "];
     assert_eq!(stdout.lines().collect::<Vec<_>>(), expected, "{stderr}");
     // A bind mount names its source; nothing else names a path of the host.
-    let mounts = place.run_inside("grep -v ' /bound ' /proc/self/mountinfo");
+    let mounts = place.run_inside("grep -v ' /bound ' /proc/self/mountinfo; cat /proc/net/unix");
     assert!(!mounts.contains(place.handle.as_str()), "{mounts}");
+}
+
+#[test]
+fn everybody_inside_is_a_stranger_on_the_host() {
+    let files = support::files();
+    let stack = files.dir.join("stack");
+    let as_built: Vec<_> = ["etc/passwd", "home/vcap"]
+        .map(|path| owner(&stack.join(path)))
+        .into();
+    let place = Place::make(files, &[], None);
+    let first = support::IDS.first;
+    let status = std::fs::read_to_string(format!("/proc/{}/status", place.pid)).unwrap();
+    for ids in ["Uid", "Gid"] {
+        let line = format!("{ids}:\t{first}\t{first}\t{first}\t{first}\n");
+        assert!(status.contains(&line), "the init itself: {status}");
+    }
+    // What jobs of root have, and SYS_RESOURCE.
+    for set in ["CapPrm", "CapEff", "CapBnd"] {
+        assert!(
+            status.contains(&format!("{set}:\t00000000a90425fb\n")),
+            "{status}"
+        );
+    }
+    assert!(status.contains("NoNewPrivs:\t1\n"));
+    let user = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/user")).unwrap();
+    assert_ne!(user(&place.pid.to_string()), user("self"));
+    // Owners of the layers show as they were built, and what is written is nobody's on the host.
+    let script = "stat -c %u:%g /etc/passwd /home/vcap; echo x >> /etc/passwd; \
+                  touch /root/new; chown 2000:33 /root/new; stat -c %u:%g /root/new /proc/1 /dev /dev/shm; \
+                  cat /proc/self/uid_map | tr -s ' '";
+    let seen = place.run_inside(script);
+    let inside = "0:0\n2000:2000\n2000:33\n0:0\n0:0\n0:0\n";
+    assert_eq!(seen, format!("{inside} 0 {first} 65536\n"));
+    let upper = place.dir.join("upper");
+    assert_eq!(owner(&upper.join("etc/passwd")), (first, first));
+    assert_eq!(owner(&upper.join("root/new")), (first + 2000, first + 33));
+    for (path, before) in ["etc/passwd", "home/vcap"].iter().zip(as_built) {
+        assert_eq!(owner(&stack.join(path)), before, "the stack is untouched");
+    }
+    let hostname = "hostname elsewhere 2>&1; hostname";
+    assert!(
+        place.run_inside(hostname).ends_with("wall\n"),
+        "no CAP_SYS_ADMIN for jobs"
+    );
+}
+
+fn owner(path: &Path) -> (u32, u32) {
+    let metadata = std::fs::symlink_metadata(path).unwrap();
+    (
+        std::os::unix::fs::MetadataExt::uid(&metadata),
+        std::os::unix::fs::MetadataExt::gid(&metadata),
+    )
+}
+
+#[test]
+fn a_layer_that_cannot_be_mapped_is_named() {
+    let mut files = support::files();
+    // A proc file system, as one that has no owners to map.
+    files.launch.lowers.insert(0, "/proc/sys".into());
+    let told = support::try_make(&files);
+    assert_eq!(told, "mount_setattr(/proc/sys): EINVAL");
 }
 
 #[test]
@@ -186,6 +251,8 @@ fn the_root_is_layered_and_bind_mounts_stay_inside() {
     let mut files = support::files();
     let (dir, stack) = (files.dir.clone(), files.dir.join("stack"));
     std::fs::create_dir_all(dir.join("data")).unwrap();
+    // What is bound keeps its owners, and only this one is the container's.
+    std::os::unix::fs::chown(dir.join("data"), Some(support::IDS.first), None).unwrap();
     std::fs::write(dir.join("file"), "from the host\n").unwrap();
     std::os::unix::fs::symlink("/etc", stack.join("link")).unwrap();
     for (source, target, access) in [
@@ -737,6 +804,108 @@ fn a_job_does_not_get_the_persons_terminal() {
     let mut lines: Vec<&str> = seen.lines().collect();
     lines.sort_unstable();
     assert_eq!(lines, ["err", "out"]);
+}
+
+#[test]
+fn a_job_with_a_piped_output_reads_what_is_typed_and_has_no_terminal() {
+    let place = Place::new();
+    let script = "test -t 0 && echo has it >&2; echo ready >&2; cat >&2; echo end >&2; exit 6";
+    let (seen, end) = place.wsh_in_terminal([true, false, true], script, |seen| {
+        // Two lines, and the key for the end of all input.
+        seen.contains("ready").then_some(&b"one\ntwo\n\x04"[..])
+    });
+    assert_eq!(end, Status::Exited(6), "{seen}");
+    let typed = |line: &str| seen.lines().filter(|seen| *seen == line).count();
+    // Once from the terminal that shows what is typed, once from the job.
+    let counts = ["has it", "one", "two", "end"].map(typed);
+    assert_eq!(counts, [0, 2, 2, 1], "{seen}");
+}
+
+#[test]
+fn wsh_gives_variables_a_directory_and_limits() {
+    let place = Place::new();
+    let options = [
+        "--env",
+        "A=b c",
+        "--env",
+        "TERM=own",
+        "--dir",
+        "/tmp",
+        "--rlimit",
+        "nofile=50:60",
+    ];
+    let script = "echo $A $TERM; pwd; ulimit -Sn; ulimit -Hn";
+    let said = place.wsh(&[&options[..], &["sh", "-c", script]].concat(), b"");
+    let wanted = (0, "b c own\n/tmp\n50\n60\n".to_owned(), String::new());
+    assert_eq!(said, wanted);
+    let (code, _, err) = place.wsh(&["--dir", "/nowhere", "true"], b"");
+    assert_eq!(code, 125);
+    assert!(
+        err.contains("cannot enter") && err.contains("ENOENT"),
+        "{err}"
+    );
+}
+
+#[test]
+fn a_large_input_is_delivered_whole_with_its_end() {
+    const SIZE: usize = 8 << 20;
+    let place = Place::new();
+    let input: Vec<u8> = (0..=250_u8).cycle().take(SIZE).collect();
+    let (code, out, err) = place.wsh(
+        &["--user", "vcap", "sh", "-c", "md5sum; cat; echo end"],
+        &input,
+    );
+    let file = support::file_with(&place, &input);
+    let sum = support::output("/usr/bin/busybox", &["md5sum", file.to_str().unwrap()]).1;
+    let expected = format!("{}  -\nend\n", sum.split(' ').next().unwrap());
+    assert_eq!((code, out, err), (0, expected, String::new()));
+}
+
+#[test]
+fn a_hundred_jobs_of_two_users_run_side_by_side() {
+    const JOBS: usize = 100;
+    let place = Place::new();
+    let mut jobs: Vec<_> = (0..JOBS)
+        .map(|number| {
+            let script = format!("id -u; read line; echo $line; exit {number}");
+            place.spawn(["vcap", "root"][number % 2], &sh(&script))
+        })
+        .collect();
+    for job in &mut jobs {
+        assert!(matches!(job.next_frame(), Some(Status::Started { .. })));
+    }
+    let mut numbers: Vec<u32> = place
+        .client()
+        .info()
+        .unwrap()
+        .iter()
+        .map(|job| job.job)
+        .collect();
+    numbers.dedup();
+    assert_eq!(numbers.len(), JOBS, "each has a number of its own");
+    // One that is ended by its number harms no other.
+    place.client().signal(jobs[7].job, 9).unwrap();
+    for (number, mut job) in jobs.into_iter().enumerate() {
+        let line = format!("line {number}\n");
+        let mut stdin = job.stdin.take().unwrap();
+        // The one that was ended reads no more.
+        let _ = stdin.write_all(line.as_bytes());
+        drop(stdin);
+        let (stdout, stderr, frames) = job.finish();
+        let uid = [2000, 0][number % 2];
+        let (wanted, end) = if number == 7 {
+            (format!("{uid}\n"), Status::Signaled(9))
+        } else {
+            (
+                format!("{uid}\n{line}"),
+                Status::Exited(number.try_into().unwrap()),
+            )
+        };
+        // A job that was ended at once may not have said who it is.
+        assert!(number == 7 || stdout == wanted, "{stdout} {stderr}");
+        assert_eq!(frames, [end], "{number}");
+    }
+    assert_eq!(place.client().info().unwrap(), []);
 }
 
 #[test]

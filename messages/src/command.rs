@@ -31,6 +31,8 @@ pub enum Command {
     Scale(ScaleRequest),
     /// Tell what matches, in one answer (Ostler).
     FindHere(FindRequest),
+    /// Tell what crashes left (Ostler).
+    Logs(LogsRequest),
 }
 
 /// Something to tell.
@@ -116,6 +118,17 @@ pub struct FindRequest {
     pub include_stats: bool,
 }
 
+/// `dea.<id>.logs`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogsRequest {
+    /// Which crashes; of those that match, a file is read of the newest.
+    pub filter: Filter,
+    /// The one of this instance.
+    pub handle: Option<String>,
+    /// The file to read, and from which byte on; `None`: list.
+    pub file: Option<(String, u64)>,
+}
+
 /// `dea.discover`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DiscoverRequest {
@@ -136,7 +149,7 @@ impl Command {
             Self::Stop(request) => request.request_id.as_deref(),
             Self::Update(request) => request.request_id.as_deref(),
             Self::Scale(request) => request.request_id.as_deref(),
-            Self::FindHere(_) => None,
+            Self::FindHere(_) | Self::Logs(_) => None,
         }
     }
 }
@@ -176,6 +189,7 @@ fn is_trigger(incoming: Incoming) -> bool {
         | Incoming::StopHere
         | Incoming::FindHere
         | Incoming::Scale
+        | Incoming::Logs
         | Incoming::Stop
         | Incoming::Update
         | Incoming::FindDroplet
@@ -191,6 +205,7 @@ fn understand(incoming: Incoming, value: &Value) -> Read<Asked> {
         Incoming::Update => Command::Update(update(&fields()?)?),
         Incoming::Scale => Command::Scale(scale(&fields()?)?),
         Incoming::FindHere => Command::FindHere(find(&fields()?)?),
+        Incoming::Logs => Command::Logs(logs(&fields()?)?),
         Incoming::FindDroplet => return Ok(Asked::Query(Query::FindDroplet(find(&fields()?)?))),
         Incoming::Discover => return Ok(Asked::Query(Query::Discover(discover(&fields()?)?))),
         // The bodies of these say nothing that is used.
@@ -215,6 +230,19 @@ fn find(fields: &Fields<'_>) -> Read<FindRequest> {
     Ok(FindRequest {
         filter: Filter::read(fields, Empty::MatchesAll)?,
         include_stats: fields.optional_bool("include_stats")?.unwrap_or(false),
+    })
+}
+
+fn logs(fields: &Fields<'_>) -> Read<LogsRequest> {
+    let offset = fields.optional_number("offset")?;
+    let file = fields.optional_string("file")?;
+    if offset.is_some() && file.is_none() {
+        return Err(fields.refuse("offset", "given together with `file`"));
+    }
+    Ok(LogsRequest {
+        filter: Filter::read(fields, Empty::MatchesAll)?,
+        handle: fields.optional_string("handle")?,
+        file: file.map(|name| (name, offset.unwrap_or(0))),
     })
 }
 
@@ -280,4 +308,30 @@ pub fn discover_delay_ms(instances: u64, reserved_mb: u64, capacity_mb: u64) -> 
         .checked_div(capacity_mb)
         .unwrap_or(250);
     taint.saturating_add(memory).min(250)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::discover_delay_ms;
+
+    /// Protocol 2.6: the smaller of 250, and 10 for each instance with 100 times the share of memory.
+    #[test]
+    fn the_fuller_a_host_the_later_it_answers_a_discover() {
+        for (instances, reserved, capacity, delay) in [
+            (0, 0, 4096, 0),
+            (3, 0, 4096, 30),
+            (0, 1024, 4096, 25),
+            (2, 2048, 4096, 70),
+            (0, 4096, 4096, 100),
+            (15, 4096, 4096, 250),
+            (26, 0, 4096, 250),
+            (25, 1, 4096, 250),
+            (u64::MAX, u64::MAX, 1, 250),
+            // A host without memory for apps has none to lose by being slow.
+            (0, 0, 0, 250),
+        ] {
+            let told = discover_delay_ms(instances, reserved, capacity);
+            assert_eq!(told, delay, "{instances} {reserved} {capacity}");
+        }
+    }
 }

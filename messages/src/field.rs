@@ -200,11 +200,29 @@ impl<'a> Fields<'a> {
     }
 }
 
+/// Fields of a start that hold secrets: of their values nothing is shown but the type.
+const SECRET: [&str; 4] = ["env", "services", "executableUri", "vcap_application"];
+
 fn wrong(path: &str, key: &str, value: &Value, wanted: &str) -> BadMessage {
-    BadMessage::field(format!(
-        "`{path}{key}` is {}; it must be {wanted}",
+    let field = format!("{path}{key}");
+    let is_secret = SECRET.iter().any(|secret| {
+        let rest = field.strip_prefix(secret);
+        rest.is_some_and(|rest| !rest.starts_with(|c: char| c.is_alphanumeric()))
+    });
+    let is = if is_secret {
+        type_of(value)
+    } else {
         kind(value)
-    ))
+    };
+    BadMessage::field(format!("`{field}` is {is}; it must be {wanted}"))
+}
+
+fn type_of(value: &Value) -> String {
+    match value {
+        Value::String(_) => "a string".into(),
+        Value::Number(_) => "a number".into(),
+        Value::Null | Value::Bool(_) | Value::Array(_) | Value::Object(_) => kind(value),
+    }
 }
 
 /// A value in a sentence: short and without what may be secret.
@@ -217,5 +235,41 @@ fn kind(value: &Value) -> String {
         Value::String(_) => "a long string".into(),
         Value::Array(_) => "an array".into(),
         Value::Object(_) => "an object".into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Fields;
+    use serde_json::json;
+
+    #[test]
+    fn what_may_be_secret_is_not_shown() {
+        let value = json!({"env": "A=s3cret", "services": "s3cret", "executableUri": ["s3cret"], "index": "s3cret"});
+        let fields = Fields::of(&value, "").unwrap();
+        let errors = [
+            fields.strings("env").unwrap_err(),
+            fields.optional_array("services").unwrap_err(),
+            fields.optional_string("executableUri").unwrap_err(),
+        ];
+        for error in errors {
+            assert!(!error.message.contains("s3cret"), "{error}");
+        }
+        let service = json!({"name": 4711});
+        let error = Fields::of(&service, "services[].")
+            .unwrap()
+            .string("name")
+            .unwrap_err();
+        assert_eq!(
+            error.message,
+            "`services[].name` is a number; it must be a string"
+        );
+        assert!(
+            fields
+                .number("index")
+                .unwrap_err()
+                .message
+                .contains("s3cret")
+        );
     }
 }

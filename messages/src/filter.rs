@@ -115,10 +115,11 @@ fn indices(fields: &Fields<'_>, empty: Empty) -> Read<Option<Vec<u64>>> {
 }
 
 fn states(fields: &Fields<'_>, empty: Empty) -> Read<Option<Vec<State>>> {
-    let names = fields.strings("states")?;
-    let states = names
+    let items = fields.optional_array("states")?.unwrap_or_default();
+    let states = items
         .iter()
-        .map(|name| State::parse(name))
+        .filter(|item| !item.is_null())
+        .map(|item| item.as_str().and_then(State::parse))
         .collect::<Option<Vec<_>>>()
         .ok_or_else(|| fields.refuse("states", "an array of state names, like \"RUNNING\""))?;
     Ok(set(states, fields.get("states").is_some(), empty))
@@ -168,10 +169,20 @@ mod tests {
             ),
             (json!({"droplet": "a", "instances": ["x"]}), false, false),
             (json!({"droplet": "a", "indices": []}), false, true),
+            (json!({"droplet": "a", "indices": null}), true, true),
+            (json!({"droplet": "a", "indices": [null]}), false, true),
+            (json!({"droplet": "a", "indices": [null, 1]}), true, true),
             (json!({"droplet": "a", "indices": [1]}), true, true),
             (json!({"droplet": "a", "indices": ["1"]}), false, false),
             (json!({"droplet": "a", "indices": [0, 2]}), false, false),
             (json!({"droplet": "a", "states": []}), false, true),
+            (json!({"droplet": "a", "states": null}), true, true),
+            (json!({"droplet": "a", "states": [null]}), false, true),
+            (
+                json!({"droplet": "a", "states": [null, "Running"]}),
+                true,
+                true,
+            ),
             (json!({"droplet": "a", "states": ["running"]}), true, true),
             (json!({"droplet": "a", "states": ["STOPPED"]}), false, false),
         ] {
@@ -188,6 +199,8 @@ mod tests {
             (json!({"droplet": "a", "instances": [1]}), "`instances`"),
             (json!({"droplet": "a", "indices": 1}), "`indices`"),
             (json!({"droplet": "a", "states": ["FLYING"]}), "`states`"),
+            (json!({"droplet": "a", "states": [1]}), "`states`"),
+            (json!({"droplet": "a", "states": "RUNNING"}), "`states`"),
             (json!({"droplet": "a", "version": 1}), "`version`"),
         ] {
             let error = read(&body, Empty::MatchesNothing).unwrap_err();

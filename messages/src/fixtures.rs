@@ -2,8 +2,8 @@
 
 use crate::command::{Asked, Command, parse};
 use crate::outgoing::{
-    Advertise, Exited, FindReply, Goodbye, Heartbeat, HeartbeatEntry, Hello, PlacementProperties,
-    Reason, Route, Stats, StatusReply, ToBytes, Usage,
+    Advertise, DiskUse, DropletStatus, Exited, FindReply, Goodbye, Heartbeat, HeartbeatEntry,
+    Hello, PlacementProperties, Reason, Route, Stats, StatusReply, ToBytes, Usage,
 };
 use crate::start::StartRequest;
 use crate::state::State;
@@ -24,9 +24,23 @@ fn asked(incoming: Incoming, name: &str) -> Asked {
     parse(incoming, text(name).as_bytes()).unwrap().0
 }
 
+/// What goes out is the example to the byte, but for whitespace between its tokens.
 fn same(ours: &impl ToBytes, name: &str) {
-    let ours: Value = serde_json::from_slice(&ours.to_bytes()).unwrap();
-    assert_eq!(ours, value(name));
+    let ours = String::from_utf8(ours.to_bytes()).unwrap();
+    assert_eq!(ours, packed(&text(name)), "{name}");
+}
+
+/// JSON without whitespace between its tokens.
+fn packed(json: &str) -> String {
+    let (mut quoted, mut escaped) = (false, false);
+    json.chars()
+        .filter(|&char| {
+            let kept = quoted || !char.is_ascii_whitespace();
+            quoted ^= char == '"' && !escaped;
+            escaped = quoted && char == '\\' && !escaped;
+            kept
+        })
+        .collect()
 }
 
 fn start() -> StartRequest {
@@ -118,6 +132,30 @@ fn each_wrong_field_of_a_start_is_named() {
         }
         let error = StartRequest::from_value(&message).unwrap_err().to_string();
         assert!(error.contains(words), "{path:?} = {new:?} gave {error:?}");
+    }
+}
+
+#[test]
+fn egress_rules_have_bounds() {
+    let mut message = value("dea.start");
+    let rule = |ports: usize| {
+        let ports = vec!["1"; ports].join(",");
+        serde_json::json!({"protocol": "tcp", "destination": "1.1.1.1", "ports": ports})
+    };
+    for (rules, fits) in [
+        (vec![rule(256); 2], true),
+        (vec![rule(513)], false),
+        (vec![rule(1); 513], false),
+        (
+            vec![serde_json::json!({"protocol": "all", "destination": "1.1.1.1"}); 1001],
+            false,
+        ),
+    ] {
+        message["egress_network_rules"] = rules.into();
+        let read = StartRequest::from_value(&message);
+        assert_eq!(read.is_ok(), fits);
+        let told = read.err().map(|error| error.to_string());
+        assert!(told.is_none_or(|told| told.contains("at most 1000 rules")));
     }
 }
 
@@ -278,6 +316,7 @@ fn what_goes_out_is_as_the_reference_shows() {
         private_instance_id: "e1a47c0d5b2948f6a0c3d7e8f9b1a2c4d5e6f708192a3b4c5d6e7f8091a2b3c4"
             .into(),
         private_instance_index: "1".into(),
+        stale_threshold_in_seconds: None,
     };
     same(&route, "router.register");
     same(&find_reply(app, version, dea), "dea.find.droplet-reply");
@@ -300,13 +339,13 @@ fn find_reply(droplet: String, version: String, dea: String) -> FindReply {
             port: 61_018,
             uptime: 86,
             mem_quota: 268_435_456,
-            disk_quota: 1_073_741_824,
+            disk_quota: Some(1_073_741_824),
             fds_quota: 16_384,
             usage: Usage {
                 time: "2016-08-16 12:41:30 +0000".into(),
-                cpu: 0.034,
-                mem: 88_604_672,
-                disk: 65_536,
+                cpu: Some(0.034),
+                mem: Some(88_604_672),
+                disk: Some(DiskUse::Bytes(65_536)),
             },
         }),
     }
@@ -332,4 +371,12 @@ fn greetings_are_as_the_reference_shows() {
         num_clients: None,
     };
     same(&status, "dea.status-reply");
+    let droplet = DropletStatus {
+        name: "orders-api".into(),
+        uris: vec!["orders.apps.example.net".into()],
+    };
+    let ours = String::from_utf8(droplet.to_bytes()).unwrap();
+    // The example is the oldest form, which went on: this much of it later ones have.
+    let begins = ours.trim_end_matches('}');
+    assert!(packed(&text("droplet.status-reply")).starts_with(begins));
 }

@@ -5,11 +5,13 @@
 //! depend on this crate.
 
 pub mod command;
+pub mod crash;
 pub mod field;
 pub mod filter;
 pub mod outgoing;
 pub mod output;
 pub mod reply;
+pub mod service;
 pub mod start;
 pub mod state;
 pub mod subjects;

@@ -25,11 +25,11 @@ pub struct Hello {
     pub id: String,
     /// Its address.
     pub ip: String,
-    /// Its agent's version.
-    pub version: String,
     /// Of a file server; none here.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<u16>,
+    /// Its agent's version.
+    pub version: String,
 }
 
 /// The answer to `dea.status`.
@@ -229,8 +229,16 @@ pub struct DropletOom {
     pub victim: Victim,
     /// Whether the instance goes on.
     pub survived: bool,
+    /// Kills between the one told before and this one that are not told one by one.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub missed: u64,
     /// Seconds since the epoch.
     pub time: f64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks so")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// A killed process; null where the kernel's log had overflowed.
@@ -261,6 +269,9 @@ pub struct Route {
     pub private_instance_id: String,
     /// A string, as the router wants.
     pub private_instance_index: String,
+    /// When it may be dropped if it is not said again: lowers the router's own 120 s, and never raises them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stale_threshold_in_seconds: Option<u64>,
 }
 
 /// One answer to `dea.find.droplet`.
@@ -302,34 +313,52 @@ pub struct Stats {
     pub uptime: u64,
     /// Bytes.
     pub mem_quota: u64,
-    /// Bytes.
-    pub disk_quota: u64,
+    /// Bytes; null: there is no limit.
+    pub disk_quota: Option<u64>,
     /// Open files.
     pub fds_quota: u64,
     /// Measured.
     pub usage: Usage,
 }
 
-/// Measured use.
+/// Measured use. What could not be read is left out: never 0 for that.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Usage {
     /// Of the answer, `YYYY-MM-DD HH:MM:SS +0000`.
     pub time: String,
     /// Fraction of one core.
-    pub cpu: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu: Option<f64>,
     /// Bytes.
-    pub mem: u64,
-    /// Bytes.
-    pub disk: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mem: Option<u64>,
+    /// Of the disk.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disk: Option<DiskUse>,
+}
+
+/// Measured use of a disk: a number, or null.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum DiskUse {
+    /// So many bytes.
+    Bytes(u64),
+    /// Nothing counts them.
+    Uncounted,
 }
 
 /// `YYYY-MM-DD HH:MM:SS +0000` of seconds since the epoch.
 #[must_use]
 pub fn usage_time(seconds: u64) -> String {
+    format!("{} +0000", civil_time(seconds, ' '))
+}
+
+/// `YYYY-MM-DD` and `HH:MM:SS` of seconds since the epoch, in UTC, with `between` between them.
+pub(crate) fn civil_time(seconds: u64, between: char) -> String {
     let (days, rest) = (seconds / 86_400, seconds % 86_400);
     let (year, month, day) = civil(days);
     let (hour, minute, second) = (rest / 3600, rest / 60 % 60, rest % 60);
-    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02} +0000")
+    format!("{year:04}-{month:02}-{day:02}{between}{hour:02}:{minute:02}:{second:02}")
 }
 
 /// The date so many days after 1970-01-01: Howard Hinnant's `civil_from_days`, for days not before it.
@@ -352,7 +381,24 @@ fn civil(days: u64) -> (u64, u64, u64) {
 
 #[cfg(test)]
 mod tests {
-    use super::usage_time;
+    use super::{DiskUse, ToBytes, Usage, usage_time};
+
+    #[test]
+    fn what_is_not_known_is_neither_0_nor_null() {
+        let usage = |disk| {
+            let usage = Usage {
+                time: "t".into(),
+                cpu: None,
+                mem: None,
+                disk,
+            };
+            String::from_utf8(usage.to_bytes()).unwrap()
+        };
+        assert_eq!(usage(None), r#"{"time":"t"}"#);
+        let uncounted = usage(Some(DiskUse::Uncounted));
+        assert_eq!(uncounted, r#"{"time":"t","disk":null}"#);
+        assert_eq!(usage(Some(DiskUse::Bytes(0))), r#"{"time":"t","disk":0}"#);
+    }
 
     #[test]
     fn times_are_as_date_prints_them() {

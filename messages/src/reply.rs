@@ -28,6 +28,8 @@ pub enum ErrorCode {
     ShuttingDown,
     /// What was waited for cannot happen any more: the instance ended.
     Ended,
+    /// What was waited for cannot happen yet: processes of the instance wait in the kernel and do not die.
+    Stuck,
     /// The answer does not fit into one message.
     TooLarge,
     /// A fault of the agent.
@@ -40,7 +42,7 @@ const MESSAGE_MAX: usize = 1000;
 
 impl ErrorCode {
     /// Every code.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::BadJson,
         Self::BadField,
         Self::BadSubject,
@@ -52,6 +54,7 @@ impl ErrorCode {
         Self::Busy,
         Self::ShuttingDown,
         Self::Ended,
+        Self::Stuck,
         Self::TooLarge,
         Self::Internal,
     ];
@@ -71,6 +74,7 @@ impl ErrorCode {
             Self::Busy => ("busy", 429, true),
             Self::ShuttingDown => ("shutting_down", 503, true),
             Self::Ended => ("ended", 410, false),
+            Self::Stuck => ("stuck", 504, true),
             Self::TooLarge => ("too_large", 413, false),
             Self::Internal => ("internal", 500, true),
         }
@@ -217,6 +221,33 @@ mod tests {
         for foreign in ["", "{}", "[]", "{\"ok\":1}", "{\"ok\":false}"] {
             assert_eq!(Reply::from_body(foreign.as_bytes()), None);
         }
+    }
+
+    /// The table in docs/bus.md: `| code | number | yes or no | when |`.
+    #[test]
+    fn the_documents_have_every_code() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/bus.md");
+        let text = std::fs::read_to_string(path).unwrap();
+        let rows = text.lines().filter_map(|line| {
+            let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+            let [_, code, number, retryable, when, _] = cells[..] else {
+                return None;
+            };
+            let number: u16 = number.parse().ok()?;
+            assert!(!when.is_empty(), "{line}");
+            Some((
+                code.trim_matches('`').to_owned(),
+                number,
+                retryable == "yes",
+            ))
+        });
+        let mut told: Vec<_> = rows.collect();
+        let own =
+            |(name, number, retryable): (&str, u16, bool)| (name.to_owned(), number, retryable);
+        let mut all: Vec<_> = ErrorCode::ALL.map(|code| own(code.facts())).into();
+        told.sort();
+        all.sort();
+        assert_eq!(told, all);
     }
 
     #[test]

@@ -272,11 +272,24 @@ fn egress(fields: &Fields<'_>) -> Read<Vec<EgressRule>> {
     let rules = fields
         .optional_array("egress_network_rules")?
         .unwrap_or_default();
-    rules
+    let rules = rules
         .iter()
         .map(|rule| egress_rule(&Fields::of(rule, "egress_network_rules[].")?))
-        .collect()
+        .collect::<Read<Vec<EgressRule>>>()?;
+    let ranges = rules.iter().map(|rule| match &rule.traffic {
+        Traffic::Tcp(ports) | Traffic::Udp(ports) => ports.len(),
+        Traffic::All | Traffic::Icmp(..) => 0,
+    });
+    if rules.len() > MOST_RULES || ranges.sum::<usize>() > MOST_RANGES {
+        return Err(fields.refuse("egress_network_rules", MOST));
+    }
+    Ok(rules)
 }
+
+/// What is reckoned with them grows with their product.
+const MOST_RULES: usize = 1000;
+const MOST_RANGES: usize = 512;
+const MOST: &str = "at most 1000 rules, with at most 512 ports and ranges of ports together";
 
 fn egress_rule(rule: &Fields<'_>) -> Read<EgressRule> {
     let number = |key| -> Read<i16> {
@@ -320,7 +333,9 @@ fn ports(rule: &Fields<'_>) -> Read<Vec<(u16, u16)>> {
         .ok_or_else(|| rule.refuse("ports", "like \"80\", \"80,443\" or \"8000-9000\""))
 }
 
-fn addresses(text: &str) -> Option<(Ipv4Addr, Ipv4Addr)> {
+/// First and last of addresses written as one, as a network, or as first-last.
+#[must_use]
+pub fn addresses(text: &str) -> Option<(Ipv4Addr, Ipv4Addr)> {
     if let Some((first, last)) = text.split_once('-') {
         let range: (Ipv4Addr, Ipv4Addr) = (first.trim().parse().ok()?, last.trim().parse().ok()?);
         return (range.0 <= range.1).then_some(range);
@@ -338,15 +353,56 @@ fn addresses(text: &str) -> Option<(Ipv4Addr, Ipv4Addr)> {
     text.parse().ok().map(|address| (address, address))
 }
 
-/// What a refused start still says of itself, for `droplet.exited`: droplet, version, index, partition.
+/// What a refused start still says of itself, for `droplet.exited`: droplet, version, index, partition. `None` if
+/// droplet or index are none that a start may have. A version or a partition that a start may not have is left out.
 #[must_use]
 pub fn identity(value: &Value) -> Option<(DropletId, String, u64, String)> {
     let fields = Fields::of(value, "").ok()?;
-    let or_empty = |key| fields.optional_string(key).ok().flatten();
     Some((
         droplet(&fields).ok()?,
-        or_empty("version").unwrap_or_default(),
-        fields.number("index").ok()?,
-        or_empty("cc_partition").unwrap_or_else(|| "default".into()),
+        label(&fields, "version", VERSION_MAX).unwrap_or_default(),
+        index(&fields).ok()?,
+        label(&fields, "cc_partition", PARTITION_MAX).unwrap_or_else(|_| "default".into()),
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::identity;
+    use serde_json::json;
+
+    #[test]
+    fn a_refused_start_says_of_itself_only_what_a_start_may_say() {
+        let of = |changes: serde_json::Value| {
+            let mut start = json!({"droplet": 7, "index": 1, "version": "v", "cc_partition": "p"});
+            for (key, value) in changes.as_object().unwrap() {
+                start[key] = value.clone();
+            }
+            identity(&start).map(|(droplet, version, index, partition)| {
+                format!("{droplet} {version} {index} {partition}")
+            })
+        };
+        assert_eq!(of(json!({})).unwrap(), "7 v 1 p");
+        assert_eq!(of(json!({"version": null})).unwrap(), "7  1 p");
+        assert_eq!(of(json!({"version": "v".repeat(65)})).unwrap(), "7  1 p");
+        assert_eq!(
+            of(json!({"cc_partition": "\u{1}".repeat(11)})).unwrap(),
+            "7 v 1 default"
+        );
+        assert_eq!(
+            of(json!({"index": 2_147_483_647})).unwrap(),
+            "7 v 2147483647 p"
+        );
+        for none in [
+            json!({"index": 2_147_483_648_u64}),
+            json!({"index": -1}),
+            json!({"index": 1.0}),
+            json!({"index": null}),
+            json!({"droplet": "a.b"}),
+            json!({"droplet": "d".repeat(129)}),
+        ] {
+            assert_eq!(of(none), None);
+        }
+        assert_eq!(identity(&json!([])), None);
+    }
 }

@@ -66,6 +66,8 @@ pub enum Incoming {
     FindHere,
     /// `dea.<id>.scale`
     Scale,
+    /// `dea.<id>.logs`
+    Logs,
     /// `dea.stop`
     Stop,
     /// `dea.update`
@@ -86,12 +88,24 @@ pub enum Incoming {
     RouterStart,
 }
 
+/// How what is asked is answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// By each host, exactly once, whether it is understood or not.
+    Command,
+    /// As the protocol says: never, once, or many times.
+    Query,
+    /// Never: what is said on it makes a host say something to all.
+    Trigger,
+}
+
 impl Incoming {
-    const HERE: [(&'static str, Self); 4] = [
+    const HERE: [(&'static str, Self); 5] = [
         ("start", Self::Start),
         ("stop", Self::StopHere),
         ("find", Self::FindHere),
         ("scale", Self::Scale),
+        ("logs", Self::Logs),
     ];
     const EVERYWHERE: [(&'static str, Self); 9] = [
         ("dea.stop", Self::Stop),
@@ -108,6 +122,50 @@ impl Incoming {
     /// The verbs after `dea.<id>.`.
     pub fn verbs_here() -> impl Iterator<Item = &'static str> {
         Self::HERE.iter().map(|(verb, _)| *verb)
+    }
+
+    /// All that are answered: commands and queries.
+    pub fn answered() -> impl Iterator<Item = Self> {
+        let all = Self::HERE.iter().chain(&Self::EVERYWHERE);
+        all.map(|(_, incoming)| *incoming)
+            .filter(|incoming| incoming.kind() != Kind::Trigger)
+    }
+
+    /// How it is answered.
+    #[must_use]
+    pub fn kind(self) -> Kind {
+        match self {
+            Self::Start
+            | Self::StopHere
+            | Self::FindHere
+            | Self::Scale
+            | Self::Logs
+            | Self::Stop
+            | Self::Update => Kind::Command,
+            Self::FindDroplet | Self::Status | Self::Discover | Self::DropletStatus => Kind::Query,
+            Self::Locate | Self::HealthmanagerStart | Self::RouterStart => Kind::Trigger,
+        }
+    }
+
+    /// Its subject at the host `id`.
+    #[must_use]
+    pub fn subject(self, id: &str) -> String {
+        let is_this = |(_, incoming): &&(&str, Self)| *incoming == self;
+        if let Some((verb, _)) = Self::HERE.iter().find(is_this) {
+            return format!("dea.{id}.{verb}");
+        }
+        let everywhere = Self::EVERYWHERE.iter().find(is_this);
+        everywhere.map_or_else(String::new, |(subject, _)| (*subject).to_owned())
+    }
+
+    /// The name of its endpoint in the services API: the verb, or the subject with `-` for `.`.
+    #[must_use]
+    pub fn name(self) -> String {
+        let here = Self::HERE.iter().find(|(_, incoming)| *incoming == self);
+        here.map_or_else(
+            || self.subject("").replace('.', "-"),
+            |(verb, _)| (*verb).to_owned(),
+        )
     }
 
     /// What `subject` asks of the host `id`; `None` if it is none of ours.
@@ -162,7 +220,7 @@ mod tests {
             assert!(!seen.contains(&incoming), "{subject}");
             seen.push(incoming);
         }
-        assert_eq!(seen.len(), 13);
+        assert_eq!(seen.len(), 14);
     }
 
     #[test]

@@ -39,8 +39,10 @@ impl Running {
         command.args(arguments).stdin(Stdio::null());
         command.stdout(log.try_clone().expect("dup")).stderr(log);
         // What a person has set for their own bus must not reach a test's agent.
-        for variable in ["NATS_URL", "NATS_CREDS", "NATS_NKEY", "NATS_CONTEXT"] {
-            command.env_remove(variable);
+        for (variable, _) in std::env::vars_os() {
+            if variable.to_string_lossy().starts_with("NATS_") {
+                command.env_remove(variable);
+            }
         }
         let child = command.spawn();
         Self::watch(

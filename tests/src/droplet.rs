@@ -13,6 +13,45 @@ use crate::{fixtures, tool};
 #[derive(Debug, Clone)]
 pub struct Droplet(pub Vec<u8>);
 
+const PROBE: &str = r#"
+cat > probe.rb <<'END'
+require 'socket'
+server = TCPServer.new('0.0.0.0', ENV['PORT'].to_i)
+loop do
+  Thread.new(server.accept) do |client|
+    what, address, port = client.gets.to_s.split
+    case what
+    when 'try'
+      begin
+        Socket.tcp(address, port.to_i, connect_timeout: 5).close
+        client.puts 'open'
+      rescue SystemCallError
+        client.puts 'shut'
+      end
+    when 'ask'
+      socket = UDPSocket.new
+      socket.connect(address, port.to_i)
+      socket.send('question', 0)
+      client.puts((IO.select([socket], nil, nil, 5) && socket.recv(16) rescue 'shut') || 'shut')
+    when 'send' then client.write('x' * address.to_i)
+    when 'take'
+      bytes = 0
+      while (some = client.readpartial(65536) rescue nil)
+        bytes += some.bytesize
+      end
+      client.puts bytes
+    when 'echo'
+      while (line = client.gets)
+        client.write line
+      end
+    end
+    client.close
+  end
+end
+END
+exec ruby probe.rb
+"#;
+
 impl Droplet {
     /// An app that runs `script` by bash: `app/main.sh`, with `bash main.sh` as its staged command.
     #[must_use]
@@ -31,6 +70,14 @@ impl Droplet {
             let staged = b"---\nstart_command: exec bash main.sh\n";
             entry(tar, EntryType::Regular, "./staging_info.yml", "", staged);
         })
+    }
+
+    /// An app that does what the first line of a connection to its port says: `try <address> <port>` says whether
+    /// it can connect, `ask <address> <port>` what is answered to a datagram, `send <bytes>` sends so many, `take` reads to the
+    /// end and says how many came, `echo` gives back each line.
+    #[must_use]
+    pub fn probe() -> Self {
+        Self::shell(PROBE)
     }
 
     /// A sample app of `fixtures/apps`.
@@ -81,6 +128,17 @@ impl Droplet {
         })
     }
 
+    /// These files in the home directory; a script (`#!`) can be executed.
+    #[must_use]
+    pub fn of_files(files: &[(&str, &str)]) -> Self {
+        Self::of(|tar| {
+            entry(tar, EntryType::Directory, "./app/", "", b"");
+            for (path, text) in files {
+                entry(tar, EntryType::Regular, path, "", text.as_bytes());
+            }
+        })
+    }
+
     /// Lower-case hexadecimal SHA-1, what a start message's `sha1` holds.
     #[must_use]
     pub fn sha1(&self) -> String {
@@ -98,7 +156,8 @@ impl Droplet {
 fn entry(tar: &mut Builder<impl Write>, kind: EntryType, name: &str, target: &str, bytes: &[u8]) {
     let mut header = Header::new_gnu();
     header.set_entry_type(kind);
-    header.set_mode(if kind.is_dir() { 0o755 } else { 0o644 });
+    let executable = kind.is_dir() || bytes.starts_with(b"#!");
+    header.set_mode(if executable { 0o755 } else { 0o644 });
     header.set_size(bytes.len() as u64);
     if kind.is_character_special() || kind.is_block_special() {
         header.set_device_major(1).expect("gnu headers have it");

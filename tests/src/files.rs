@@ -23,7 +23,7 @@ pub enum Body {
     Silent,
 }
 
-/// A file server on 127.0.0.1 of the namespace it was started in.
+/// A file server in the namespace that it was started in.
 #[derive(Debug, Clone)]
 pub struct Files {
     address: SocketAddr,
@@ -37,9 +37,14 @@ struct Served {
 }
 
 impl Files {
-    /// Starts to serve; ends with the runtime.
+    /// Starts to serve on 127.0.0.1; ends with the runtime.
     pub async fn serve() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+        Self::serve_at("127.0.0.1").await
+    }
+
+    /// [`Files::serve`] on another address.
+    pub async fn serve_at(address: &str) -> Self {
+        let listener = TcpListener::bind((address, 0)).await.expect("a free port");
         let address = listener.local_addr().expect("bound");
         let served = Arc::new(Mutex::new(Served::default()));
         let files = Self {

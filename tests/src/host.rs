@@ -7,12 +7,15 @@ use std::time::Duration;
 use std::{fs, process};
 
 use async_nats::{Client, Message};
+use futures_util::StreamExt;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
 
+use crate::watch::parse;
 use crate::{
-    Body, Droplet, Files, Network, Output, Running, Tree, Watch, leftovers, patience, tool,
+    Body, Droplet, Files, Network, Output, Running, Tree, Watch, fixtures, leftovers, patience,
+    strict, tool,
 };
 
 /// How a host differs from the usual one.
@@ -20,13 +23,37 @@ use crate::{
 pub struct Setup<'a> {
     /// Texts in the configuration and what stands there instead: see [`Host::start`].
     pub config: &'a [(&'a str, &'a str)],
-    /// Commands to run in the namespace before the agent starts.
+    /// Commands to run in the namespace before the agent starts; `{base}` is its base directory, not made yet.
     pub before: &'a [&'a [&'a str]],
     /// More arguments for nats-server.
     pub bus: &'a [&'a str],
+    /// How the test itself connects: with what nats-server wants to be shown.
+    pub client: async_nats::ConnectOptions,
+    /// The agent's environment, beside the test's own without `NATS_*`.
+    pub agent_env: &'a [(&'a str, &'a str)],
 }
 
-/// A host under test. Dropping it ends it, and fails the test if anything is left on the machine.
+impl Setup<'_> {
+    /// For [`Setup::config`]: no interval ends while a test lasts, so whatever is heard was caused.
+    pub const NO_TIMER: (&'static str, &'static str) = (
+        "heartbeat = 1\nadvertise = 1\nrouter_register = 1",
+        "heartbeat = 3600\nadvertise = 3600\nrouter_register = 3600",
+    );
+}
+
+/// One question of [`Host::ask_each`].
+#[derive(Debug, Clone)]
+pub struct Question {
+    /// Where it is asked.
+    pub subject: String,
+    /// What; need not be JSON.
+    pub body: Vec<u8>,
+    /// How many answers must come.
+    pub answers: usize,
+}
+
+/// A host under test. Dropping it ends it, and fails the test if anything is left on the machine, or if its agent
+/// said anything that nobody can decode.
 #[derive(Debug)]
 pub struct Host {
     /// The agent's id, from its hello.
@@ -38,9 +65,12 @@ pub struct Host {
     /// Its base directory.
     pub base: PathBuf,
     nats: Client,
+    /// Hear all that the agent says of itself, in every test.
+    ears: Vec<Watch>,
     mark: String,
     directory: PathBuf,
     bus_arguments: Vec<String>,
+    agent_env: Vec<String>,
     // `None` while a test has ended them.
     bus: Option<Running>,
     agent: Option<Running>,
@@ -50,6 +80,9 @@ impl Host {
     /// Where its nats-server listens, inside the namespace.
     pub const BUS: &str = "127.0.0.1:4222";
 
+    /// What a bus is started with that another host shall reach, too.
+    pub const SHARED: &[&str] = &["--addr", "0.0.0.0"];
+
     /// A host with 4 GB for apps and all intervals at one second, ready: its hello has come.
     pub async fn start() -> Self {
         Self::with(Setup::default()).await
@@ -57,24 +90,16 @@ impl Host {
 
     /// A host that differs from the usual one.
     pub async fn with(setup: Setup<'_>) -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
         let network = Network::enter();
-        // Short: socket paths below it have 108 bytes at most.
-        let mark = format!(
-            "ostler-test-{}-{}",
-            process::id(),
-            COUNT.fetch_add(1, Ordering::Relaxed)
-        );
-        let directory = Path::new("/tmp").join(&mark);
-        let base = directory.join("base");
-        fs::create_dir_all(&directory).expect("/tmp is writable");
-        fs::write(
-            directory.join("agent.toml"),
-            config(&base, &mark, setup.config),
-        )
-        .expect("just made");
+        let (mark, directory, base) = room(setup.config);
         for command in setup.before {
-            tool(command[0], &command[1..]);
+            let words: Vec<String> = { command[1..].iter() }
+                .map(|word| word.replace("{base}", &base.display().to_string()))
+                .collect();
+            tool(
+                command[0],
+                &words.iter().map(String::as_str).collect::<Vec<_>>(),
+            );
         }
         let bus_arguments: Vec<String> = setup
             .bus
@@ -82,24 +107,67 @@ impl Host {
             .map(|&argument| argument.to_owned())
             .collect();
         let bus = bus(&bus_arguments, &directory).await;
-        let options = async_nats::ConnectOptions::new()
+        let client = setup.client;
+        let options = client
             .reconnect_delay_callback(|_| Duration::from_millis(20))
             .subscription_capacity(1 << 20);
         let nats = options.connect(Self::BUS).await.expect("it accepts");
+        let mut ears = Vec::new();
+        for subject in strict::SUBJECTS {
+            ears.push(Watch::subscribe(&nats, subject).await);
+        }
         let files = Files::serve().await;
         let (bus, id) = (Some(bus), String::new());
+        let agent_env = variables(setup.agent_env);
         let mut host = Self {
             id,
             files,
             network,
             base,
             nats,
+            ears,
             mark,
             directory,
             bus_arguments,
+            agent_env,
             bus,
             agent: None,
         };
+        let _ = host.start_agent().await;
+        host
+    }
+
+    /// Another host on this one's bus, which was started with [`Host::SHARED`]: its network, base directory,
+    /// addresses and cgroup parent are its own. Its agent is not started. It must be dropped first.
+    pub async fn place_beside(&self, config: &[(&str, &str)]) -> Self {
+        let network = self.network.beside();
+        let bus = Self::BUS.replace("127.0.0.1", Network::NEAR);
+        let mut changes = vec![
+            (Self::BUS, bus.as_str()),
+            ("10.254.0.0/16", "10.253.0.0/16"),
+        ];
+        changes.extend(config);
+        let (mark, directory, base) = room(&changes);
+        Self {
+            id: String::new(),
+            files: Files::serve_at(Network::NEAR).await,
+            network,
+            base,
+            nats: self.nats.clone(),
+            agent_env: Vec::new(),
+            // Those of the other host hear it.
+            ears: Vec::new(),
+            mark,
+            directory,
+            bus_arguments: Vec::new(),
+            bus: None,
+            agent: None,
+        }
+    }
+
+    /// [`Host::place_beside`], ready: its hello has come.
+    pub async fn beside(&self, config: &[(&str, &str)]) -> Self {
+        let mut host = self.place_beside(config).await;
         let _ = host.start_agent().await;
         host
     }
@@ -118,18 +186,12 @@ impl Host {
 
     /// Publishes `body`; the server has it when this returns.
     pub async fn publish(&self, subject: &str, body: &Value) {
-        self.nats
-            .publish(subject.to_owned(), body.to_string().into())
-            .await
-            .expect("connected");
-        self.nats.flush().await.expect("connected");
+        self.publish_bytes(subject, &body.to_string()).await;
     }
 
     /// Sends `body` and gives the first answer.
     pub async fn request(&self, subject: &str, body: &Value) -> Value {
-        let answer = self.request_bytes(subject, &body.to_string()).await;
-        serde_json::from_slice(&answer.payload)
-            .unwrap_or_else(|error| panic!("{subject}: {error}: {:?}", answer.payload))
+        parse(&self.request_bytes(subject, &body.to_string()).await)
     }
 
     /// Sends `body`, which need not be JSON, and gives the first answer with its headers.
@@ -139,6 +201,46 @@ impl Host {
             .timeout(Some(patience()));
         let answer = self.nats.send_request(subject.to_owned(), request).await;
         answer.unwrap_or_else(|error| panic!("{subject} {body}: {error}\n{}", self.log()))
+    }
+
+    /// Sends these commands or queries in one piece, in this order, an inbox each; gives the first answer to each.
+    pub async fn burst(&self, asked: &[(&str, Value)]) -> Vec<Value> {
+        let mut inboxes = Vec::new();
+        for _ in asked {
+            let inbox = self.nats.new_inbox();
+            inboxes.push((self.watch(&inbox).await, inbox));
+        }
+        for ((subject, body), (_, inbox)) in asked.iter().zip(&inboxes) {
+            let (subject, body) = ((*subject).to_owned(), body.to_string().into());
+            let sent = self.nats.publish_with_reply(subject, inbox.clone(), body);
+            sent.await.expect("connected");
+        }
+        self.nats.flush().await.expect("connected");
+        let mut answers = Vec::new();
+        for (watch, _) in &mut inboxes {
+            answers.push(watch.next().await);
+        }
+        answers
+    }
+
+    /// Sends `body`, which need not be JSON, and gives the first `count` answers.
+    pub async fn request_many(&self, subject: &str, body: &str, count: usize) -> Vec<Value> {
+        let inbox = self.nats.new_inbox();
+        let mut answers = self.watch(&inbox).await;
+        let (subject, body) = (subject.to_owned(), body.to_owned().into());
+        let sent = self.nats.publish_with_reply(subject, inbox, body).await;
+        sent.expect("connected");
+        while answers.all().len() < count {
+            answers.next().await;
+        }
+        answers.all().to_vec()
+    }
+
+    /// Sends `body`, which need not be JSON; the server has it when this returns.
+    pub async fn publish_bytes(&self, subject: &str, body: &str) {
+        let (subject, body) = (subject.to_owned(), body.to_owned().into());
+        self.nats.publish(subject, body).await.expect("connected");
+        self.nats.flush().await.expect("connected");
     }
 
     /// Sends `body` and gives all answers that come before `within` has passed without another one.
@@ -154,6 +256,41 @@ impl Host {
         answers.all().to_vec()
     }
 
+    /// Asks all at once, each with an inbox of its own. Waits until each has as many answers as it must have,
+    /// and then two seconds more for those that must not come. Gives all, in the order of the questions.
+    pub async fn ask_each(&self, questions: &[Question]) -> Vec<Vec<Message>> {
+        let inbox = self.nats.new_inbox();
+        let all = self.nats.subscribe(format!("{inbox}.*")).await;
+        let mut all = all.expect("a good subject");
+        for (number, question) in questions.iter().enumerate() {
+            let (subject, to) = (question.subject.clone(), format!("{inbox}.{number}"));
+            let body = question.body.clone().into();
+            let sent = self.nats.publish_with_reply(subject, to, body).await;
+            sent.expect("connected");
+        }
+        self.nats.flush().await.expect("connected");
+        let mut answers = vec![Vec::new(); questions.len()];
+        let mut missing: usize = questions.iter().map(|question| question.answers).sum();
+        loop {
+            let longest = if missing > 0 {
+                patience()
+            } else {
+                Duration::from_secs(2)
+            };
+            let Ok(answer) = timeout(longest, all.next()).await else {
+                break;
+            };
+            let answer = answer.expect("the subscription lives");
+            let (_, number) = answer.subject.rsplit_once('.').expect("below the inbox");
+            let number: usize = number.parse().expect("one of ours");
+            if answers[number].len() < questions[number].answers {
+                missing -= 1;
+            }
+            answers[number].push(answer);
+        }
+        answers
+    }
+
     /// Subscribes to `subject`.
     pub async fn watch(&self, subject: &str) -> Watch {
         Watch::subscribe(&self.nats, subject).await
@@ -164,18 +301,39 @@ impl Host {
         Output::of(&self.nats, droplet).await
     }
 
-    /// A start message for `package` under the id `droplet`: instance 0, 128 MB, no routes, no health check.
+    /// A message of the protocol reference: the file `fixtures/messages/<name>.json`, as it stands.
+    #[must_use]
+    pub fn fixture_text(name: &str) -> String {
+        let path = fixtures().join(format!("messages/{name}.json"));
+        fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+    }
+
+    /// [`Host::fixture_text`], to be changed where a test needs it.
+    #[must_use]
+    pub fn fixture(name: &str) -> Value {
+        serde_json::from_str(&Self::fixture_text(name)).expect("a fixture is JSON")
+    }
+
+    /// The start message of the protocol reference, for `package` under the id `droplet` on this host: instance 0,
+    /// 128 MB, no routes and so no health check. The rest is as a controller sends it; its egress rules too.
     #[must_use]
     pub fn message(&self, droplet: &str, package: &Droplet) -> Value {
         let url = self
             .files
             .put(&format!("{droplet}.tgz"), Body::Bytes(package.0.clone()));
-        json!({
-            "droplet": droplet, "index": 0, "version": "v1", "name": droplet, "uris": [],
-            "executableUri": url, "sha1": package.sha1(),
-            "limits": {"mem": 128, "disk": 256, "fds": 1024},
-            "services": [], "env": [], "cc_partition": "default", "stack": "debian"
-        })
+        let mut message = Self::fixture("dea.start");
+        for (key, value) in [
+            ("droplet", json!(droplet)),
+            ("index", json!(0)),
+            ("uris", json!([])),
+            ("executableUri", json!(url)),
+            ("sha1", json!(package.sha1())),
+            ("limits", json!({"mem": 128, "disk": 256, "fds": 1024})),
+            ("stack", json!("debian")),
+        ] {
+            message[key] = value;
+        }
+        message
     }
 
     /// Starts an instance and waits until it runs: the answer, with its ids.
@@ -249,6 +407,13 @@ impl Host {
         ended.unwrap_or_else(|| panic!("the agent still runs after {signal}\n{}", self.log()))
     }
 
+    /// Waits until the agent ends by itself.
+    pub async fn ended(&mut self) -> ExitStatus {
+        let agent = self.agent.take().expect("it runs");
+        let ended = agent.ended(patience()).await;
+        ended.unwrap_or_else(|| panic!("the agent does not end\n{}", self.log()))
+    }
+
     /// Starts the agent, waits for its hello and gives it.
     pub async fn start_agent(&mut self) -> Value {
         let mut hellos = self.watch("dea.start").await;
@@ -270,20 +435,38 @@ impl Host {
         self.spawn_agent_by(&[]);
     }
 
+    /// From the next start on the agent has these variables instead of those that it began with.
+    pub fn set_agent_env(&mut self, agent_env: &[(&str, &str)]) {
+        self.agent_env = variables(agent_env);
+    }
+
     /// [`Host::spawn_agent`] by a wrapper that executes its last arguments in its own place.
     pub fn spawn_agent_by(&mut self, wrapper: &[&str]) {
         let agent = self.agent_command("agent");
-        let mut words = wrapper
-            .iter()
-            .copied()
-            .chain(agent.iter().map(String::as_str));
-        let program = words.next().expect("at least the agent");
+        let environment = self.agent_env.iter().map(String::as_str);
+        let words = environment.chain(wrapper.iter().copied());
+        let words = words.chain(agent.iter().map(String::as_str));
         let arguments: Vec<&str> = words.chain(["--log", "text"]).collect();
-        self.agent = Some(Running::start(
-            Path::new(program),
-            &arguments,
-            &self.agent_log(),
-        ));
+        let log = self.agent_log();
+        let start = || Running::start(Path::new("env"), &arguments, &log);
+        self.agent = Some(self.network.inside(start));
+    }
+
+    /// After the agent was killed: everything of this host dies, the kernel that comes up has another boot id, and the
+    /// agent is started, without waiting for anything.
+    pub async fn boot(&mut self) {
+        for process in self.tree().0 {
+            process.signal(Signal::SIGKILL);
+        }
+        self.tree_until("dark machine", |tree| tree.0.is_empty())
+            .await;
+        let id = self.base.join("boot_id");
+        fs::write(&id, "00000000-0000-4000-8000-000000000001\n").expect("the base is there");
+        let script = format!(
+            "mount --bind {} /proc/sys/kernel/random/boot_id && exec \"$@\"",
+            id.display()
+        );
+        self.spawn_agent_by(&["unshare", "--mount", "bash", "-c", &script, "bash"]);
     }
 
     /// Runs `ostler clean` to its end.
@@ -303,10 +486,29 @@ impl Host {
         ended.unwrap_or_else(|| panic!("a second agent runs\n{}", self.log()))
     }
 
+    /// `ostler <verb> --config <this host's>`, for a verb of a person; to be given arguments and run.
+    #[must_use]
+    pub fn ostler(&self, verb: &str) -> process::Command {
+        self.ostler_by(&[], verb)
+    }
+
+    /// [`Host::ostler`] by a wrapper that executes its last arguments.
+    #[must_use]
+    pub fn ostler_by(&self, wrapper: &[&str], verb: &str) -> process::Command {
+        let ostler = self.agent_command(verb);
+        let ostler = ostler.iter().map(String::as_str);
+        let mut words = wrapper.iter().copied().chain(ostler);
+        let mut command = process::Command::new(words.next().expect("at least ostler"));
+        command.args(words);
+        command
+    }
+
     fn start_clean(&self) -> Running {
         let command = self.agent_command("clean");
         let arguments: Vec<&str> = command.iter().skip(1).map(String::as_str).collect();
-        Running::start(Path::new(&command[0]), &arguments, &self.agent_log())
+        let log = self.agent_log();
+        let start = || Running::start(Path::new(&command[0]), &arguments, &log);
+        self.network.inside(start)
     }
 
     /// `ostler <verb> --config <this host's>`.
@@ -365,6 +567,48 @@ impl Host {
         )
     }
 
+    /// All that the agent has logged, once `words` stand in what it has logged after the first `from` bytes.
+    ///
+    /// # Panics
+    /// After the deadline.
+    pub async fn logged(&self, from: usize, words: &str) -> String {
+        let deadline = Instant::now() + patience();
+        loop {
+            let log = fs::read_to_string(self.agent_log()).unwrap_or_default();
+            if log.get(from..).is_some_and(|log| log.contains(words)) {
+                return log;
+            }
+            let late = Instant::now() >= deadline;
+            assert!(!late, "the agent does not log {words:?}\n{}", self.log());
+            sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// From here on the test speaks in hosts' places itself: what comes on their subjects is not held to anything.
+    pub fn listen_no_more(&mut self) {
+        self.ears.clear();
+    }
+
+    /// What nats-server has logged.
+    #[must_use]
+    pub fn bus_log(&self) -> String {
+        fs::read_to_string(self.directory.join("nats.log")).unwrap_or_default()
+    }
+
+    /// How long the agent says that something took, each time that it has logged this.
+    #[must_use]
+    pub fn took(&self, event: &str) -> Vec<Duration> {
+        let log = fs::read_to_string(self.agent_log()).unwrap_or_default();
+        let lines = log.lines().filter(|line| line.contains(event));
+        lines
+            .filter_map(|line| {
+                let (_, after) = line.split_once("elapsed_us=")?;
+                after.split(' ').next()?.parse().ok()
+            })
+            .map(Duration::from_micros)
+            .collect()
+    }
+
     /// The control group of a container, in the hierarchy of `controller` (cgroup v2 has one for all).
     #[must_use]
     pub fn group(&self, controller: &str, handle: &str) -> PathBuf {
@@ -380,7 +624,8 @@ impl Host {
     /// What is on the machine of this host that a stopped agent must have removed; one line each.
     #[must_use]
     pub fn leftovers(&self) -> Vec<String> {
-        leftovers::find(&self.mark, &self.base)
+        let find = || leftovers::find(&self.mark, &self.base);
+        self.network.inside(find)
     }
 
     /// Ends the agent as an operator does, or cleans up after one that a test has killed.
@@ -416,6 +661,7 @@ impl Drop for Host {
                 .into_iter()
                 .map(|what| format!("left over: {what}")),
         );
+        complaints.extend(self.ears.iter_mut().flat_map(Watch::complaints));
         let log = self.log();
         leftovers::remove(&self.mark, &self.directory);
         if std::thread::panicking() {
@@ -424,6 +670,30 @@ impl Drop for Host {
             assert!(complaints.is_empty(), "{}\n{log}", complaints.join("\n"));
         }
     }
+}
+
+/// A mark of its own, a directory with the configuration, and where the base directory is to be.
+fn room(changes: &[(&str, &str)]) -> (String, PathBuf, PathBuf) {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    // Short: socket paths below it have 108 bytes at most.
+    let mark = format!(
+        "ostler-test-{}-{}",
+        process::id(),
+        COUNT.fetch_add(1, Ordering::Relaxed)
+    );
+    let directory = Path::new("/tmp").join(&mark);
+    let base = directory.join("base");
+    fs::create_dir_all(&directory).expect("/tmp is writable");
+    let config = config(&base, &mark, changes);
+    fs::write(directory.join("agent.toml"), config).expect("just made");
+    (mark, directory, base)
+}
+
+fn variables(variables: &[(&str, &str)]) -> Vec<String> {
+    let variables = variables.iter();
+    variables
+        .map(|(name, value)| format!("{name}={value}"))
+        .collect()
 }
 
 fn config(base: &Path, mark: &str, changes: &[(&str, &str)]) -> String {

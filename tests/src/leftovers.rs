@@ -26,7 +26,12 @@ pub(crate) fn find(mark: &str, base: &Path) -> Vec<String> {
             .iter()
             .map(|group| format!("cgroup {}", group.display())),
     );
-    found.extend(mounts(mark).iter().map(|mount| format!("mount {mount}")));
+    // A test may have given it a file system of its own.
+    let disk = image(base).display().to_string();
+    let mounts = mounts(mark).into_iter().filter(|at| Path::new(at) != base);
+    found.extend(mounts.map(|mount| format!("mount {mount}")));
+    let loops = loops(mark).into_iter().filter(|file| *file != disk);
+    found.extend(loops.map(|file| format!("loop on {file}")));
     let lines = |text: String, with: &str| {
         text.lines()
             .filter(|line| line.contains(with))
@@ -44,6 +49,11 @@ pub(crate) fn find(mark: &str, base: &Path) -> Vec<String> {
         found.extend(entries.map(|entry| format!("directory {}", entry.path().display())));
     }
     found
+}
+
+/// The file that a base directory's own file system is in.
+pub(crate) fn image(base: &Path) -> PathBuf {
+    base.with_extension("img")
 }
 
 /// Removes what [`find`] finds and a network namespace does not take with it, and the directory itself.
@@ -92,6 +102,17 @@ fn remove_group(group: &Path) {
         .filter(|path| path.is_dir())
         .for_each(|path| remove_group(&path));
     let _ = fs::remove_dir(group);
+}
+
+/// The files below a directory with `mark` in its path that loop devices stand on.
+fn loops(mark: &str) -> Vec<String> {
+    let devices = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let files = devices.map(|device| device.path().join("loop/backing_file"));
+    files
+        .filter_map(|file| fs::read_to_string(file).ok())
+        .filter(|file| file.contains(mark))
+        .map(|file| file.trim().to_owned())
+        .collect()
 }
 
 fn mounts(mark: &str) -> Vec<String> {

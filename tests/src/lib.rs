@@ -3,7 +3,7 @@
 //! Each test gets a machine of its own as far as an agent can tell: a network namespace with an outside
 //! behind a veth pair, a nats-server, a base directory, a cgroup parent. The first thing a test does is
 //! [`Host::start`]; at the end of its life a host stops its agent and **fails the test if anything is
-//! left over**. Tests must be `#[tokio::test]` with its default runtime of one thread: the namespace
+//! left over**. Whatever a test hears from an agent is held to what its receivers can decode ([`strict`]). Tests must be `#[tokio::test]` with its default runtime of one thread: the namespace
 //! belongs to the thread.
 //!
 //! What to test is found through the environment, so that the same test programs run in the virtual
@@ -17,6 +17,7 @@
 //! | `OSTLER_FIXTURES` | `fixtures` | |
 //! | `OSTLER_ROUNDS` | 3 | how often tests of luck try theirs |
 //! | `OSTLER_PATIENCE` | 30 | seconds that anything may take: the one deadline |
+//! | `OSTLER_VM` | | set in the virtual machine: a test may do what would harm others elsewhere |
 
 #![allow(
     clippy::unwrap_used,
@@ -28,22 +29,31 @@
 )]
 
 mod agent;
+mod certificates;
+mod credentials;
+mod dice;
 mod droplet;
 mod files;
+mod frozen;
 mod host;
 mod leftovers;
 mod network;
 mod output;
 mod process;
+pub mod strict;
 mod watch;
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use agent::{Ended, Running};
+pub use certificates::Certificates;
+pub use credentials::{Account, Operator};
+pub use dice::Dice;
 pub use droplet::Droplet;
 pub use files::{Body, Files, get};
-pub use host::{Host, Setup};
+pub use frozen::Frozen;
+pub use host::{Host, Question, Setup};
 pub use network::Network;
 pub use output::{Output, Stream, numbered};
 pub use process::{Process, Tree};
@@ -91,7 +101,7 @@ fn number(variable: &str, otherwise: u64) -> u64 {
 }
 
 /// The path that `variable` names, else `otherwise` below the root of the project.
-fn path(variable: &str, otherwise: &str) -> PathBuf {
+pub fn path(variable: &str, otherwise: &str) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"))
         .parent()
         .expect("a workspace");

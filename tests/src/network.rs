@@ -8,10 +8,13 @@ use nix::sched::{CloneFlags, setns, unshare};
 use crate::tool;
 
 /// The namespaces of a test. The host's is the calling thread's (and that of all processes it starts
-/// from then on); the outside is reached by [`Network::outside`]. Both die with their last user.
+/// from then on), a second host's is one beside it; the outside is reached by [`Network::outside`]. They
+/// die with their last user.
 #[derive(Debug)]
 pub struct Network {
     outside: OwnedFd,
+    /// `None`: that of the calling thread.
+    inside: Option<OwnedFd>,
 }
 
 impl Network {
@@ -19,18 +22,21 @@ impl Network {
     pub const HOST: &str = "198.51.100.2";
     /// The neighbour's address: the host's default gateway.
     pub const OUTSIDE: &str = "198.51.100.1";
+    /// The host's address for a second host beside it.
+    pub const NEAR: &str = "192.0.2.1";
+    /// The second host's address.
+    pub const BESIDE: &str = "192.0.2.2";
 
     /// Moves the calling thread into a new namespace with `lo`, and `eth0` with a default route to an outside.
     #[must_use]
     pub fn enter() -> Self {
         unshare(CloneFlags::CLONE_NEWNET).expect("tests need root: unshare(CLONE_NEWNET)");
         ip("link set lo up");
-        let outside = in_thread(|| {
-            unshare(CloneFlags::CLONE_NEWNET).expect("unshare(CLONE_NEWNET)");
-            OwnedFd::from(fs::File::open("/proc/thread-self/ns/net").expect("/proc is mounted"))
-        });
-        let network = Self { outside };
-        let there = format!("/proc/{}/fd/{}", process::id(), network.outside.as_raw_fd());
+        let network = Self {
+            outside: new_namespace(),
+            inside: None,
+        };
+        let there = path(&network.outside);
         ip(&format!(
             "link add eth0 type veth peer name eth0 netns {there}"
         ));
@@ -43,6 +49,39 @@ impl Network {
         });
         ip(&format!("route add default via {}", Self::OUTSIDE));
         network
+    }
+
+    /// The network of a second host: a namespace of its own, whose outside and default gateway is this host.
+    #[must_use]
+    pub fn beside(&self) -> Self {
+        let network = Self {
+            outside: namespace(),
+            inside: Some(new_namespace()),
+        };
+        let there = network.inside.as_ref().map(path).expect("just made");
+        ip(&format!(
+            "link add beside type veth peer name eth0 netns {there}"
+        ));
+        ip(&format!("address add {}/24 dev beside", Self::NEAR));
+        ip("link set beside up");
+        network.inside(|| {
+            ip("link set lo up");
+            ip(&format!("address add {}/24 dev eth0", Self::BESIDE));
+            ip("link set eth0 up");
+            ip(&format!("route add default via {}", Self::NEAR));
+        });
+        network
+    }
+
+    /// Does `work` in the host's namespace; what it starts there stays there.
+    pub fn inside<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        match &self.inside {
+            None => work(),
+            Some(inside) => in_thread(|| {
+                setns(inside, CloneFlags::CLONE_NEWNET).expect("setns(CLONE_NEWNET)");
+                work()
+            }),
+        }
     }
 
     /// Does `work` in the outside namespace, in a thread that may block and may start processes there.
@@ -67,6 +106,22 @@ impl Network {
                 .expect("an answer")
         })
     }
+}
+
+/// The calling thread's namespace.
+fn namespace() -> OwnedFd {
+    OwnedFd::from(fs::File::open("/proc/thread-self/ns/net").expect("/proc is mounted"))
+}
+
+fn new_namespace() -> OwnedFd {
+    in_thread(|| {
+        unshare(CloneFlags::CLONE_NEWNET).expect("unshare(CLONE_NEWNET)");
+        namespace()
+    })
+}
+
+fn path(namespace: &OwnedFd) -> String {
+    format!("/proc/{}/fd/{}", process::id(), namespace.as_raw_fd())
 }
 
 fn ip(command: &str) {

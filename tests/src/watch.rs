@@ -7,7 +7,7 @@ use futures_util::{FutureExt, StreamExt};
 use serde_json::Value;
 use tokio::time::{Instant, timeout_at};
 
-use crate::patience;
+use crate::{patience, strict};
 
 /// A subscription that tells what came instead when the awaited message does not.
 #[derive(Debug)]
@@ -63,11 +63,27 @@ impl Watch {
     /// All that has arrived by now and was not returned yet, without waiting.
     pub fn arrived(&mut self) -> Vec<Value> {
         let mut arrived = Vec::new();
-        while let Some(Some(message)) = self.messages.next().now_or_never() {
+        while let Some(message) = self.at_once() {
             arrived.push(parse(&message));
         }
         self.passed.extend(arrived.iter().cloned());
         arrived
+    }
+
+    /// What is wrong with what has arrived by now, a line each; see [`strict`].
+    pub(crate) fn complaints(&mut self) -> Vec<String> {
+        let mut complaints = Vec::new();
+        while let Some(message) = self.at_once() {
+            complaints.extend(read(&message).err());
+        }
+        complaints
+    }
+
+    fn at_once(&mut self) -> Option<Message> {
+        // As often as there is one, whatever else the runtime has to do.
+        tokio::task::unconstrained(self.messages.next())
+            .now_or_never()
+            .flatten()
     }
 
     /// Everything that this watch has seen, in order.
@@ -85,7 +101,16 @@ impl Watch {
     }
 }
 
-fn parse(message: &Message) -> Value {
-    serde_json::from_slice(&message.payload)
-        .unwrap_or_else(|error| panic!("{}: {error}: {:?}", message.subject, message.payload))
+/// The JSON of a message. If it is an agent's it must be one that its receivers can decode.
+pub(crate) fn parse(message: &Message) -> Value {
+    read(message).unwrap_or_else(|complaint| panic!("{complaint}"))
+}
+
+fn read(message: &Message) -> Result<Value, String> {
+    let (subject, body) = (&message.subject, &message.payload);
+    let value =
+        serde_json::from_slice(body).map_err(|error| format!("{subject}: {error}: {body:?}"))?;
+    strict::check(subject, &value)
+        .map_err(|wrong| format!("nobody can decode {subject}: {wrong}: {value}"))?;
+    Ok(value)
 }

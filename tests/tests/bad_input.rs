@@ -439,3 +439,96 @@ async fn a_repeated_request_acts_once() {
     );
     host.stop("once").await;
 }
+
+#[tokio::test]
+async fn a_flood_of_broken_commands_is_none_of_the_log() {
+    let host = Host::start().await;
+    let before = host.logged(0, "").await.lines().count();
+    for number in 0..10_000 {
+        let (subject, body) = match number % 4 {
+            0 => (host.subject("start"), "{"),
+            1 => (host.subject("start"), "{\"droplet\":1}"),
+            2 => (host.subject("nothing"), "{}"),
+            _ => ("dea.stop".to_owned(), "[]"),
+        };
+        host.nats().publish(subject, body.into()).await.unwrap();
+    }
+    // It has taken all of them before it answers.
+    let found = json!({"droplet": "none"});
+    assert_eq!(
+        host.request(&host.subject("find"), &found).await["ok"],
+        true
+    );
+    let log = host.logged(0, "more lines of one kind were left out").await;
+    let lines = log.lines().count() - before;
+    assert!(lines < 100, "{lines} lines\n{log}");
+    let told = log
+        .lines()
+        .filter_map(|line| line.split_once("left_out=")?.1.split(' ').next());
+    let told: u64 = told.map(|number| number.parse::<u64>().unwrap()).sum();
+    assert!(told > 9000, "{told}\n{log}");
+}
+
+#[tokio::test]
+async fn a_secret_of_a_start_is_in_no_log_and_no_exit() {
+    const SECRET: &str = "s3cret-of-an-app";
+    let host = Host::with(tests::Setup {
+        agent_env: &[("RUST_LOG", "debug")],
+        ..Default::default()
+    })
+    .await;
+    let mut exits = host.watch("droplet.exited").await;
+    let sleeper = Droplet::sample("sleeper");
+    let pair = format!("PASSWORD={SECRET}");
+    let credentials = json!({"name": "db", "label": "db", "credentials": {"password": SECRET}});
+    let mut right = host.message("right", &sleeper);
+    right["env"] = json!([pair]);
+    right["services"] = json!([credentials]);
+    right["vcap_application"] = json!({"key": SECRET});
+    let url = right["executableUri"].as_str().unwrap().to_owned();
+    right["executableUri"] = json!(url.replace("http://", &format!("http://me:{SECRET}@")));
+    host.run(right.clone()).await;
+    host.stop("right").await;
+    for (field, wrong) in [
+        ("env", json!(pair)),
+        ("env", json!([{"PASSWORD": SECRET}])),
+        ("env", json!([SECRET])),
+        ("env", json!([format!("A={SECRET}\0")])),
+        ("services", json!(SECRET)),
+        ("services", json!([SECRET])),
+        ("services", json!([{"name": {"x": SECRET}, "label": "db"}])),
+        ("services", json!([{"name": "db", "label": [SECRET]}])),
+        ("vcap_application", json!(SECRET)),
+        ("vcap_application", json!([SECRET])),
+        ("executableUri", json!([SECRET])),
+        (
+            "executableUri",
+            json!(format!("http://me:{SECRET}@127.0.0.1:1/x.tgz")),
+        ),
+        ("executableUri", json!(format!("http://me:{SECRET}@"))),
+        ("executableUri", json!(format!("ftp://me:{SECRET}@h/x"))),
+        ("executableUri", json!(SECRET)),
+    ] {
+        let mut message = right.clone();
+        message["droplet"] = json!("wrong");
+        // Of another package, so that it must be fetched.
+        message["sha1"] = json!("0000000000000000000000000000000000000000");
+        message[field] = wrong;
+        host.publish(&host.subject("start"), &message).await;
+        let exit = exits
+            .until("an exit", |exit| exit["droplet"] == "wrong")
+            .await;
+        assert_eq!(exit["exit_status"], -1, "{field}: {exit}");
+    }
+    host.publish(
+        &host.subject("start"),
+        &json!({"droplet": "cut", "env": [SECRET]}),
+    )
+    .await;
+    host.stop("right").await;
+    let log = host.logged(0, "").await;
+    assert!(!log.contains(SECRET), "{log}");
+    for exit in exits.all() {
+        assert!(!exit.to_string().contains(SECRET), "{exit}");
+    }
+}

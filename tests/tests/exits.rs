@@ -3,7 +3,7 @@
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
-use tests::{Droplet, Host, rounds};
+use tests::{Droplet, Frozen, Host, Process, Tree, rounds, tool};
 
 /// Runs `script` under the id `droplet` until it ends by itself; gives its only exit message.
 async fn exit_of(host: &Host, droplet: &str, script: &str) -> Value {
@@ -46,7 +46,7 @@ async fn the_apps_own_end_comes_through() {
         assert_ne!(exit["oom"], true, "{exit}");
         assert_eq!(exit["exit_description"], "app instance exited", "{exit}");
         assert_eq!(exit["cc_partition"], "default");
-        assert_eq!(exit["version"], "v1");
+        assert_eq!(exit["version"], Host::fixture("dea.start")["version"]);
         assert_eq!(exit["index"], 0);
         assert_eq!(exit["instance"].as_str().unwrap().len(), 32);
         assert!(exit["crash_timestamp"].is_u64());
@@ -185,19 +185,7 @@ async fn a_reboot_is_told_as_one() {
         .await["instance"]
         .clone();
     host.kill9().await;
-    // Everything dies, and the kernel that comes up has another boot id.
-    for process in host.tree().0 {
-        process.signal(Signal::SIGKILL);
-    }
-    host.tree_until("dark machine", |tree| tree.0.is_empty())
-        .await;
-    let id = host.base.join("boot_id");
-    std::fs::write(&id, "00000000-0000-4000-8000-000000000001\n").unwrap();
-    let script = format!(
-        "mount --bind {} /proc/sys/kernel/random/boot_id && exec \"$@\"",
-        id.display()
-    );
-    host.spawn_agent_by(&["unshare", "--mount", "bash", "-c", &script, "bash"]);
+    host.boot().await;
     let exit = exits.next().await;
     assert_eq!(exit["instance"], instance);
     assert_eq!(exit["reason"], "CRASHED");
@@ -276,6 +264,167 @@ async fn a_stopped_app_is_dead_also_if_it_was_frozen() {
     std::fs::write(group.join(file), frozen).unwrap();
     host.stop("app").await;
     assert_eq!(host.tree().named("wshd"), Vec::<&tests::Process>::new());
+}
+
+/// The letter of a process's state (proc(5)).
+fn state(process: &Process) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.pid)).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
+/// An instance that has a process which no signal ends; its container, that process, and what holds it.
+async fn stuck() -> (Host, String, Process, Frozen) {
+    let instance = "[instance]\ndisk = \"image\"\nstop_grace = 1\n[network]";
+    let host = Host::with(tests::Setup {
+        config: &[("[network]", instance)],
+        ..Default::default()
+    })
+    .await;
+    let script = "exec perl -e '$0 = \"writer\"; open my $f, \">\", \"x\"; \
+                  while (1) { syswrite $f, \"x\"; seek $f, 0, 0; select undef, undef, undef, 0.01 }'";
+    let answer = host
+        .run(host.message("stuck", &Droplet::shell(script)))
+        .await;
+    let handle = answer["handle"].as_str().unwrap().to_owned();
+    let has_begun = |tree: &Tree| tree.named("writer").len() == 1;
+    let writer = host.tree_until("writer", has_begun).await;
+    let writer = writer.one("writer").clone();
+    let frozen = Frozen::image(&host, &handle);
+    host.tree_until("writer that waits", |_| state(&writer) == Some('D'))
+        .await;
+    (host, handle, writer, frozen)
+}
+
+#[tokio::test]
+async fn what_waits_in_the_kernel_is_told_to_be_stuck_and_holds_nobody_up() {
+    let (mut host, _, writer, frozen) = stuck().await;
+    let mut exits = host.watch("droplet.exited").await;
+    // Who waits for the end hears in time that there is none.
+    let began = Instant::now();
+    let stop = json!({"droplet": "stuck", "wait": "stopped"});
+    let answer = host.request(&host.subject("stop"), &stop).await;
+    let error = &answer["error"];
+    assert_eq!(
+        (&error["code"], &error["retryable"]),
+        (&json!("stuck"), &json!(true)),
+        "{answer}"
+    );
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains(&writer.pid.to_string()), "{message}");
+    assert!(began.elapsed() < Duration::from_secs(20));
+    assert!(host.log().contains("do not die"), "{}", host.log());
+    // Others come and go meanwhile, under this agent and the next.
+    let mut beats = host.watch("dea.heartbeat").await;
+    for app in ["one", "two"] {
+        let began = Instant::now();
+        host.run(host.message(app, &Droplet::sample("sleeper")))
+            .await;
+        host.stop(app).await;
+        let took = began.elapsed();
+        assert!(took < Duration::from_secs(8), "{took:?}");
+        beats.next().await;
+        let find = json!({"droplet": "stuck"});
+        let found = host.request("dea.find.droplet", &find).await;
+        assert_eq!(found["state"], "STOPPING", "{found}");
+        if app == "one" {
+            host.restart().await;
+        }
+    }
+    // Asked again, it is as before.
+    let answer = host.request(&host.subject("stop"), &stop).await;
+    assert_eq!(answer["error"]["code"], "stuck", "{answer}");
+    let told = exits.arrived();
+    assert!(told.iter().all(|exit| exit["droplet"] != "stuck"));
+    // It ends by itself as soon as it can.
+    drop(frozen);
+    let exit = exits
+        .until("its exit", |exit| exit["droplet"] == "stuck")
+        .await;
+    assert_eq!(exit["reason"], "STOPPED", "{exit}");
+    host.stop("stuck").await;
+}
+
+#[tokio::test]
+async fn a_shutdown_waits_for_nothing_that_is_stuck_and_the_next_agent_removes_it() {
+    let (mut host, handle, writer, frozen) = stuck().await;
+    let began = Instant::now();
+    host.end(Signal::SIGTERM).await;
+    let took = began.elapsed();
+    // Its grace, what a shutdown has beyond it, and one more try.
+    assert!(took < Duration::from_secs(1 + 15 + 10 + 4), "{took:?}");
+    // What it may still use is not pulled away.
+    assert!(writer.lives() && host.base.join("containers").join(&handle).exists());
+    host.start_agent().await;
+    host.run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
+    host.stop("app").await;
+    // The next one has tried it in vain as well.
+    let tries = |_: &Tree| host.log().matches("something was not removed").count() == 2;
+    host.tree_until("second try", tries).await;
+    drop(frozen);
+    removed(&host, &handle).await;
+    assert!(!writer.lives());
+}
+
+/// Waits until nothing of a container is on the disk.
+async fn removed(host: &Host, handle: &str) {
+    let left = |_: &Tree| {
+        ["containers", "instances"]
+            .iter()
+            .all(|place| !host.base.join(place).join(handle).exists())
+    };
+    host.tree_until("place without the container", left).await;
+}
+
+#[tokio::test]
+async fn a_container_that_cannot_be_removed_is_tried_again_also_by_the_next_agent() {
+    let mut host = Host::start().await;
+    for restarted in [false, true] {
+        let app = format!("app-{restarted}");
+        let answer = host
+            .run(host.message(&app, &Droplet::sample("sleeper")))
+            .await;
+        let handle = answer["handle"].as_str().unwrap();
+        // Where something is mounted, nothing is moved.
+        let place = host.base.join("containers").join(handle);
+        let place = place.display().to_string();
+        tool("mount", &["--bind", &place, &place]);
+        // Its processes are dead, and that is what is asked for.
+        host.stop(&app).await;
+        let tried = |_: &Tree| host.log().contains("a container is not removed yet");
+        host.tree_until("failure", tried).await;
+        if restarted {
+            host.restart().await;
+        }
+        assert!(host.base.join("instances").join(handle).exists());
+        // Somebody may be looking.
+        tool("umount", &["--lazy", &place]);
+        removed(&host, handle).await;
+    }
+}
+
+#[tokio::test]
+async fn each_app_has_its_own_grace() {
+    let host = Host::with(tests::Setup {
+        config: &[("[network]", "[instance]\nstop_grace = 4\n[network]")],
+        ..Default::default()
+    })
+    .await;
+    // What is ignored stays so in a program.
+    let script = "trap '' TERM; exec sleep 1000";
+    for (own, least) in [(json!(1), 1), (json!(null), 4), (json!(0), 0)] {
+        let mut message = host.message("app", &Droplet::shell(script));
+        message["stop_grace"] = own;
+        host.run(message).await;
+        let begun = |tree: &Tree| tree.named("sleep").len() == 1;
+        host.tree_until("app", begun).await;
+        let began = Instant::now();
+        host.stop("app").await;
+        let took = began.elapsed();
+        let least = Duration::from_secs(least);
+        assert!(took >= least, "{took:?}");
+        assert!(took < least + Duration::from_millis(2500), "{took:?}");
+    }
 }
 
 #[tokio::test]

@@ -1,7 +1,7 @@
 //! Each limit is exceeded, and binds; and what a container must not see or reach.
 
 use nix::sys::signal::Signal;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::fs;
 use tests::{Droplet, Host, Network, Setup, Tree, tool};
 
@@ -104,6 +104,209 @@ async fn processes_and_open_files_have_an_end() {
     // wshd, bash, startup and the app itself are counted too.
     assert!((30..40).contains(&forks), "{text}");
     host.stop("greedy").await;
+}
+
+/// Bytes that an instance of `droplet` has on the disk, and may have.
+async fn disk(host: &Host, droplet: &str) -> (u64, u64) {
+    let find = json!({"droplet": droplet, "include_stats": true});
+    let found = host.request("dea.find.droplet", &find).await;
+    let used = found["stats"]["usage"]["disk"].as_u64();
+    let most = found["stats"]["disk_quota"].as_u64();
+    used.zip(most).unwrap_or_else(|| panic!("{found}"))
+}
+
+#[tokio::test]
+async fn a_full_disk_is_the_apps_own_and_its_limit_changes_while_it_runs() {
+    let mut host = Host::start().await;
+    let mut output = host.output("filler").await;
+    host.run(host.message("neighbour", &Droplet::sample("sleeper")))
+        .await;
+    let script = "fill() { dd if=/dev/zero of=$HOME/zeros bs=1M count=200 2>&1 | head -1; }\n\
+                  trap fill USR1\nfill\nwhile :; do sleep 0.05; done\n";
+    let mut message = host.message("filler", &Droplet::shell(script));
+    message["limits"]["disk"] = json!(32);
+    let answer = host.run(message).await;
+    let scale = |disk: u64| json!({"droplet": "filler", "instances": 1, "limits": {"disk": disk}});
+    for (full, most) in (1..).zip([32, 64, 96]) {
+        if full > 1 {
+            let scaled = host.request(&host.subject("scale"), &scale(most)).await;
+            assert_eq!(scaled["ok"], true, "{scaled}");
+            assert!(scaled.get("refused").is_none(), "{scaled}");
+            let tree = host.tree();
+            let app = tree.0.iter().find(|one| one.title() == "bash main.sh");
+            app.expect("the app").signal(Signal::SIGUSR1);
+        }
+        output
+            .until("full", |output| {
+                let text = output.text(0, "stdout");
+                text.matches("No space left on device").count() == full
+            })
+            .await;
+        let (used, limit) = disk(&host, "filler").await;
+        assert_eq!(limit, most << 20);
+        assert!(((most - 1) << 20..=most << 20).contains(&used), "{used}");
+        let (used, _) = disk(&host, "neighbour").await;
+        assert!((1..1 << 20).contains(&used), "{used}");
+        // What is not free any more is promised to nobody, and nothing changes.
+        let scaled = host.request(&host.subject("scale"), &scale(16)).await;
+        assert_eq!(scaled["refused"], json!([answer["handle"]]), "{scaled}");
+        assert_eq!(disk(&host, "filler").await.1, most << 20);
+        host.restart().await;
+        assert!(disk(&host, "filler").await.0 >= (most - 1) << 20);
+    }
+    host.stop("filler").await;
+    host.stop("neighbour").await;
+}
+
+/// How many files each process of a container but its init may have open: number, soft and hard limit.
+fn open_files(host: &Host, handle: &str) -> Vec<(i32, u64, u64)> {
+    let group = host.group("memory", handle).join("cgroup.procs");
+    let members = fs::read_to_string(group).unwrap();
+    let limits = members.lines().filter_map(|pid| {
+        // It may have ended meanwhile.
+        let read = |file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).ok();
+        let limits =
+            read("limits").filter(|_| read("comm").is_some_and(|comm| comm != "wshd\n"))?;
+        let line = limits
+            .lines()
+            .find_map(|line| line.strip_prefix("Max open files"))?;
+        let mut numbers = line.split_whitespace().map(|word| word.parse().ok());
+        Some((pid.parse().ok()?, numbers.next()??, numbers.next()??))
+    });
+    limits.collect()
+}
+
+#[tokio::test]
+async fn the_number_of_open_files_changes_while_it_runs() {
+    let host = Host::start().await;
+    // One that left its parent's session, one that wants fewer, and one that is always another process.
+    let script = r#"perl -e '$0 = "theapp"; $SIG{USR1} = sub {
+    my @files; while (open my $file, "<", "/dev/null") { push @files, $file } print "files ", scalar @files, "
+"
+  }; $| = 1; print "up
+"; sleep 1 while 1' &
+  setsid perl -e '$0 = "daemon"; sleep 1 while 1' &
+  (ulimit -Sn 20; exec perl -e '$0 = "modest"; sleep 1 while 1') &
+  perl -e '$0 = "hopper"; while (1) { exit if fork; select undef, undef, undef, 0.0005 }' &
+  while :; do wait; sleep 0.1; done"#;
+    let mut output = host.output("app").await;
+    let answer = host.run(host.message("app", &Droplet::shell(script))).await;
+    let handle = answer["handle"].as_str().unwrap();
+    output
+        .until("up", |output| output.text(0, "stdout") == "up\n")
+        .await;
+    let tree = host
+        .tree_until("all", |tree| {
+            tree.named("daemon").len() + tree.named("modest").len() == 2
+        })
+        .await;
+    let modest = tree.one("modest").pid;
+    let (scale, find) = (
+        host.subject("scale"),
+        json!({"droplet": "app", "include_stats": true}),
+    );
+    let limit = async |limits: Value| {
+        let request = json!({"droplet": "app", "instances": 1, "limits": limits});
+        host.request(&scale, &request).await
+    };
+    let is = |fds: u64| {
+        let all = open_files(&host, handle);
+        assert!(all.len() >= 5, "{all:?}");
+        for (pid, soft, hard) in all {
+            let wanted = if pid == modest { 20 } else { fds };
+            assert_eq!((soft, hard), (wanted, fds), "{pid}\n{}", host.tree());
+        }
+    };
+    is(1024);
+    let mut fds = 1024;
+    for _ in 0..tests::rounds() {
+        let less = fds - 4;
+        let answer = limit(json!({"fds": less})).await;
+        if may_change(&tree) {
+            assert_eq!(answer["refused"], json!(null), "{answer}");
+            fds = less;
+        } else {
+            assert_eq!(answer["refused"], json!([handle]), "{answer}");
+        }
+        is(fds);
+    }
+    tree.one("theapp").signal(Signal::SIGUSR1);
+    let most = format!("files {}\n", fds - 3);
+    output
+        .until("as many as it may", |output| {
+            output.text(0, "stdout").ends_with(&most)
+        })
+        .await;
+
+    // More than it began with: if the host lets its agent. All of a request is done, or nothing.
+    let answer = limit(json!({"fds": 2000, "mem": 200})).await;
+    let found = host.request("dea.find.droplet", &find).await;
+    let memory = if tests::is_cgroup_v2() {
+        "memory.max"
+    } else {
+        "memory.limit_in_bytes"
+    };
+    let memory = fs::read_to_string(host.group("memory", handle).join(memory)).unwrap();
+    let (fds, mem) = if may_raise() {
+        (2000, 200 << 20)
+    } else {
+        (fds, 128 << 20)
+    };
+    if !may_raise() {
+        assert_eq!(answer["refused"], json!([handle]), "{answer}");
+        let why = answer["why"][handle]["message"].as_str().unwrap();
+        assert!(why.contains("CAP_SYS_RESOURCE"), "{answer}");
+    }
+    is(fds);
+    assert_eq!(memory.trim(), (mem as u64).to_string(), "{answer}");
+    let told = (&found["stats"]["fds_quota"], &found["stats"]["mem_quota"]);
+    assert_eq!(told, (&json!(fds), &json!(mem)), "{found}");
+    host.stop("app").await;
+}
+
+/// Whether an agent of ours may limit others at all: without that capability it takes a user namespace.
+fn may_change(tree: &Tree) -> bool {
+    let user = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/user")).unwrap();
+    may_raise() || user(&tree.one("wshd").pid.to_string()) != user("self")
+}
+
+/// Whether we, and so the agent, have `CAP_SYS_RESOURCE`: bit 24.
+fn may_raise() -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let set = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .unwrap();
+    u64::from_str_radix(set.trim(), 16).unwrap() >> 24 & 1 == 1
+}
+
+#[tokio::test]
+async fn processor_time_has_an_end_also_where_nobody_else_wants_it() {
+    let capped = ("[network]", "[instance]\nmax_cpu_percent = 20\n[network]");
+    let host = Host::with(Setup {
+        config: &[capped],
+        ..Default::default()
+    })
+    .await;
+    let script = "exec perl -e '$0 = \"burner\"; 1 while 1'";
+    host.run(host.message("burner", &Droplet::shell(script)))
+        .await;
+    let tree = host
+        .tree_until("burner", |tree| tree.named("burner").len() == 1)
+        .await;
+    let (began, before) = (std::time::Instant::now(), ticks(&tree, "burner"));
+    let tree = host
+        .tree_until("a second and a half", |_| {
+            began.elapsed().as_millis() > 1500
+        })
+        .await;
+    let used = ticks(&tree, "burner") - before;
+    let most = began.elapsed().as_millis() / 10 / 5 + 8;
+    assert!(
+        used > 3 && u128::from(used) < most,
+        "{used} of {most} ticks"
+    );
+    host.stop("burner").await;
 }
 
 /// Clock ticks that all processes called `comm` have used.
@@ -228,8 +431,9 @@ async fn two_containers_do_not_meet_and_both_get_out() {
         Network::HOST
     );
     let mut output = host.output("probe").await;
-    host.run(host.message("probe", &Droplet::shell(&script)))
-        .await;
+    let mut message = host.message("probe", &Droplet::shell(&script));
+    message["egress_network_rules"] = json!([]);
+    host.run(message).await;
     output
         .until("all", |output| output.text(0, "stdout").ends_with("end\n"))
         .await;
@@ -277,6 +481,7 @@ async fn a_foreign_chain_that_drops_does_not_cut_us_off() {
         outside.local_addr().unwrap().port()
     );
     let mut message = host.message("out", &Droplet::sample("sinatra"));
+    message["egress_network_rules"] = json!([]);
     message["start_command"] = json!(script);
     message["uris"] = json!(["out.example.net"]);
     host.run(message).await;
@@ -299,4 +504,66 @@ async fn a_foreign_chain_that_drops_does_not_cut_us_off() {
     let rules = tool("iptables", &["-S", "FORWARD"]);
     assert_eq!(rules.matches("ostler").count(), 2, "{rules}");
     host.stop("out").await;
+}
+
+/// Something mounted over a directory, until it goes.
+struct Covered(std::path::PathBuf);
+
+impl Covered {
+    fn cover(path: std::path::PathBuf) -> Self {
+        tool("mount", &["-t", "tmpfs", "none", path.to_str().unwrap()]);
+        Self(path)
+    }
+}
+
+impl Drop for Covered {
+    fn drop(&mut self) {
+        tool("umount", &[self.0.to_str().unwrap()]);
+    }
+}
+
+#[tokio::test]
+async fn what_cannot_be_measured_is_left_out() {
+    let host = Host::start().await;
+    let answer = host
+        .run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
+    let find = json!({"droplet": "app", "include_stats": true});
+    let group = host.group("memory", answer["handle"].as_str().unwrap());
+    let covered = Covered::cover(group);
+    let stats = host.request("dea.find.droplet", &find).await["stats"].clone();
+    drop(covered);
+    assert_eq!(stats["mem_quota"], 128 << 20, "{stats}");
+    assert_eq!(stats["usage"].get("mem"), None, "{stats}");
+    assert_eq!(stats["usage"].get("cpu"), None, "{stats}");
+    assert!(stats["usage"]["disk"].is_u64(), "{stats}");
+    let stats = host.request("dea.find.droplet", &find).await["stats"].clone();
+    assert!(stats["usage"]["mem"].as_u64() > Some(0), "{stats}");
+    assert!(stats["usage"]["cpu"].is_f64(), "{stats}");
+    host.stop("app").await;
+}
+
+#[tokio::test]
+async fn where_nothing_counts_a_disk_its_use_is_null_and_not_0() {
+    let unlimited = ("[network]", "[instance]\ndisk = \"unlimited\"\n[network]");
+    let host = Host::with(Setup {
+        config: &[unlimited],
+        ..Default::default()
+    })
+    .await;
+    host.run(host.message(
+        "writer",
+        &Droplet::shell("echo x >file; exec sleep infinity"),
+    ))
+    .await;
+    let find = json!({"droplet": "writer", "include_stats": true});
+    let found = host.request("dea.find.droplet", &find).await;
+    for (object, key) in [
+        (&found["stats"], "disk_quota"),
+        (&found["stats"]["usage"], "disk"),
+    ] {
+        assert_eq!(object.get(key), Some(&Value::Null), "{found}");
+    }
+    assert!(found["stats"]["usage"]["mem"].as_u64() > Some(0), "{found}");
+    host.stop("writer").await;
 }

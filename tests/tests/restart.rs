@@ -4,7 +4,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::time::Duration;
-use tests::{Droplet, Host, Output, Process, Tree, numbered, rounds};
+use tests::{Dice, Droplet, Frozen, Host, Network, Output, Process, Tree, Watch, numbered, rounds};
 
 /// Everything that must outlive an agent, by number and birth.
 fn survivors(tree: &Tree) -> BTreeSet<(i32, u64, String)> {
@@ -22,21 +22,25 @@ fn survivors(tree: &Tree) -> BTreeSet<(i32, u64, String)> {
         .collect()
 }
 
-/// Numbers that look random and are the same each time.
-struct Dice(u64);
-
-impl Dice {
-    fn milliseconds(&mut self, below: u64) -> Duration {
-        self.0 = self
-            .0
-            .wrapping_mul(6_364_136_223_846_793_005)
-            .wrapping_add(1_442_695_040_888_963_407);
-        Duration::from_millis((self.0 >> 33) % below)
-    }
-}
-
 /// A directory that goes with it.
 struct Scratch(std::path::PathBuf);
+
+impl Scratch {
+    /// The helpers of `real`, one of them a script. To be dropped after the host that has them.
+    fn with_helper(real: &str, name: &str, script: &str) -> Self {
+        let helpers = std::env::temp_dir().join(format!("ostler-helpers-{}", std::process::id()));
+        std::fs::create_dir(&helpers).unwrap();
+        let scratch = Self(helpers);
+        for helper in ["wshd", "wsh", "iomux-spawn", "iomux-link", "oom"] {
+            std::fs::copy(format!("{real}/{helper}"), scratch.0.join(helper)).unwrap();
+        }
+        let own = scratch.0.join(name);
+        std::fs::write(&own, format!("#!/bin/sh\n{script}\n")).unwrap();
+        std::fs::set_permissions(&own, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+            .unwrap();
+        scratch
+    }
+}
 
 impl Drop for Scratch {
     fn drop(&mut self) {
@@ -357,20 +361,136 @@ async fn a_host_has_one_agent() {
 }
 
 #[tokio::test]
+async fn a_cloned_host_refuses_to_start() {
+    let kept = std::env::temp_dir().join(format!("ostler-streams-{}", std::process::id()));
+    let kept = Scratch(kept);
+    let mut bus = Host::SHARED.to_vec();
+    bus.extend(["-js", "-sd", kept.0.to_str().unwrap()]);
+    let mut host = Host::with(tests::Setup {
+        bus: &bus,
+        ..Default::default()
+    })
+    .await;
+    host.run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
+    let tree = host
+        .tree_until("app", |tree| !tree.named("sleep").is_empty())
+        .await;
+    let before = survivors(&tree);
+    let records = tests::tool(
+        "find",
+        &[
+            host.base.join("instances").to_str().unwrap(),
+            "-type",
+            "f",
+            "-exec",
+            "sha1sum",
+            "{}",
+            "+",
+        ],
+    );
+    let mut copy = host.place_beside(&[]).await;
+    for round in 0..rounds() {
+        if round == rounds() - 1 {
+            // It answers whoever asks, before any agent can.
+            let stream = json!({"name": "all", "subjects": ["dea.>"], "storage": "memory"});
+            let made = host.request("$JS.API.STREAM.CREATE.all", &stream).await;
+            assert_eq!(made["error"], Value::Null, "{made}");
+        }
+        let _ = std::fs::remove_dir_all(&copy.base);
+        std::fs::create_dir(&copy.base).unwrap();
+        for name in ["id", "instances", "templates"] {
+            let from = host.base.join(name).display().to_string();
+            tests::tool("cp", &["-a", &from, copy.base.to_str().unwrap()]);
+        }
+        let mut said = Vec::new();
+        for subject in ["dea.*", "droplet.>", "router.*"] {
+            said.push(host.watch(subject).await);
+        }
+        let mut advertised = host.watch("dea.advertise").await;
+        copy.spawn_agent();
+        let status = copy.ended().await;
+        assert!(!status.success(), "{status}");
+        let log = copy.log();
+        for word in [&host.id, Network::HOST, Network::BESIDE, "ostler clean"] {
+            assert!(log.contains(word), "{word}\n{log}");
+        }
+        // Whatever it might have said has come before this.
+        advertised.next().await;
+        let said: Vec<Value> = said.iter_mut().flat_map(tests::Watch::arrived).collect();
+        for word in ["version", "reason", "uris"] {
+            // A hello or a goodbye, an exit, a route.
+            let of_it = said.iter().filter(|one| !one[word].is_null());
+            assert_eq!(of_it.count(), 0, "{word}, round {round}: {said:#?}");
+        }
+        let beats = said.iter().filter_map(|one| one["droplets"].as_array());
+        for beat in beats {
+            assert_eq!((beat.len(), &beat[0]["state"]), (1, &json!("RUNNING")));
+        }
+        let clean = copy.clean().await;
+        assert!(clean.success(), "{clean}");
+    }
+    assert_eq!(survivors(&host.tree()), before);
+    let now = tests::tool(
+        "find",
+        &[
+            host.base.join("instances").to_str().unwrap(),
+            "-type",
+            "f",
+            "-exec",
+            "sha1sum",
+            "{}",
+            "+",
+        ],
+    );
+    assert_eq!(records, now);
+    // The same host once more is no clone, however soon it comes back.
+    host.restart().await;
+    let gone = host.request("$JS.API.STREAM.DELETE.all", &json!({})).await;
+    assert_eq!(gone["success"], true, "{gone}");
+    for _ in 0..rounds() * 3 {
+        host.restart().await;
+    }
+    // Somebody listens and says nothing, as one whose connection the server has not found broken yet.
+    let silent = host.watch(&host.subject("find")).await;
+    host.restart().await;
+    drop(silent);
+    // With an id of its own the copy is a host like others.
+    let _ = std::fs::remove_file(copy.base.join("id"));
+    copy.start_agent().await;
+    assert_ne!(copy.id, host.id);
+    host.stop("app").await;
+}
+
+#[tokio::test]
+async fn an_agent_that_never_had_a_bus_leaves_as_it_is_told() {
+    let mut host = Host::start().await;
+    host.run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
+    host.kill9().await;
+    host.stop_bus().await;
+    let linked = |tree: &Tree| tree.named("iomux-link").len() == 1;
+    for signal in [Signal::SIGHUP, Signal::SIGTERM] {
+        host.spawn_agent();
+        host.tree_until("linker of an agent without a bus", linked)
+            .await;
+        let status = host.end(signal).await;
+        assert!(status.success(), "{signal}: {status}");
+        let left = usize::from(signal == Signal::SIGHUP);
+        host.tree_until("end of what goes with it", |tree| {
+            tree.named("iomux-link").is_empty() && tree.named("wshd").len() == left
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
 async fn a_start_that_was_cut_off_before_its_job_begins_again() {
     let real = std::env::var("OSTLER_HELPERS").expect("the runner says where the helpers are");
-    let helpers = std::env::temp_dir().join(format!("ostler-helpers-{}", std::process::id()));
-    std::fs::create_dir(&helpers).unwrap();
-    // Dropped after the host, also if the test fails.
-    let _scratch = Scratch(helpers.clone());
-    for helper in ["wshd", "wsh", "iomux-link", "oom"] {
-        std::fs::copy(format!("{real}/{helper}"), helpers.join(helper)).unwrap();
-    }
     // A supervisor that takes its time: the job has its directory, and nobody has begun it.
-    let spawn = helpers.join("iomux-spawn");
-    std::fs::write(&spawn, "#!/bin/sh\nexec sleep 1000\n").unwrap();
-    std::fs::set_permissions(&spawn, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let own = helpers.to_str().unwrap();
+    let helpers = Scratch::with_helper(&real, "iomux-spawn", "exec sleep 1000");
+    let spawn = helpers.0.join("iomux-spawn");
+    let own = helpers.0.to_str().unwrap();
     let mut host = Host::with(tests::Setup {
         config: &[(&real, own)],
         ..Default::default()
@@ -389,6 +509,13 @@ async fn a_start_that_was_cut_off_before_its_job_begins_again() {
     tree.one("sleep").signal(Signal::SIGKILL);
     std::fs::remove_file(&spawn).unwrap();
     std::fs::copy(format!("{real}/iomux-spawn"), &spawn).unwrap();
+    // In the container that never ran its app a process was killed for memory, and told.
+    let record = host.base.join("instances").join(handle);
+    let record = record.join("record.json");
+    let text = std::fs::read_to_string(&record).unwrap();
+    assert!(text.contains("\"oom_kills\":0"), "{text}");
+    let told = text.replace("\"oom_kills\":0", "\"oom_kills\":1");
+    std::fs::write(&record, told).unwrap();
     let mut exits = host.watch("droplet.exited").await;
     let mut heartbeats = host.watch("dea.heartbeat").await;
     host.start_agent().await;
@@ -400,7 +527,113 @@ async fn a_start_that_was_cut_off_before_its_job_begins_again() {
     assert_eq!(beat["droplets"][0]["state"], "RUNNING", "{}", host.log());
     assert_eq!(beat["droplets"][0]["instance"], answer["instance"]);
     assert_eq!(exits.arrived(), Vec::<Value>::new());
+    let text = std::fs::read_to_string(&record).unwrap();
+    assert!(text.contains("\"oom_kills\":0"), "another count: {text}");
     host.stop("app").await;
+}
+
+#[tokio::test]
+async fn a_start_waits_for_its_turn_and_can_be_stopped_meanwhile() {
+    let real = std::env::var("OSTLER_HELPERS").expect("the runner says where the helpers are");
+    // Whoever follows the job says nothing of it as long as the gate is shut: the one turn is taken.
+    let script = format!(
+        "while [ -e $0 ] && [ ! -e $0.gate ]; do sleep 0.1; done; exec {real}/iomux-link \"$@\""
+    );
+    let helpers = Scratch::with_helper(&real, "iomux-link", &script);
+    let own = helpers.0.to_str().unwrap();
+    let host = Host::with(tests::Setup {
+        config: &[
+            (&real, own),
+            ("[resources]", "[resources]\nparallel_starts = 1"),
+            ("[network]", "[instance]\nstop_grace = 1\n[network]"),
+        ],
+        ..Default::default()
+    })
+    .await;
+    let sleeper = Droplet::sample("sleeper");
+    let containers = host.base.join("containers");
+    let mut handles = Vec::new();
+    for droplet in ["first", "second", "third"] {
+        let message = host.message(droplet, &sleeper);
+        let answer = host.request(&host.subject("start"), &message).await;
+        handles.push(answer["handle"].as_str().unwrap().to_owned());
+        let job = containers.join(&handles[0]).join("jobs/1");
+        host.tree_until("the first one's job", |_| job.exists())
+            .await;
+    }
+    let mut beats = host.watch("dea.heartbeat").await;
+    let starting = |beat: &Value| {
+        let entries = beat["droplets"].as_array().unwrap();
+        entries.len() == 3 && entries.iter().all(|entry| entry["state"] == "STARTING")
+    };
+    beats.until("three on their way", starting).await;
+    for _ in 0..2 {
+        let beat = beats.next().await;
+        assert!(starting(&beat), "{beat}");
+    }
+    let third = containers.join(&handles[2]);
+    assert!(!containers.join(&handles[1]).exists() && !third.exists());
+    host.stop("second").await;
+    assert!(!third.exists());
+    host.stop("first").await;
+    host.tree_until("the third one's turn", |_| third.exists())
+        .await;
+    std::fs::write(helpers.0.join("iomux-link.gate"), "").unwrap();
+    let runs = |beat: &Value| {
+        let entries = beat["droplets"].as_array().unwrap();
+        entries.len() == 1 && entries[0]["droplet"] == "third" && entries[0]["state"] == "RUNNING"
+    };
+    beats.until("the third one alone", runs).await;
+    host.stop("third").await;
+    // The follower of the first one looks for the gate now and then.
+    let followers = ["iomux-link", "sleep"];
+    host.tree_until("end of the followers", |tree| {
+        followers.iter().all(|name| tree.named(name).is_empty())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_kill_that_comes_before_the_app_is_known_to_run_ends_it() {
+    let real = std::env::var("OSTLER_HELPERS").expect("the runner says where the helpers are");
+    // Whoever follows the job says nothing of it as long as the gate is shut.
+    let script = format!(
+        "while [ -e $0 ] && [ ! -e $0.gate ]; do sleep 0.1; done; exec {real}/iomux-link \"$@\""
+    );
+    let helpers = Scratch::with_helper(&real, "iomux-link", &script);
+    let own = helpers.0.to_str().unwrap();
+    let mut host = Host::with(tests::Setup {
+        config: &[(&real, own)],
+        ..Default::default()
+    })
+    .await;
+    let mut events = host.watch("droplet.*").await;
+    let worker = "perl -e '$SIG{USR1} = sub { push @held, \"x\" x (1 << 20) while 1 }; $0 = \"worker\"; sleep 1 while 1'";
+    let app = format!("{worker} &\nwhile :; do sleep 1000 & wait; done");
+    let mut message = host.message("app", &Droplet::shell(&app));
+    message["limits"]["mem"] = json!(32);
+    let answer = host.request(&host.subject("start"), &message).await;
+    let tree = host
+        .tree_until("worker", |tree| tree.named("worker").len() == 1)
+        .await;
+    host.kill9().await;
+    tree.one("worker").signal(Signal::SIGUSR1);
+    host.tree_until("end of the worker", |tree| tree.named("worker").is_empty())
+        .await;
+    host.start_agent().await;
+    let oom = events.next().await;
+    assert_eq!(oom["victim"]["comm"], "worker", "{oom}");
+    assert_eq!(oom["survived"], false, "{oom}");
+    std::fs::write(helpers.0.join("iomux-link.gate"), "").unwrap();
+    let exit = events.next().await;
+    assert_eq!(exit["handle"], answer["handle"], "{exit}");
+    assert_eq!(exit["exit_description"], "out of memory", "{exit}");
+    // The killed agent's follower looks for the gate now and then.
+    let followers = ["iomux-link", "sleep"];
+    host.tree_until("end of the followers", |tree| {
+        followers.iter().all(|name| tree.named(name).is_empty())
+    })
+    .await;
 }
 
 #[tokio::test]
@@ -495,6 +728,41 @@ async fn a_start_is_accepted_for_good_or_leaves_nothing() {
         host.tree_until("empty machine", |tree| tree.named("wshd").is_empty())
             .await;
     }
+}
+
+#[tokio::test]
+async fn no_loop_device_outlives_an_agent_that_dies_while_it_makes_disks() {
+    let mut host = Host::start().await;
+    let sleeper = Droplet::sample("sleeper");
+    let loops = |host: &Host| {
+        let found = host.leftovers();
+        found
+            .iter()
+            .filter(|what| what.starts_with("loop "))
+            .count()
+    };
+    let (mut dice, mut seen) = (Dice(17), 0);
+    for round in 0..rounds() {
+        for index in 0..4 {
+            let mut message = host.message("app", &sleeper);
+            message["index"] = json!(index);
+            host.publish(&host.subject("start"), &message).await;
+        }
+        tokio::time::sleep(dice.milliseconds(150)).await;
+        host.kill9().await;
+        // What has an init has its disk; nothing else keeps one. The kernel detaches a moment after the exit.
+        let only = |tree: &Tree| loops(&host) <= tree.named("wshd").len();
+        host.tree_until("end of other loop devices", only).await;
+        seen += loops(&host);
+        let status = host.clean().await;
+        assert!(status.success(), "{status}\n{}", host.log());
+        assert_eq!(host.leftovers(), Vec::<String>::new(), "round {round}");
+        host.start_agent().await;
+    }
+    host.run(host.message("last", &sleeper)).await;
+    seen += loops(&host);
+    assert!(seen > 0, "what is looked for is there to be found");
+    host.stop("last").await;
 }
 
 #[tokio::test]
@@ -631,4 +899,150 @@ async fn an_end_is_known_however_slow_the_bus_is() {
         .await;
     assert_eq!(output.stream(0, "stdout").holes.len(), 0);
     let _ = host.restart().await;
+}
+
+/// Sends a command and gives the inbox of its answers.
+async fn ask(host: &Host, subject: &str, body: &Value) -> Watch {
+    let inbox = host.nats().new_inbox();
+    let answers = host.watch(&inbox).await;
+    let body = body.to_string().into();
+    let sent = host
+        .nats()
+        .publish_with_reply(subject.to_owned(), inbox, body);
+    sent.await.unwrap();
+    answers
+}
+
+#[tokio::test]
+async fn a_frozen_disk_stops_no_heartbeat() {
+    let host = Host::with(tests::Setup {
+        before: &[Frozen::OWN_DISK],
+        ..Default::default()
+    })
+    .await;
+    let sleeper = Droplet::sample("sleeper");
+    host.run(host.message("old", &sleeper)).await;
+    let frozen = Frozen::base(&host);
+    let start = host.message("new", &sleeper);
+    let mut started = ask(&host, &host.subject("start"), &start).await;
+    // It is here, and can be asked; whoever has nothing to be recorded is answered.
+    let find = json!({"droplet": "new"});
+    let found = host.request("dea.find.droplet", &find).await;
+    assert_eq!(found["state"], "BORN", "{found}");
+    let mut updated = ask(
+        &host,
+        "dea.update",
+        &json!({"droplet": "old", "uris": [], "version": "v2"}),
+    )
+    .await;
+    let mut stopped = ask(&host, "dea.stop", &json!({"droplet": "old"})).await;
+    let stop = json!({"droplet": "nobody"});
+    let answer = host.request("dea.stop", &stop).await;
+    assert_eq!(answer["matched"], 0, "{answer}");
+    let mut beats = host.watch("dea.heartbeat").await;
+    let mut adverts = host.watch("dea.advertise").await;
+    for _ in 0..3 {
+        let beat = beats.next().await;
+        assert_eq!(beat["droplets"][0]["state"], "RUNNING", "{beat}");
+        assert_eq!(adverts.next().await["app_id_to_count"]["new"], 1);
+    }
+    let early = [started.arrived(), updated.arrived(), stopped.arrived()].concat();
+    assert_eq!(early, Vec::<Value>::new(), "nothing is on disk yet");
+    drop(frozen);
+    for answers in [&mut started, &mut updated, &mut stopped] {
+        let answer = answers.next().await;
+        assert_eq!(answer["ok"], true, "{answer}");
+    }
+    let all_gone = |beat: &Value| {
+        let entries = beat["droplets"].as_array().unwrap();
+        entries.len() == 1 && entries[0]["droplet"] == "new" && entries[0]["state"] == "RUNNING"
+    };
+    beats.until("what was asked", all_gone).await;
+    host.stop("new").await;
+    for answers in [started, updated, stopped] {
+        let mut answers = answers;
+        assert_eq!(answers.arrived(), Vec::<Value>::new(), "answered once");
+    }
+}
+
+#[tokio::test]
+async fn a_start_that_cannot_be_recorded_is_refused_and_leaves_nothing() {
+    let host = Host::with(tests::Setup {
+        before: &[Frozen::OWN_DISK],
+        ..Default::default()
+    })
+    .await;
+    let sleeper = Droplet::sample("sleeper");
+    host.run(host.message("old", &sleeper)).await;
+    let records = host.base.join("instances").display().to_string();
+    let mut exits = host.watch("droplet.exited").await;
+    tests::tool("chattr", &["+i", &records]);
+    let start = host.message("new", &sleeper);
+    let answer = host.request(&host.subject("start"), &start).await;
+    exits.next().await;
+    // Whoever asks for something else in the same moment gets it.
+    let mut second = host.message("old", &sleeper);
+    second["index"] = json!(1);
+    let update = json!({"droplet": "old", "uris": [], "version": "newer"});
+    let asked = [(&*host.subject("start"), second), ("dea.update", update)];
+    let answers = host.burst(&asked).await;
+    tests::tool("chattr", &["-i", &records]);
+    assert_eq!(answers[0]["error"]["code"], "internal", "{answers:?}");
+    assert_eq!(answers[1]["ok"], true, "{answers:?}");
+    let error = &answer["error"];
+    assert_eq!(error["code"], "internal", "{answer}");
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("could not be recorded"), "{message}");
+    let exit = exits.next().await;
+    assert_eq!(exit["droplet"], "old", "{exit}");
+    assert_eq!(exits.all()[0]["droplet"], "new", "{exit}");
+    assert!(exits.all().iter().all(|exit| exit["exit_status"] == -1));
+    // It holds nothing, and the next one is another.
+    let status = host.request("dea.status", &json!({})).await;
+    assert_eq!(status["reserved_memory"], 128, "{status}");
+    host.run(start).await;
+    assert_eq!(exits.arrived(), Vec::<Value>::new());
+    host.stop("new").await;
+    host.stop("old").await;
+}
+
+#[tokio::test]
+async fn what_is_nobodys_is_removed_by_the_second_look() {
+    let host = Host::with(tests::Setup {
+        config: &[("[intervals]", "[intervals]\norphans = 1")],
+        ..Default::default()
+    })
+    .await;
+    let answer = host
+        .run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
+    let app = answer["handle"].as_str().unwrap();
+    // A container that no record knows, with a process; and what bears no handle.
+    let (orphan, other) = ("orphan23456", "somebody-elses");
+    let log = host.base.with_file_name("sleep.log");
+    let process = tests::Running::start(std::path::Path::new("sleep"), &["1000"], &log);
+    let groups = ["memory", "pids"].map(|controller| host.group(controller, orphan));
+    for group in &groups {
+        std::fs::create_dir_all(group).unwrap();
+        let pid = process.pid().to_string();
+        std::fs::write(group.join("cgroup.procs"), pid).unwrap();
+    }
+    let containers = host.base.join("containers");
+    for name in [orphan, other] {
+        std::fs::create_dir_all(containers.join(name).join("jobs")).unwrap();
+    }
+    let left =
+        |_: &Tree| !containers.join(orphan).exists() && groups.iter().all(|group| !group.exists());
+    host.tree_until("removal of the orphan", left).await;
+    let ended = process.ended(tests::patience()).await;
+    assert!(!ended.unwrap().success(), "it was killed");
+    // What somebody knows, and what is not ours, stays, however often one looks.
+    let mut beats = host.watch("dea.heartbeat").await;
+    for _ in 0..4 {
+        beats.next().await;
+    }
+    assert!(host.tree().one("wshd").lives());
+    assert!(containers.join(app).exists());
+    std::fs::remove_dir_all(containers.join(other)).unwrap();
+    host.stop("app").await;
 }

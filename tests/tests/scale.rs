@@ -183,22 +183,35 @@ fn kernel_limit(host: &Host, handle: &str) -> u64 {
 #[tokio::test]
 async fn limits_that_change_while_a_container_is_made_are_applied() {
     let host = Host::start().await;
-    let sleeper = Droplet::sample("sleeper");
+    // At USR1 it writes as much as its disk takes, and says how much that was.
+    let script = "fill() { dd if=/dev/zero of=$HOME/zeros bs=1M count=100 2>/dev/null; wc -c <$HOME/zeros; }\n\
+                  trap fill USR1; echo up; while :; do sleep 0.05; done";
+    let filler = Droplet::shell(script);
     for round in 0..tests::rounds() {
         let droplet = format!("app-{round}");
-        let mut message = host.message(&droplet, &sleeper);
-        message["limits"]["mem"] = json!(64);
+        let mut output = host.output(&droplet).await;
+        let mut message = host.message(&droplet, &filler);
+        message["limits"] = json!({"mem": 64, "disk": 16, "fds": 1024});
         let answer = host.request(&host.subject("start"), &message).await;
-        tokio::time::sleep(std::time::Duration::from_millis(2 * round % 30)).await;
-        let limits = json!({"droplet": droplet, "instances": 1, "limits": {"mem": 200}});
+        tokio::time::sleep(std::time::Duration::from_millis(10 * round % 70)).await;
+        let limits =
+            json!({"droplet": droplet, "instances": 1, "limits": {"mem": 200, "disk": 64}});
         let scaled = host.request(&host.subject("scale"), &limits).await;
         assert_eq!(scaled["ok"], true, "{scaled}");
-        let mut heartbeats = host.watch("dea.heartbeat").await;
-        heartbeats
-            .until("RUNNING", |beat| beat["droplets"][0]["state"] == "RUNNING")
-            .await;
+        let lines = |output: &tests::Output| output.text(0, "stdout").matches('\n').count();
+        output.until("its start", |output| lines(output) == 1).await;
         let handle = answer["handle"].as_str().unwrap();
         assert_eq!(kernel_limit(&host, handle), 200 << 20, "round {round}");
+        let tree = host.tree();
+        let shell = tree.0.iter().find(|one| one.title() == "bash main.sh");
+        let shell = shell.expect("the app");
+        shell.signal(nix::sys::signal::Signal::SIGUSR1);
+        output
+            .until("a full disk", |output| lines(output) == 2)
+            .await;
+        let text = output.text(0, "stdout");
+        let written: u64 = text.trim_start_matches("up\n").trim().parse().unwrap();
+        assert!(written > 60 << 20, "round {round}: {written}");
         host.stop(&droplet).await;
     }
 }
@@ -216,6 +229,14 @@ async fn refused_limits_are_named_and_never_come_back() {
     let scale = json!({"droplet": "app", "instances": 1, "limits": {"mem": 30}});
     let scaled = host.request(&host.subject("scale"), &scale).await;
     assert_eq!(scaled["refused"], json!([handle]), "{scaled}");
+    let why = &scaled["why"][handle];
+    let words = why["message"].as_str().unwrap_or_default();
+    assert!(
+        words.starts_with("a limit of 31457280 bytes does not fit"),
+        "{why}"
+    );
+    let smallest = why["smallest"]["mem"].as_u64().unwrap();
+    assert!((50..100).contains(&smallest), "{why}");
     let shell = host.tree();
     let shell = shell.0.iter().find(|one| one.title() == "bash main.sh");
     shell
@@ -233,6 +254,43 @@ async fn refused_limits_are_named_and_never_come_back() {
     }
     assert_eq!(kernel_limit(&host, handle), 128 << 20);
     host.stop("app").await;
+}
+
+#[tokio::test]
+async fn the_smallest_limit_that_a_refusal_names_is_safe() {
+    let host = Host::start().await;
+    for round in 0..tests::rounds() {
+        let droplet = format!("hog-{round}");
+        let mut message = host.message(&droplet, &Droplet::sample("hog"));
+        message["env"] = json!(["HOG_MB=64"]);
+        let mut output = host.output(&droplet).await;
+        let answer = host.run(message).await;
+        output
+            .until("64 MB", |output| {
+                output.text(0, "stdout").ends_with("holds 64 MB\n")
+            })
+            .await;
+        let handle = answer["handle"].as_str().unwrap();
+        let limit = async |mem: u64| {
+            let scale = json!({"droplet": droplet, "instances": 1, "limits": {"mem": mem}});
+            host.request(&host.subject("scale"), &scale).await
+        };
+        let refused = limit(16).await;
+        let smallest = refused["why"][handle]["smallest"]["mem"].as_u64();
+        let smallest = smallest.unwrap_or_else(|| panic!("{refused}"));
+        assert_eq!(
+            kernel_limit(&host, handle),
+            128 << 20,
+            "nothing was changed"
+        );
+        let taken = limit(smallest).await;
+        assert_eq!(taken["refused"], Value::Null, "{refused}\n{taken}");
+        assert_eq!(kernel_limit(&host, handle), smallest << 20);
+        let find = json!({"droplet": droplet, "include_stats": true});
+        let found = host.request("dea.find.droplet", &find).await;
+        assert_eq!(found["state"], "RUNNING", "{found}");
+        host.stop(&droplet).await;
+    }
 }
 
 #[tokio::test]
@@ -267,7 +325,7 @@ async fn what_a_scale_leaves_out_stays() {
         assert_eq!(scaled["ok"], true, "{scaled}");
         assert_eq!(quotas(1).await, [wanted]);
     }
-    // Others of the same app are like it, and its process keeps its number of open files.
+    // Others of the same app are like it.
     let scale = json!({"droplet": "app", "instances": 2, "limits": {"fds": 64}, "wait": "running"});
     let scaled = host.request(&host.subject("scale"), &scale).await;
     assert_eq!(scaled["ok"], true, "{scaled}");

@@ -56,6 +56,7 @@ async fn a_web_app_starts_answers_and_stops() {
             "port",
             "private_instance_id",
             "private_instance_index",
+            "stale_threshold_in_seconds",
             "tags",
             "uris"
         ]
@@ -94,7 +95,7 @@ async fn a_web_app_starts_answers_and_stops() {
     );
     assert_eq!(entry["cc_partition"], "default");
     assert_eq!(entry["droplet"], "sinatra");
-    assert_eq!(entry["version"], "v1");
+    assert_eq!(entry["version"], Host::fixture("dea.start")["version"]);
     assert_eq!(entry["index"], 0);
     assert_eq!(entry["instance"], answer["instance"]);
     assert!(entry["state_timestamp"].is_number());
@@ -250,10 +251,11 @@ async fn commands_without_a_reply_work_as_ever() {
         "one download for all who wait"
     );
 
+    let version = &three["droplets"][0]["version"];
     // By index, by instance id, an empty list (nothing!), then the rest.
     host.publish(
         "dea.stop",
-        &json!({"droplet": "sleeper", "version": "v1", "indices": [2]}),
+        &json!({"droplet": "sleeper", "version": version, "indices": [2]}),
     )
     .await;
     let two = |beat: &Value| beat["droplets"].as_array().unwrap().len() == 2;
@@ -340,7 +342,7 @@ async fn find_droplet_tells_one_answer_per_instance() {
     for (index, answer) in found.iter().enumerate() {
         assert_eq!(answer["dea"], host.id);
         assert_eq!(answer["droplet"], "sleeper");
-        assert_eq!(answer["version"], "v1");
+        assert_eq!(answer["version"], Host::fixture("dea.start")["version"]);
         assert_eq!(answer["index"], index);
         assert_eq!(answer["state"], "RUNNING");
         assert_eq!(
@@ -362,7 +364,7 @@ async fn find_droplet_tells_one_answer_per_instance() {
                 "usage"
             ]
         );
-        assert_eq!(stats["name"], "sleeper");
+        assert_eq!(stats["name"], "orders-api");
         assert_eq!(stats["uris"], json!([]));
         assert_eq!(stats["host"], Network::HOST);
         assert!(stats["port"].as_u64().is_some_and(|port| port > 1024));
@@ -433,21 +435,14 @@ fn https(directory: &std::path::Path, files: &[(&str, &[u8])]) -> (tests::Runnin
     for (name, bytes) in files {
         std::fs::write(directory.join(name), bytes).unwrap();
     }
+    let certificates = tests::Certificates::make(directory);
     let at = directory.display();
-    let make = format!(
-        "cd {at} && exec 2>&1 && \
-         openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=authority -keyout ca.key -out ca.pem && \
-         openssl req -newkey rsa:2048 -nodes -subj /CN=localhost -keyout key.pem -out request.pem && \
-         printf 'subjectAltName=IP:127.0.0.1\\nbasicConstraints=CA:FALSE\\n' >extensions && \
-         openssl x509 -req -days 2 -in request.pem -CA ca.pem -CAkey ca.key -CAcreateserial -extfile extensions -out cert.pem"
-    );
-    tests::tool("bash", &["-c", &make]);
     let serve = format!(
         "cd {at} && exec setpriv --pdeathsig KILL openssl s_server -accept 127.0.0.1:8443 -cert cert.pem -key key.pem -WWW"
     );
     let log = directory.join("log");
     let server = tests::Running::start(std::path::Path::new("bash"), &["-c", &serve], &log);
-    let trust = directory.join("ca.pem").display().to_string();
+    let trust = certificates.path("ca.pem");
     (server, "https://127.0.0.1:8443".to_owned(), trust)
 }
 

@@ -92,6 +92,12 @@ async fn the_tree_is_the_one_of_the_design() {
         let maps = fs::read_to_string(format!("/proc/{}/maps", tree.one(name).pid)).unwrap();
         assert!(!maps.contains(".so"), "{name} is not static:\n{maps}");
     }
+    // What went into the container is no file that could be written: it is sealed in memory.
+    let exe = format!("/proc/{}/exe", wshd.pid);
+    let program = fs::read_link(&exe).unwrap();
+    assert_eq!(program.to_str(), Some("/memfd:wshd (deleted)"));
+    let refused = fs::File::options().append(true).open(&exe).unwrap_err();
+    assert_eq!(refused.kind(), std::io::ErrorKind::ExecutableFileBusy);
     host.stop("app").await;
 }
 
@@ -139,14 +145,22 @@ async fn an_app_writes_straight_into_its_supervisors_pipes() {
         "descriptors of the host in the app: {open:?}"
     );
     let status = fs::read_to_string(format!("/proc/{app}/status")).unwrap();
+    // Its user is 2000 inside, and nobody of the host.
+    let map = fs::read_to_string(format!("/proc/{app}/uid_map")).unwrap();
+    let map: Vec<u32> = map
+        .split_whitespace()
+        .map(|number| number.parse().unwrap())
+        .collect();
+    assert!(map[1] >= 1 << 16 && map[2] == 65_536, "{map:?}");
+    let user = map[1] + 2000;
     for line in [
-        "Uid:\t2000\t2000\t2000\t2000",
-        "Groups:\t2000",
-        "NoNewPrivs:\t1",
-        "CapEff:\t0000000000000000",
-        "CapBnd:\t0000000000000000",
+        format!("Uid:\t{user}\t{user}\t{user}\t{user}"),
+        format!("Groups:\t{user}"),
+        "NoNewPrivs:\t1".to_owned(),
+        "CapEff:\t0000000000000000".to_owned(),
+        "CapBnd:\t0000000000000000".to_owned(),
     ] {
-        assert!(status.contains(line), "no {line:?} in\n{status}");
+        assert!(status.contains(&line), "no {line:?} in\n{status}");
     }
     host.stop("app").await;
 }

@@ -8,7 +8,7 @@
 use async_nats::{Message, Subscriber};
 use futures_util::{FutureExt, StreamExt};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use tokio::sync::mpsc;
@@ -35,12 +35,14 @@ impl Arrivals {
     /// Begins to take; what came before is taken first, in the order of the subscriptions.
     pub(super) fn of(subscribers: Vec<Subscriber>) -> Self {
         let ends = subscribers.len();
+        let dropped = Arc::new(AtomicU64::new(0));
         let (into, queue) = mpsc::channel(WAITING + ends);
         let tap = |subscriber| {
             let source = Source {
                 subscriber,
                 into: Some(into.clone()),
                 ends,
+                dropped: Arc::clone(&dropped),
             };
             Arc::new(Tap {
                 turn: AtomicU8::new(IDLE),
@@ -87,6 +89,8 @@ struct Source {
     into: Option<mpsc::Sender<Arrival>>,
     /// Room in the queue that messages leave for the ends.
     ends: usize,
+    /// Of all subscriptions.
+    dropped: Arc<AtomicU64>,
 }
 
 const IDLE: u8 = 0;
@@ -129,7 +133,11 @@ impl Source {
                 (Some(message), Some(into)) => {
                     let room = into.capacity() > self.ends;
                     if !room || into.try_send(Arrival::Message(message)).is_err() {
-                        warn!("a message was dropped: this host reads too slowly");
+                        let dropped = self.dropped.fetch_add(1, Ordering::Relaxed) + 1;
+                        // A flood must not become one of the log.
+                        if dropped.is_power_of_two() {
+                            warn!(dropped, "messages were dropped: this host reads too slowly");
+                        }
                     }
                 }
                 (None, _) | (_, None) => {

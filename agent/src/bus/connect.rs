@@ -1,14 +1,19 @@
 //! The connection: made once, kept for ever, re-made with jitter.
 
-use crate::config::Nats;
-use crate::instances::outlet::Link;
+use super::access::Access;
+use super::cause;
+use super::refusals::{Refusals, refused};
+use super::twin::{self, Found, Twin};
+use crate::host::blocking;
+use crate::instances::outlet::{Counter, Link};
 use async_nats::connection::State;
-use async_nats::{Client, ConnectOptions, Event};
+use async_nats::{Client, ClientError, Event, ServerAddr};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tokio::sync::{mpsc, watch};
-use tokio::time::timeout;
-use tracing::{info, warn};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{debug, error, info, warn};
 
 /// Longest wait before the next try to connect, in milliseconds.
 const RECONNECT_CAP_MS: u64 = 10_000;
@@ -16,84 +21,124 @@ const RECONNECT_CAP_MS: u64 = 10_000;
 /// Most time that a connection that was just made takes to serve. If it is lost meanwhile, that is told.
 const TAKEOVER: Duration = Duration::from_secs(1);
 
-/// Why there is no client: only settings can be wrong, a server that is away is waited for.
-#[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
-    /// The credentials file.
-    #[error("cannot use the credentials file {path}: {source}")]
-    Credentials {
-        /// Which file.
-        path: String,
-        /// Why.
-        source: std::io::Error,
-    },
-    /// The address.
-    #[error("cannot use nats.url {url:?}: {source}; write nats://host:4222, several with commas")]
-    Address {
-        /// As it was given, without user and password.
-        url: String,
-        /// Why.
-        source: async_nats::ConnectError,
-    },
-}
+/// A server that is going to end is left within this time. It cuts nobody before: its grace is 10 s.
+const LEAVE_WITHIN: Duration = Duration::from_secs(8);
 
-/// Makes the client and returns at once, with or without a server; `link` tells which.
+/// Between two lines about the same trouble.
+const SAME_AGAIN: Duration = Duration::from_secs(60);
+
+/// The client has been refused; only a setting can be the reason, for a server that is away is waited for.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot make a client of the bus: {0}")]
+pub struct ConnectError(async_nats::ConnectError);
+
+/// Makes the client and returns at once, with or without a server; `link` tells which, as soon as the first
+/// server has said that no other agent has this id. If one has, `twin` is told, and `link` never. `dropped` counts
+/// what came and was not read in time.
 ///
 /// # Errors
 /// When a setting cannot be used.
-pub async fn connect(
-    settings: &Nats,
+pub(super) async fn connect(
+    access: Access,
     id: &str,
-    link: watch::Sender<Link>,
+    (link, dropped): (watch::Sender<Link>, Counter),
+    twin: oneshot::Sender<Twin>,
+    refusals: Arc<Refusals>,
 ) -> Result<Client, ConnectError> {
     let (events, occurred) = mpsc::unbounded_channel();
-    let mut options = ConnectOptions::new()
+    let inbox = access.inbox_prefix.clone();
+    let options = access
+        .options()
         .name(format!("ostler/{id}"))
-        .custom_inbox_prefix(format!("_INBOX_{id}"))
+        .custom_inbox_prefix(inbox.unwrap_or_else(|| format!("_INBOX_{id}")))
         .retry_on_initial_connect()
         .max_reconnects(None)
         .ping_interval(Duration::from_secs(10))
         .reconnect_delay_callback(delay)
         .event_callback(move |event| {
+            hear(&event, &refusals);
             // The receiver lives as long as the client; few events, each handled at once.
             drop(events.send(event));
             std::future::ready(())
         });
-    if let Some(path) = &settings.creds {
-        options =
-            options
-                .credentials_file(path)
-                .await
-                .map_err(|source| ConnectError::Credentials {
-                    path: path.display().to_string(),
-                    source,
-                })?;
-    }
-    let addresses: Vec<&str> = settings.url.split(',').map(str::trim).collect();
+    let servers: Vec<&str> = access.servers.iter().map(ServerAddr::as_url_str).collect();
+    info!(?servers, known_as = %access, "looking for the bus");
     let client = options
-        .connect(addresses)
+        .connect(access.servers.as_slice())
         .await
-        .map_err(|source| ConnectError::Address {
-            url: without_secrets(&settings.url),
-            source,
-        })?;
-    tokio::spawn(watch_link(client.clone(), occurred, link));
+        .map_err(ConnectError)?;
+    let (watched, access) = ((client.clone(), id.to_owned()), Arc::new(access));
+    tokio::spawn(watch_link(watched, access, occurred, (link, dropped), twin));
     Ok(client)
 }
 
-/// Keeps `link` true. Runs as long as the client.
+/// What the publisher must know before it sees the next barrier.
+fn hear(event: &Event, refusals: &Refusals) {
+    match event {
+        Event::ServerError(error) => {
+            let words = error.to_string();
+            match refused(&words) {
+                Some(subject) => {
+                    if refusals.note(subject) {
+                        error!(
+                            subject,
+                            "the bus refuses what this host says: it has no permission to publish this; what must not be lost is said until it has"
+                        );
+                    }
+                }
+                None => {
+                    if refusals.is_new(&words) {
+                        warn!(error = words, "the bus reported an error");
+                    }
+                }
+            }
+        }
+        Event::Connected => refusals.forget(),
+        Event::Disconnected
+        | Event::Closed
+        | Event::LameDuckMode
+        | Event::Draining
+        | Event::SlowConsumer(_)
+        | Event::ClientError(_) => {}
+    }
+}
+
+/// Keeps `link` true. Runs as long as the client, if no other agent has this id.
 async fn watch_link(
-    client: Client,
+    (client, id): (Client, String),
+    access: Arc<Access>,
     mut events: mpsc::UnboundedReceiver<Event>,
-    link: watch::Sender<Link>,
+    (link, dropped): (watch::Sender<Link>, Counter),
+    twin: oneshot::Sender<Twin>,
 ) {
+    let mut trouble = Trouble::default();
+    let mut others = Found::Unknown;
     while let Some(event) = events.recv().await {
-        // Those that the client has no room for it drops, but then others follow: each is a reason to look.
-        if !matches!(event, Event::Disconnected | Event::Closed) {
-            look(&client, &link).await;
+        match &event {
+            // Nobody flushes: words to the client wait until it is connected, and would be many.
+            Event::Disconnected | Event::Closed | Event::ClientError(_) => {}
+            // There may be thousands of them, and the connection stays: only if its beginning was missed.
+            Event::ServerError(_) if link.borrow().up => {}
+            // Those that the client has no room for it drops, but then others follow: each is a reason to look.
+            Event::Connected
+            | Event::LameDuckMode
+            | Event::Draining
+            | Event::SlowConsumer(_)
+            | Event::ServerError(_) => {
+                if others == Found::Unknown {
+                    others = twin::look(&client, &id).await;
+                }
+                match others {
+                    Found::Nobody => look(&client, &link).await,
+                    // Nobody waits for it if the agent ends already.
+                    Found::Twin(found) => return drop(twin.send(found)),
+                    Found::Unknown => {}
+                }
+            }
         }
         match event {
             Event::Connected => {
+                trouble = Trouble::default();
                 let Link {
                     connects,
                     max_payload,
@@ -106,14 +151,21 @@ async fn watch_link(
                 link.send_modify(|link| link.up = false);
             }
             Event::SlowConsumer(subscription) => {
-                warn!(
-                    subscription,
-                    "messages were dropped: this host reads too slowly"
-                );
+                let dropped = dropped.count();
+                if dropped.is_power_of_two() {
+                    warn!(
+                        subscription,
+                        dropped, "messages were dropped: this host reads too slowly"
+                    );
+                }
             }
-            Event::ServerError(error) => warn!(%error, "the bus reported an error"),
-            Event::ClientError(error) => warn!(%error, "the bus client reported an error"),
-            Event::LameDuckMode | Event::Draining => info!(%event, "the bus asked to leave"),
+            // It was heard.
+            Event::ServerError(_) => {}
+            Event::ClientError(error) => trouble.tell(&access, &error).await,
+            Event::LameDuckMode => {
+                tokio::spawn(move_over(client.clone()));
+            }
+            Event::Draining => {}
         }
     }
 }
@@ -136,26 +188,70 @@ fn delay(attempt: usize) -> Duration {
         .checked_shl(u32::try_from(attempt).unwrap_or(u32::MAX))
         .unwrap_or(u64::MAX);
     let bound = bound.clamp(100, RECONNECT_CAP_MS);
-    let random = u64::from(crate::random::u32());
-    Duration::from_millis((random * bound) >> 32)
+    share(Duration::from_millis(bound))
 }
 
-fn without_secrets(url: &str) -> String {
-    url.split(',')
-        .map(|one| match (one.find("://"), one.rfind('@')) {
-            (Some(scheme), Some(at)) if at > scheme => {
-                let (head, tail) = (one.get(..scheme + 3), one.get(at + 1..));
-                format!("{}{}", head.unwrap_or_default(), tail.unwrap_or_default())
-            }
-            _ => one.to_owned(),
-        })
-        .collect::<Vec<_>>()
-        .join(",")
+/// A random part of `whole`.
+fn share(whole: Duration) -> Duration {
+    whole.mul_f64(f64::from(crate::random::u32()) / f64::from(u32::MAX))
+}
+
+/// A server that is going to end is left for another one before it cuts the connection, at a random time so
+/// that not all hosts come at once. What it had sent until then has been read.
+async fn move_over(client: Client) {
+    let servers = client
+        .server_pool()
+        .await
+        .map_or(0, |servers| servers.len());
+    if servers < 2 {
+        info!("the bus is going to end, and no other server is known: staying until it does");
+        return;
+    }
+    let wait = share(LEAVE_WITHIN);
+    info!(
+        ?wait,
+        servers, "the server is going to end: leaving it for another one"
+    );
+    let connects = || client.statistics().connects.load(Ordering::Relaxed);
+    let before = connects();
+    sleep(wait).await;
+    if connects() != before {
+        // It has ended already.
+        return;
+    }
+    if client.force_reconnect().await.is_err() {
+        debug!("the client has gone");
+    }
+}
+
+/// The attempts to connect that failed in a row.
+#[derive(Default)]
+struct Trouble {
+    told: Option<(String, Instant)>,
+    untold: u64,
+}
+
+impl Trouble {
+    /// Says why the last one failed; the same words once a minute.
+    async fn tell(&mut self, access: &Arc<Access>, error: &ClientError) {
+        let told = cause::take();
+        let files = Arc::clone(access);
+        let cause = blocking(move || files.missing()).await.or(told);
+        let why = cause.unwrap_or_else(|| error.to_string());
+        let is_known = |(told, at): &(String, Instant)| *told == why && at.elapsed() < SAME_AGAIN;
+        if self.told.as_ref().is_some_and(is_known) {
+            self.untold += 1;
+            return;
+        }
+        let untold = std::mem::take(&mut self.untold);
+        warn!(why, known_as = %access, untold, "the bus cannot be reached; trying again and again");
+        self.told = Some((why, Instant::now()));
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{RECONNECT_CAP_MS, delay, without_secrets};
+    use super::{RECONNECT_CAP_MS, delay};
 
     #[test]
     fn delays_are_bounded_for_any_attempt() {
@@ -165,10 +261,19 @@ mod tests {
     }
 
     #[test]
-    fn secrets_stay_out_of_error_texts() {
-        assert_eq!(
-            without_secrets("nats://me:pw@a:1,nats://b:2,nats://tok@c"),
-            "nats://a:1,nats://b:2,nats://c"
-        );
+    fn delays_are_spread_over_the_whole_time() {
+        // Attempt 0 may take 100 ms, 3 800 ms, 40 the longest. Of 4000 each tenth gets 400, give or take.
+        for (attempt, bound) in [(0, 100), (3, 800), (40, RECONNECT_CAP_MS)] {
+            let mut tenths = [0; 10];
+            for _ in 0..4000 {
+                let microseconds = u64::try_from(delay(attempt).as_micros()).unwrap();
+                let tenth = usize::try_from(microseconds / (bound * 100)).unwrap();
+                tenths[tenth.min(9)] += 1;
+            }
+            assert!(
+                tenths.iter().all(|n| (250..=550).contains(n)),
+                "{attempt}: {tenths:?}"
+            );
+        }
     }
 }

@@ -2,15 +2,17 @@
 //!
 //! `flush()` of the client is no delivery: it returns Ok from a stopped server. A barrier is: a message
 //! to our own inbox comes back only after the server has read everything that was written before it on
-//! the same connection.
+//! the same connection. One barrier is on its way at a time; who asks meanwhile waits for the next.
 
-use crate::instances::outlet::{Inlet, Message, Request};
-use async_nats::{Client, HeaderMap, Subscriber};
+use super::refusals::Refusals;
+use crate::instances::outlet::{Barrier, Echo, Inlet, Message, Request};
+use async_nats::{Client, HeaderMap};
 use futures_util::StreamExt;
-use std::collections::BTreeMap;
+use std::mem;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 use tokio::sync::oneshot;
+use tokio::task::yield_now;
 use tokio::time::{Instant, interval, timeout};
 use tracing::{debug, warn};
 
@@ -20,8 +22,10 @@ const OVERDUE: Duration = Duration::from_secs(30);
 /// The longest pause.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Publishes what is asked for until every [`Outlet`](crate::instances::outlet::Outlet) is gone.
-pub async fn publish(client: Client, inlet: Inlet) {
+/// Publishes what is asked for, as long as the process lives: last words are waited for by whoever says them
+/// ([`Outlet::settle`](crate::instances::outlet::Outlet::settle)). To be run by the runtime that the client was made
+/// by: see [`Refusals`].
+pub(super) async fn publish(client: Client, inlet: Inlet, refusals: &Refusals) {
     let inbox = client.new_inbox();
     let mut echoes = match client.subscribe(inbox.clone()).await {
         Ok(echoes) => echoes,
@@ -31,9 +35,12 @@ pub async fn publish(client: Client, inlet: Inlet) {
         }
     };
     let Inlet {
+        mut offers,
         mut control,
+        mut routes,
         mut output,
         link,
+        ..
     } = inlet;
     let mut link = link.subscribe();
     let mut barriers = Barriers::default();
@@ -44,7 +51,11 @@ pub async fn publish(client: Client, inlet: Inlet) {
             // broken connection is dropped before a new one is sent. Output comes last.
             biased;
             Some(echo) = echoes.next() => {
-                barriers.answer(&echo.payload, client.statistics().connects.load(Ordering::Relaxed));
+                // Who tells of refusals has his turn.
+                yield_now().await;
+                let connects = client.statistics().connects.load(Ordering::Relaxed);
+                barriers.answer(&echo.payload, connects, refusals);
+                barriers.send(&client, &inbox).await;
                 continue;
             }
             Ok(()) = link.changed() => {
@@ -55,30 +66,24 @@ pub async fn publish(client: Client, inlet: Inlet) {
                 barriers.complain(&inbox);
                 continue;
             }
+            Some(message) = offers.recv() => Request::Publish(message),
             Some(request) = control.recv() => request,
+            Some(request) = routes.recv() => request,
             Some(request) = output.recv() => request,
-            else => break,
         };
         match request {
             Request::Publish(message) => {
                 if link.borrow().up {
-                    send(&client, message).await;
+                    send(&client, message, refusals).await;
                 }
             }
             Request::Pause(answer) => pause(answer).await,
-            Request::Barrier(answer) => {
-                let number = barriers.add(answer);
-                if client
-                    .publish(inbox.clone(), number.to_string().into())
-                    .await
-                    .is_err()
-                {
-                    barriers.drop_all();
-                }
+            Request::Barrier(barrier) => {
+                barriers.next.push(barrier);
+                barriers.send(&client, &inbox).await;
             }
         }
     }
-    leave(client, echoes).await;
 }
 
 async fn pause(answer: oneshot::Sender<oneshot::Sender<()>>) {
@@ -88,16 +93,13 @@ async fn pause(answer: oneshot::Sender<oneshot::Sender<()>>) {
     }
 }
 
-async fn send(client: &Client, message: Message) {
-    let max = client.max_payload();
-    if message.body.len() > max {
+async fn send(client: &Client, message: Message, refusals: &Refusals) {
+    let (subject, bytes, max) = (&message.subject, message.body.len(), client.max_payload());
+    if bytes > max {
         // The server would close the connection.
-        warn!(
-            subject = message.subject,
-            bytes = message.body.len(),
-            max,
-            "too large for the bus"
-        );
+        if refusals.note(subject) {
+            warn!(subject, bytes, max, "too large for the bus");
+        }
         return;
     }
     let result = if message.headers.is_empty() {
@@ -116,40 +118,54 @@ async fn send(client: &Client, message: Message) {
     }
 }
 
-/// Last words reach the socket before the process ends.
-async fn leave(client: Client, echoes: Subscriber) {
-    drop(echoes);
-    drop(timeout(Duration::from_secs(2), client.flush()).await);
-}
-
 /// Barriers on their way to the server and back.
 #[derive(Default)]
 struct Barriers {
-    next: u64,
-    waiting: BTreeMap<u64, (Instant, oneshot::Sender<u64>)>,
+    /// The number of the last one.
+    number: u64,
+    /// Since when it is on its way, if it is.
+    sent: Option<Instant>,
+    /// Who waits for it.
+    waiting: Vec<Barrier>,
+    /// Who waits for the next one.
+    next: Vec<Barrier>,
 }
 
 impl Barriers {
-    fn add(&mut self, answer: oneshot::Sender<u64>) -> u64 {
-        self.next += 1;
-        self.waiting.insert(self.next, (Instant::now(), answer));
-        self.next
+    /// Sends the next one, if somebody waits for it and none is on its way.
+    async fn send(&mut self, client: &Client, inbox: &str) {
+        if self.sent.is_some() || self.next.is_empty() {
+            return;
+        }
+        self.number += 1;
+        self.sent = Some(Instant::now());
+        self.waiting = mem::take(&mut self.next);
+        let body = self.number.to_string().into();
+        if client.publish(inbox.to_owned(), body).await.is_err() {
+            self.drop_all();
+        }
     }
 
-    fn answer(&mut self, body: &[u8], connects: u64) {
-        let number = std::str::from_utf8(body)
-            .ok()
-            .and_then(|text| text.parse().ok());
-        if let Some((_, answer)) = number.and_then(|number: u64| self.waiting.remove(&number)) {
+    fn answer(&mut self, body: &[u8], connects: u64, refusals: &Refusals) {
+        if body != self.number.to_string().as_bytes() || self.sent.take().is_none() {
+            // Of a connection that is gone.
+            return;
+        }
+        let verdict = refusals.barrier();
+        for barrier in mem::take(&mut self.waiting) {
+            let about = barrier.about.as_deref();
+            let echo = match about.is_some_and(|about| verdict.hits(about, barrier.since)) {
+                true => Echo::Refused,
+                false => Echo::Confirmed(connects),
+            };
             // Whoever waited may have left.
-            let _gone = answer.send(connects);
+            let _gone = barrier.answer.send(echo);
         }
     }
 
     /// A server that answers pings and returns no barrier has no leave to.
     fn complain(&self, inbox: &str) {
-        let oldest = self.waiting.values().next();
-        if oldest.is_some_and(|(sent, _)| sent.elapsed() >= OVERDUE) {
+        if self.sent.is_some_and(|sent| sent.elapsed() >= OVERDUE) {
             warn!(
                 inbox,
                 "the server does not return messages to this host's own inbox, so nothing counts as delivered: allow publish and subscribe on it"
@@ -158,6 +174,8 @@ impl Barriers {
     }
 
     fn drop_all(&mut self) {
+        self.sent = None;
         self.waiting.clear();
+        self.next.clear();
     }
 }

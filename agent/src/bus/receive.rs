@@ -5,6 +5,7 @@
 
 use super::arrivals::{Arrival, Arrivals};
 use super::replay::{Replay, Seen};
+use super::tally::{self, Call, Tally};
 use crate::instances::instance::events;
 use crate::instances::outlet::Message as Outgoing;
 use crate::instances::record::RecordError;
@@ -12,14 +13,16 @@ use crate::instances::stable::{self, Ask};
 use crate::instances::world::World;
 use async_nats::{Client, Message, Subscriber};
 use messages::command::{Asked, Command, Query, json, parse};
+use messages::outgoing::ToBytes;
 use messages::reply::{ErrorCode, Reply};
-use messages::subjects::{Incoming, subscriptions};
+use messages::service::{self, Identity, Info, Ping, Question, Stats};
+use messages::subjects::{Incoming, Kind, subscriptions};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Mutex, mpsc, oneshot};
-use tokio::time::{sleep, timeout};
-use tracing::{Instrument, debug, error, info_span, warn};
+use tokio::time::{Instant, sleep, timeout};
+use tracing::{Instrument, error, info_span, warn};
 
 /// How long an answer waits for a bus that is away.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
@@ -30,30 +33,40 @@ const SETTLE: Duration = Duration::from_millis(10);
 /// How long the publisher may take to come to a pause.
 const PAUSE_PATIENCE: Duration = Duration::from_secs(1);
 
+/// What the stable may take to say how this host stands.
+const HOST_PATIENCE: Duration = Duration::from_millis(200);
+
 /// Everything an answer needs.
 struct Desk {
     world: Arc<World>,
     replay: Mutex<Replay>,
+    identity: Identity,
+    tally: Arc<Tally>,
     /// Whatever is owed holds the desk, and so keeps this open.
     _owing: mpsc::Sender<Infallible>,
 }
 
-/// Subscribes, tells the stable that this host can be asked, and serves until `leave`. Then it hears
+/// As soon as there is a bus: subscribes, tells the stable that this host can be asked, and serves until `leave`. Then it hears
 /// out what the server sent until it knew that nobody listens any more, and ends when every answer is
-/// on its way.
+/// on its way. `tally` counts what was answered.
 ///
 /// # Errors
 /// If the answers of earlier lives cannot be read.
 pub async fn receive(
     client: Client,
-    world: Arc<World>,
+    (world, tally): (Arc<World>, Arc<Tally>),
     asks: mpsc::Sender<Ask>,
     mut leave: oneshot::Receiver<()>,
 ) -> Result<(), RecordError> {
     let base = world.config.base.clone();
     let replay = crate::host::blocking(move || Replay::open(&base)).await?;
+    tokio::select! {
+        _asked_or_alone = &mut leave => return Ok(()),
+        _ = world.outlet.up() => {}
+    }
     let mut subscribers: Vec<Subscriber> = Vec::new();
-    for subject in subscriptions(&world.id) {
+    let subjects = service::subscriptions(&world.id);
+    for subject in subjects.into_iter().chain(subscriptions(&world.id)) {
         match client.subscribe(subject).await {
             Ok(subscriber) => subscribers.push(subscriber),
             Err(error) => error!(%error, "cannot subscribe"),
@@ -62,8 +75,10 @@ pub async fn receive(
     let mut messages = Arrivals::of(subscribers);
     let (owing, mut owed) = mpsc::channel(1);
     let desk = Arc::new(Desk {
+        identity: tally::identity(&world),
         world,
         replay: Mutex::new(replay),
+        tally,
         _owing: owing,
     });
     ask(&asks, Ask::Ready).await;
@@ -117,6 +132,11 @@ async fn ask(asks: &mpsc::Sender<Ask>, ask: Ask) {
 
 async fn take(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, message: Message) {
     let reply_to = message.reply.map(|subject| subject.to_string());
+    if let Some(question) = Question::parse(&message.subject, &desk.world.id) {
+        let told = tell(Arc::clone(desk), asks.clone(), question, reply_to);
+        tokio::spawn(told);
+        return;
+    }
     let Some(incoming) = Incoming::parse(&message.subject, &desk.world.id) else {
         // Of all subjects only this host's own are subscribed to with a wildcard.
         let verbs: Vec<&str> = Incoming::verbs_here().collect();
@@ -128,12 +148,17 @@ async fn take(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, message: Message) {
         );
         warn!(problem = why, "a message was not understood");
         return desk
-            .answer(reply_to, &Reply::error(ErrorCode::BadSubject, why))
+            .reply(reply_to, &Reply::error(ErrorCode::BadSubject, why))
             .await;
     };
+    let call = Call {
+        incoming,
+        begun: Instant::now(),
+        reply_to,
+    };
     match parse(incoming, &message.payload) {
-        Ok((Asked::Command(command), raw)) => command_to(desk, asks, command, raw, reply_to).await,
-        Ok((Asked::Query(query), _)) => query_to(desk, asks, query, reply_to),
+        Ok((Asked::Command(command), raw)) => command_to(desk, asks, command, raw, call).await,
+        Ok((Asked::Query(query), _)) => query_to(desk, asks, query, call).await,
         Ok((Asked::Trigger(trigger), _)) => ask(asks, Ask::Trigger(trigger)).await,
         Err(bad) => {
             warn!(problem = bad.message, "a message was not understood");
@@ -142,29 +167,12 @@ async fn take(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, message: Message) {
                 let start = json(incoming, &message.payload).unwrap_or_default();
                 desk.deliver_refusal(&start, &refusal);
             }
-            if is_command(incoming) {
-                desk.answer(reply_to, &refusal).await;
+            match incoming.kind() {
+                Kind::Command => desk.answer(call, &refusal).await,
+                Kind::Query => desk.tally.count(&call, Some(&refusal)),
+                Kind::Trigger => {}
             }
         }
-    }
-}
-
-/// Whether a message on this subject is answered even if it is not understood.
-fn is_command(incoming: Incoming) -> bool {
-    match incoming {
-        Incoming::Start
-        | Incoming::StopHere
-        | Incoming::FindHere
-        | Incoming::Scale
-        | Incoming::Stop
-        | Incoming::Update => true,
-        Incoming::FindDroplet
-        | Incoming::Locate
-        | Incoming::Status
-        | Incoming::Discover
-        | Incoming::DropletStatus
-        | Incoming::HealthmanagerStart
-        | Incoming::RouterStart => false,
     }
 }
 
@@ -173,23 +181,23 @@ async fn command_to(
     asks: &mpsc::Sender<Ask>,
     command: Command,
     raw: serde_json::Value,
-    reply_to: Option<String>,
+    call: Call,
 ) {
     let id = command.request_id().map(str::to_owned);
     if let Some(id) = &id {
         let seen = desk.replay.lock().await.see(id);
         match seen {
             Seen::Fresh => {}
-            Seen::Answered(reply) => return desk.answer(reply_to, &reply).await,
+            Seen::Answered(reply) => return desk.answer(call, &reply).await,
             Seen::Pending(reply) => {
-                tokio::spawn(answer_later(Arc::clone(desk), None, reply, reply_to));
+                tokio::spawn(answer_later(Arc::clone(desk), None, reply, call));
                 return;
             }
         }
     }
     let may_be_busy = matches!(
         command,
-        Command::Start(_) | Command::Scale(_) | Command::FindHere(_)
+        Command::Start(_) | Command::Scale(_) | Command::FindHere(_) | Command::Logs(_)
     );
     let (answer, answered) = oneshot::channel();
     let asked = Ask::Command {
@@ -197,7 +205,7 @@ async fn command_to(
         raw: raw.clone(),
         answer,
     };
-    tokio::spawn(answer_later(Arc::clone(desk), id, answered, reply_to));
+    tokio::spawn(answer_later(Arc::clone(desk), id, answered, call));
     if !may_be_busy {
         // Stops and updates are never refused: here they wait.
         return ask(asks, asked).await;
@@ -226,7 +234,7 @@ async fn answer_later(
     desk: Arc<Desk>,
     id: Option<String>,
     answered: oneshot::Receiver<Reply>,
-    reply_to: Option<String>,
+    call: Call,
 ) {
     let reply = answered.await.unwrap_or_else(|_| {
         Reply::error(
@@ -243,33 +251,78 @@ async fn answer_later(
             }
         }
     }
-    // An answer that falls due while the bus is away is owed all the same, for a while.
-    if reply_to.is_some() {
-        drop(timeout(ANSWER_PATIENCE, desk.world.outlet.up()).await);
-    }
-    desk.answer(reply_to, &reply).await;
+    desk.answer(call, &reply).await;
 }
 
-fn query_to(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, query: Query, reply_to: Option<String>) {
+async fn query_to(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, query: Query, call: Call) {
     // Nobody to answer: nothing to do.
-    let Some(reply_to) = reply_to else { return };
-    let (answers, mut answered) = mpsc::unbounded_channel::<Vec<u8>>();
-    if asks.try_send(Ask::Query { query, answers }).is_err() {
-        debug!("too busy for a query");
+    let Some(reply_to) = call.reply_to.clone() else {
         return;
-    }
+    };
+    let (answers, mut answered) = mpsc::unbounded_channel::<Vec<u8>>();
+    // The protocol has no word for `busy`: here it waits, as stops do.
+    ask(asks, Ask::Query { query, answers }).await;
     let desk = Arc::clone(desk);
     tokio::spawn(async move {
         while let Some(body) = answered.recv().await {
             let outlet = &desk.world.outlet;
             outlet.send(Outgoing::plain(reply_to.clone(), body)).await;
         }
+        desk.tally.count(&call, None);
     });
 }
 
+/// Answers what the services API asks of this host. A stable that is too busy to say how the host stands keeps
+/// nobody waiting: whoever asks all hosts takes 300 ms of silence for the end (natscli, `nats req --replies`).
+async fn tell(
+    desk: Arc<Desk>,
+    asks: mpsc::Sender<Ask>,
+    question: Question,
+    reply_to: Option<String>,
+) {
+    let Some(reply_to) = reply_to else { return };
+    let identity = &desk.identity;
+    let body = match question {
+        Question::Ping => Ping::of(identity).to_bytes(),
+        Question::Info => Info::of(identity).to_bytes(),
+        Question::Stats => {
+            let (answer, answered) = oneshot::channel();
+            let host = match asks.try_send(Ask::Host(answer)) {
+                Ok(()) => timeout(HOST_PATIENCE, answered).await.ok(),
+                Err(_busy) => None,
+            };
+            let host = host.and_then(Result::ok).map(|standing| standing.host);
+            // Nobody waits for the mailbox to close because the bus is slow.
+            drop(asks);
+            Stats::of(identity, desk.tally.since, desk.tally.counts(), host).to_bytes()
+        }
+    };
+    let outlet = &desk.world.outlet;
+    outlet.send(Outgoing::plain(reply_to, body)).await;
+}
+
 impl Desk {
-    async fn answer(&self, reply_to: Option<String>, reply: &Reply) {
+    /// Counts a command as answered, and answers it.
+    async fn answer(self: &Arc<Self>, call: Call, reply: &Reply) {
+        self.tally.count(&call, Some(reply));
+        self.reply(call.reply_to, reply).await;
+    }
+
+    /// Answers, if anybody asked for it. An answer that falls due while the bus is away is owed all the same,
+    /// for a while.
+    async fn reply(self: &Arc<Self>, reply_to: Option<String>, reply: &Reply) {
         let Some(subject) = reply_to else { return };
+        if self.world.outlet.mark().up() {
+            return self.send(subject, reply).await;
+        }
+        let (desk, reply) = (Arc::clone(self), reply.clone());
+        tokio::spawn(async move {
+            drop(timeout(ANSWER_PATIENCE, desk.world.outlet.up()).await);
+            desk.send(subject, &reply).await;
+        });
+    }
+
+    async fn send(&self, subject: String, reply: &Reply) {
         let message = |reply: &Reply| Outgoing {
             subject,
             headers: reply.headers(),

@@ -34,10 +34,10 @@ pub struct Replay {
 }
 
 impl Replay {
-    /// Reads what earlier lives answered, oldest first. Blocks.
+    /// Reads what earlier lives answered, oldest first. What cannot be read is no answer. Blocks.
     ///
     /// # Errors
-    /// If the directory cannot be made or listed.
+    /// If the directory cannot be made.
     pub fn open(base: &Path) -> Result<Self, RecordError> {
         let dir = base.join("answers");
         make_private(&dir)?;
@@ -46,12 +46,19 @@ impl Replay {
             .flatten()
             .flatten()
             .filter_map(|entry| {
+                let name = entry.file_name().into_string().ok()?;
+                // The others were being written.
+                let is_whole = name.bytes().all(|byte| byte.is_ascii_hexdigit());
                 let time = entry.metadata().ok()?.modified().ok()?;
                 let reply = Reply::from_body(&std::fs::read(entry.path()).ok()?)?;
-                Some((time, entry.file_name().into_string().ok()?, reply))
+                is_whole.then_some((time, name, reply))
             })
             .collect();
         found.sort_by_key(|(time, ..)| *time);
+        // Of many at once some may have been written after they were displaced.
+        for (_, name, _) in found.drain(..found.len().saturating_sub(KEPT)) {
+            drop(std::fs::remove_file(dir.join(name)));
+        }
         let order = found.iter().map(|(_, name, _)| name.clone()).collect();
         let answered = found
             .into_iter()
@@ -138,4 +145,137 @@ fn name(id: &str) -> String {
         .iter()
         .map(|byte| format!("{byte:02x}"))
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{KEPT, Replay, Seen, name};
+    use messages::reply::{ErrorCode, Reply};
+    use serde_json::json;
+    use std::path::PathBuf;
+
+    /// A base directory that goes with it.
+    struct Base(PathBuf);
+
+    impl Base {
+        fn new(test: &str) -> Self {
+            let own = format!("ostler-replay-{test}-{}", std::process::id());
+            Self(std::env::temp_dir().join(own))
+        }
+
+        fn file(&self, id: &str) -> PathBuf {
+            self.0.join("answers").join(name(id))
+        }
+    }
+
+    impl Drop for Base {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn reply(number: usize) -> Reply {
+        Reply::ok(json!({"number": number}))
+    }
+
+    /// What is known of `id`; a fresh one is not begun by asking.
+    fn known(replay: &Replay, id: &str) -> Option<Reply> {
+        replay.answered.get(&name(id)).cloned()
+    }
+
+    #[test]
+    fn an_answer_is_the_same_in_the_next_life() {
+        let base = Base::new("again");
+        let mut replay = Replay::open(&base.0).unwrap();
+        let refusal = Reply::error(ErrorCode::BadField, "never");
+        for (id, reply) in [("one", reply(1)), ("../two", refusal.clone())] {
+            assert!(matches!(replay.see(id), Seen::Fresh));
+            replay.answered(id, &reply).unwrap().write().unwrap();
+        }
+        // Begun and not answered when the agent died.
+        assert!(matches!(replay.see("three"), Seen::Fresh));
+        let mut replay = Replay::open(&base.0).unwrap();
+        assert_eq!(known(&replay, "one"), Some(reply(1)));
+        assert_eq!(known(&replay, "../two"), Some(refusal));
+        assert!(matches!(replay.see("three"), Seen::Fresh));
+    }
+
+    #[test]
+    fn whoever_asks_meanwhile_gets_the_same_answer() {
+        let base = Base::new("meanwhile");
+        let mut replay = Replay::open(&base.0).unwrap();
+        for (id, answer) in [
+            ("good", reply(1)),
+            ("busy", Reply::error(ErrorCode::Busy, "later")),
+        ] {
+            assert!(matches!(replay.see(id), Seen::Fresh));
+            let others = [replay.see(id), replay.see(id)];
+            let kept = replay.answered(id, &answer).is_some();
+            for other in others {
+                let Seen::Pending(mut told) = other else {
+                    panic!("{other:?}")
+                };
+                assert_eq!(told.try_recv().unwrap(), answer);
+            }
+            // What may be another answer the next time is asked again.
+            assert_eq!(kept, id == "good");
+            match replay.see(id) {
+                Seen::Answered(again) => assert_eq!((again, id), (answer, "good")),
+                Seen::Fresh => assert_eq!(id, "busy"),
+                Seen::Pending(_) => panic!("nobody acts on it"),
+            }
+        }
+        assert_eq!(
+            std::fs::read_dir(base.0.join("answers")).unwrap().count(),
+            0
+        );
+    }
+
+    #[test]
+    fn the_newest_are_kept_and_the_oldest_goes() {
+        let base = Base::new("many");
+        let mut replay = Replay::open(&base.0).unwrap();
+        let answer = |replay: &mut Replay, number: usize| {
+            let id = number.to_string();
+            assert!(matches!(replay.see(&id), Seen::Fresh));
+            replay.answered(&id, &reply(number)).unwrap()
+        };
+        answer(&mut replay, 0).write().unwrap();
+        for number in 1..KEPT {
+            answer(&mut replay, number);
+        }
+        assert_eq!(known(&replay, "0"), Some(reply(0)));
+        answer(&mut replay, KEPT).write().unwrap();
+        assert_eq!(known(&replay, "0"), None);
+        assert!(!base.file("0").exists() && base.file(&KEPT.to_string()).exists());
+        assert_eq!(known(&replay, "1"), Some(reply(1)));
+        assert_eq!(replay.answered.len(), KEPT);
+    }
+
+    #[test]
+    fn what_is_torn_or_too_much_on_the_disk_harms_no_other() {
+        let base = Base::new("torn");
+        drop(Replay::open(&base.0).unwrap());
+        let epoch = std::time::SystemTime::UNIX_EPOCH;
+        for number in 0..KEPT + 3 {
+            let file = base.file(&number.to_string());
+            std::fs::write(&file, reply(number).body()).unwrap();
+            let time = epoch + std::time::Duration::from_secs(number as u64);
+            let file = std::fs::File::options().write(true).open(file).unwrap();
+            file.set_modified(time).unwrap();
+        }
+        let whole = reply(7).body();
+        std::fs::write(base.file("torn"), &whole[..whole.len() / 2]).unwrap();
+        std::fs::write(base.file("unwritten").with_extension("new"), &whole).unwrap();
+        let mut replay = Replay::open(&base.0).unwrap();
+        for (id, left) in [("0", false), ("2", false), ("3", true), ("4098", true)] {
+            assert_eq!(known(&replay, id).is_some(), left, "{id}");
+            assert_eq!(base.file(id).exists(), left, "{id}");
+        }
+        assert_eq!(replay.answered.len(), KEPT);
+        assert!(matches!(replay.see("torn"), Seen::Fresh));
+        replay.answered("torn", &reply(1)).unwrap().write().unwrap();
+        let replay = Replay::open(&base.0).unwrap();
+        assert_eq!(known(&replay, "torn"), Some(reply(1)));
+    }
 }

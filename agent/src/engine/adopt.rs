@@ -1,6 +1,6 @@
 //! Finding a container of an earlier agent again, or telling why it is dead.
 
-use super::{Container, EngineError, Saved, Shared, blocking, lock};
+use super::{Container, EngineError, Saved, Shared, blocking, lock, sweep};
 use crate::host::cgroups::Group;
 use crate::host::depot::Directory;
 use container::client::Client;
@@ -60,6 +60,7 @@ pub(super) async fn adopt(shared: &Arc<Shared>, saved: &Saved) -> Result<Adopted
         });
     }
     let container = hold(shared, saved, directory.clone(), group.clone(), init)?;
+    find_disk(shared, &container, directory).await;
     let ports = lock(&container.inner.ports).len();
     tracing::info!(
         handle = saved.handle,
@@ -68,6 +69,18 @@ pub(super) async fn adopt(shared: &Arc<Shared>, saved: &Saved) -> Result<Adopted
         "container adopted"
     );
     Ok(Adopted::Alive(container))
+}
+
+/// Without it the container runs as it did; its limit cannot be changed and its use is not known.
+async fn find_disk(shared: &Shared, container: &Container, directory: Directory) {
+    let disks = shared.disks.clone();
+    match blocking(move || disks.find(&directory)).await {
+        Ok(disk) => container.keep_disk(Arc::new(disk)),
+        Err(error) => {
+            let handle = container.handle();
+            tracing::warn!(handle, %error, "the bounds of its writable layer were not found");
+        }
+    }
 }
 
 /// Takes what the record says out of the pools for a container with this init.
@@ -79,15 +92,14 @@ fn hold(
     init: OwnedFd,
 ) -> Result<Container, EngineError> {
     take(shared, saved)?;
-    let (lease, ports) = (saved.lease.clone(), saved.ports.clone());
+    let attached = sweep::attached(saved);
     Container::new(
         Arc::clone(shared),
-        &saved.handle,
+        attached,
         directory,
         group,
-        lease,
-        ports,
         init,
+        saved.log_end,
     )
     .inspect_err(|_| give_up(shared, saved, saved.ports.len()))
 }

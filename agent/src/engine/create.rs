@@ -1,11 +1,14 @@
 //! Making a container: a chain of steps, each with an undo that is known before the step begins.
 
 use super::container::Container;
-use super::{EngineError, Place, Shared, Spec, blocking, destroy, identity, launch, owned};
+use super::destroy::Again;
+use super::{EngineError, Place, Shared, Spec, blocking, destroy, disk, identity, launch, owned};
 use crate::host::cgroups::Group;
-use crate::host::depot::{DepotError, Directory, is_handle};
-use crate::host::network::Lease;
+use crate::host::depot::disk::Disk;
+use crate::host::depot::{DepotError, Directory, is_handle, seed};
+use crate::host::network::{Attached, Lease};
 use container::fault::SysError;
+use container::launch::Ids;
 use nix::errno::Errno;
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -31,8 +34,8 @@ pub(super) async fn create(
         match build(shared, &spec, &mut place, &mut undo).await {
             Ok(container) => {
                 container.keep(place);
-                let elapsed_ms = u64::try_from(began.elapsed().as_millis()).unwrap_or(u64::MAX);
-                tracing::info!(pid = container.pid(), elapsed_ms, "container created");
+                let elapsed_us = began.elapsed().as_micros();
+                tracing::info!(pid = container.pid(), elapsed_us, "container created");
                 Ok(Unclaimed(Some(container)))
             }
             Err(error) => {
@@ -60,8 +63,9 @@ impl Drop for Unclaimed {
             return;
         };
         runtime.spawn(async move {
-            if let Err(error) = container.destroy().await {
-                tracing::warn!(handle = container.handle(), %error, "unclaimed container was left");
+            let mut again = Again::new();
+            while let Err(error) = container.destroy().await {
+                again.after(container.handle(), error).await;
             }
         });
     }
@@ -77,27 +81,28 @@ async fn build(
     let lowers = blocking(move || check_layers(lowers)).await?;
     let lease = place.lease().ok_or(EngineError::Protocol)?;
     undo.steps.push(Step::Lease(lease.clone()));
-    let directory = make_directory(&shared, spec, lowers, &lease, undo).await?;
+    let (directory, ids, disk) = make_directory(&shared, spec, lowers, &lease, undo).await?;
+    let log_end = shared.kills.end().await;
     let group = make_group(&shared, spec).await?;
     // From here on processes may be in it.
     undo.steps.push(Step::Group(group.clone()));
-    let launcher = launch::start(&shared, spec, &directory, &group, &lease).await?;
+    let place_on_disk = (&directory, ids, &disk);
+    let launcher = launch::start(&shared, spec, place_on_disk, &group, &lease).await?;
     let born = launcher.cloned().await?;
-    undo.steps.push(Step::Attached(lease.clone()));
+    let attached = Attached {
+        egress: spec.egress.clone(),
+        bandwidth: spec.bandwidth,
+        ..Attached::new(&spec.handle, lease)
+    };
+    undo.steps.push(Step::Attached(attached.clone()));
     shared
         .network
-        .attach(&spec.handle, born.netns.as_fd(), &lease)
+        .attach(attached.clone(), born.netns.as_fd())
         .await?;
     let init = born.go().await?;
-    Container::new(
-        shared,
-        &spec.handle,
-        directory,
-        group,
-        lease,
-        Vec::new(),
-        init,
-    )
+    let container = Container::new(shared, attached, directory, group, init, log_end)?;
+    container.keep_disk(disk);
+    Ok(container)
 }
 
 /// The directory is what makes a handle ours: of two creations with the same one, one gets it.
@@ -107,29 +112,33 @@ async fn make_directory(
     lowers: Vec<PathBuf>,
     lease: &Lease,
     undo: &mut Undo,
-) -> Result<Directory, EngineError> {
+) -> Result<(Directory, Ids, Arc<Disk>), EngineError> {
     undo.steps.push(Step::Directory);
     let (depot, handle) = (shared.depot.clone(), spec.handle.clone());
-    let directory = match blocking(move || depot.create(&handle)).await {
-        Err(SysError {
+    let (directory, ids) = match blocking(move || depot.create(&handle)).await {
+        Err(DepotError::Refused(SysError {
             errno: Errno::EEXIST,
             ..
-        }) => {
+        })) => {
             // Another container's.
             undo.steps.pop();
             return Err(EngineError::HandleInUse(spec.handle.clone()));
         }
+        Err(error @ DepotError::NoIds(_)) => {
+            undo.steps.pop();
+            return Err(error.into());
+        }
         other => other?,
     };
-    let (depot, spec, address) = (shared.depot.clone(), spec.clone(), lease.container);
+    let disk = disk::make(&shared.disks, &shared.helpers, (&directory, ids), spec.disk).await?;
+    let (spec, address) = (spec.clone(), lease.container);
     blocking(move || {
         let files = identity::files(&spec, address);
-        depot
-            .seed(&spec.handle, &lowers, &files)
+        seed(&disk.upper(), ids, &lowers, &files)
             .map_err(DepotError::into)
+            .map(|()| (directory, ids, disk))
     })
     .await
-    .map(|()| directory)
 }
 
 /// A missing one is named here, and not by an errno of `mount`.
@@ -162,31 +171,36 @@ enum Step {
     Lease(Lease),
     Directory,
     Group(Group),
-    Attached(Lease),
+    Attached(Attached),
 }
 
 impl Undo {
-    /// Takes everything back, last thing first. A failure is logged, because the error that matters is
-    /// the one that led here. It ends the undoing only where processes may still use what is left:
-    /// that stays for [`super::Engine::sweep`].
-    async fn run(self, handle: &str) {
-        for step in self.steps.into_iter().rev() {
-            let undone = match step {
-                Step::Attached(lease) => {
-                    self.shared.network.detach(handle, &lease, &[]).await;
-                    Ok(())
-                }
-                Step::Group(group) => destroy::empty_and_remove(handle, group).await,
-                Step::Directory => self.shared.discard(handle).await,
-                Step::Lease(lease) => {
-                    self.shared.network.release(lease);
-                    Ok(())
-                }
-            };
-            if let Err(error) = undone {
-                tracing::warn!(%error, "creation was not undone");
-                return;
+    /// Takes everything back, last thing first. What resists is tried again by a task of its own: the error that
+    /// matters is the one that led here.
+    async fn run(mut self, handle: &str) {
+        let Err(error) = self.go_on(handle).await else {
+            return;
+        };
+        let (handle, mut again) = (handle.to_owned(), Again::new());
+        tokio::spawn(async move {
+            again.after(&handle, error).await;
+            while let Err(error) = self.go_on(&handle).await {
+                again.after(&handle, error).await;
             }
+        });
+    }
+
+    /// Up to what fails: what may still run keeps everything that it could use.
+    async fn go_on(&mut self, handle: &str) -> Result<(), EngineError> {
+        while let Some(step) = self.steps.last() {
+            match step {
+                Step::Attached(attached) => self.shared.network.detach(attached).await,
+                Step::Group(group) => destroy::empty_and_remove(handle, group.clone()).await?,
+                Step::Directory => self.shared.discard(handle).await?,
+                Step::Lease(lease) => self.shared.network.release(lease.clone()),
+            }
+            self.steps.pop();
         }
+        Ok(())
     }
 }

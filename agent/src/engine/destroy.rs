@@ -8,7 +8,7 @@
 
 use super::container::{Destroyed, KILL_DEADLINE, wait_empty};
 use super::supervisor::listening;
-use super::{Container, EngineError, Saved, Shared, blocking, lock};
+use super::{Container, EngineError, Saved, Shared, blocking, lock, sweep};
 use crate::host::cgroups::Group;
 use crate::host::depot::Directory;
 use crate::host::helpers::Child;
@@ -18,15 +18,44 @@ use container::fault::Context;
 use container::sys::pidfd;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::Interest;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
 /// How long a job's supervisor may take to write the job's end once the container is dead.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// How long the kernel may call an empty control group busy.
 const BUSY: Duration = Duration::from_secs(2);
+
+/// Between two attempts at what resists.
+const FIRST_PAUSE: Duration = Duration::from_secs(1);
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
+
+/// For what nobody else knows of and must be tried until it is done. An agent that leaves meanwhile leaves it to
+/// the sweep of the next one.
+#[derive(Debug)]
+pub(super) struct Again {
+    pause: Duration,
+}
+
+impl Again {
+    pub(super) fn new() -> Self {
+        Self { pause: FIRST_PAUSE }
+    }
+
+    /// Tells why, and waits before the next attempt.
+    pub(super) async fn after(&mut self, handle: &str, error: EngineError) {
+        tracing::error!(handle, %error, "a container is not removed yet");
+        self.wait().await;
+    }
+
+    /// Waits before the next attempt, ever longer.
+    pub(super) async fn wait(&mut self) {
+        sleep(self.pause).await;
+        self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+    }
+}
 
 /// Destroys a container that this agent holds.
 pub(super) async fn container(container: &Container) -> Result<(), EngineError> {
@@ -35,13 +64,10 @@ pub(super) async fn container(container: &Container) -> Result<(), EngineError> 
     if *destroyed == Destroyed::Yes {
         return Ok(());
     }
+    let began = Instant::now();
     let killed = container.kill().await;
-    let ports = lock(&inner.ports).clone();
-    inner
-        .shared
-        .network
-        .detach(&inner.handle, &inner.lease, &ports)
-        .await;
+    let attached = sweep::attached(&container.saved());
+    inner.shared.network.detach(&attached).await;
     // What may still run keeps everything that it could use.
     killed?;
     let children: Vec<Child> = lock(&inner.supervisors).values().cloned().collect();
@@ -50,10 +76,13 @@ pub(super) async fn container(container: &Container) -> Result<(), EngineError> 
             child.kill();
         }
     }
+    let disk = lock(&inner.disk).take();
+    blocking(move || disk.inspect(|disk| disk.abandon())).await;
     remains(&inner.shared, &inner.handle).await?;
     give_back(&inner.shared, &container.saved());
     *destroyed = Destroyed::Yes;
-    tracing::info!(handle = inner.handle, "container destroyed");
+    let elapsed_us = began.elapsed().as_micros();
+    tracing::info!(handle = inner.handle, elapsed_us, "container destroyed");
     Ok(())
 }
 
@@ -63,10 +92,7 @@ pub(super) async fn from_record(shared: &Shared, saved: &Saved) -> Result<(), En
     // Addresses and ports that somebody else has by now are not ours to cut off.
     let held = retake(shared, saved);
     if let Some(held) = &held {
-        shared
-            .network
-            .detach(&held.handle, &held.lease, &held.ports)
-            .await;
+        shared.network.detach(&sweep::attached(held)).await;
     }
     let removed = remains(shared, &saved.handle).await;
     if let Some(held) = held {

@@ -2,6 +2,7 @@
 
 use crate::host::cgroups::CgroupError;
 use crate::host::depot::DepotError;
+use crate::host::depot::disk::DiskError;
 use crate::host::helpers::{Ended, HelperError};
 use crate::host::network::NetworkError;
 use container::fault::SysError;
@@ -73,6 +74,9 @@ pub enum EngineError {
         /// The process.
         pid: i32,
     },
+    /// Another number of open files than its processes have.
+    #[error("the number of open files was not changed: {0}")]
+    OpenFiles(&'static str),
     /// The container is gone.
     #[error("container \"{0}\" was destroyed")]
     Destroyed(String),
@@ -89,15 +93,21 @@ pub enum EngineError {
         /// Where it wrote what went wrong.
         log: PathBuf,
     },
-    /// The engine's own thread or pipe could not be had.
-    #[error("the thread that starts helpers could not be had")]
-    Thread(#[source] std::io::Error),
+    /// What starts helpers could not be had.
+    #[error("helpers cannot be started")]
+    Helpers(#[source] SysError),
+    /// A copy into it or out of it.
+    #[error(transparent)]
+    Copy(#[from] super::CopyError),
     /// Control groups.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     /// Directories.
     #[error(transparent)]
     Depot(#[from] DepotError),
+    /// Bounds of writable layers.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     /// Starting a helper.
     #[error(transparent)]
     Helper(#[from] HelperError),
@@ -107,4 +117,16 @@ pub enum EngineError {
     /// A system call.
     #[error(transparent)]
     Refused(#[from] SysError),
+}
+
+impl EngineError {
+    /// The smallest memory limit that would have been taken, in bytes, where one was refused.
+    #[must_use]
+    pub fn smallest_memory(&self) -> Option<u64> {
+        if let Self::Cgroup(CgroupError::MemoryInUse { smallest, .. }) = self {
+            Some(*smallest)
+        } else {
+            None
+        }
+    }
 }

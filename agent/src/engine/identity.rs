@@ -80,7 +80,7 @@ fn reachable(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::{files, reachable};
-    use crate::engine::{Limits, SeedFile, Spec};
+    use crate::engine::{Bandwidth, DiskLimit, Limits, SeedFile, Spec};
     use std::net::Ipv4Addr;
 
     fn spec() -> Spec {
@@ -90,10 +90,16 @@ mod tests {
             layers: Vec::new(),
             hostname: "app".to_owned(),
             limits: Limits::default(),
+            disk: DiskLimit {
+                bytes: 1 << 20,
+                inodes: 64,
+            },
             tmpfs_bytes: 0,
             files: Vec::new(),
             dns: vec!["9.9.9.9".parse().unwrap(), "1.1.1.1".parse().unwrap()],
             binds: Vec::new(),
+            egress: Vec::new(),
+            bandwidth: Bandwidth::default(),
         }
     }
 

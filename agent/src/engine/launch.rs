@@ -9,12 +9,13 @@
 use super::{EngineError, Shared, Spec, blocking};
 use crate::host::cgroups::Group;
 use crate::host::depot::Directory;
+use crate::host::depot::disk::Disk;
 use crate::host::helpers::{Command, Leash};
 use crate::host::network::Lease;
 use crate::host::watched;
 use container::fault::{Context, SysError};
 use container::launch::{
-    CONTROL_FD, Event, FIRST_GROUP_FD, GO, LAUNCH_FD, Launch, Link, MAX_EVENT,
+    CONTROL_FD, Event, FIRST_GROUP_FD, GO, Ids, LAUNCH_FD, Launch, Link, MAX_EVENT,
 };
 use container::sys::fdpass;
 use nix::errno::Errno;
@@ -22,6 +23,7 @@ use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, socketpair};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -59,10 +61,11 @@ struct Control {
 }
 
 /// What a container is made of, as its init understands it; its control groups follow.
-fn launch(spec: &Spec, directory: &Directory, lease: &Lease, mtu: u32) -> Launch {
+fn launch(spec: &Spec, (directory, ids): (&Directory, Ids), lease: &Lease, mtu: u32) -> Launch {
     let lowers = spec.layers.iter().chain([&spec.stack]).cloned();
     Launch {
         handle: spec.handle.clone(),
+        ids,
         hostname: spec.hostname.clone(),
         root: directory.root(),
         lowers: lowers.collect::<Vec<PathBuf>>(),
@@ -80,6 +83,7 @@ fn launch(spec: &Spec, directory: &Directory, lease: &Lease, mtu: u32) -> Launch
         tmpfs_bytes: spec.tmpfs_bytes,
         v1_tasks: 0,
         v2_dir: false,
+        disk: false,
     }
 }
 
@@ -87,14 +91,14 @@ fn launch(spec: &Spec, directory: &Directory, lease: &Lease, mtu: u32) -> Launch
 pub(super) async fn start(
     shared: &Shared,
     spec: &Spec,
-    directory: &Directory,
+    (directory, ids, disk): (&Directory, Ids, &Arc<Disk>),
     group: &Group,
     lease: &Lease,
 ) -> Result<Launcher, EngineError> {
     let end = Instant::now() + DEADLINE;
-    let launch = launch(spec, directory, lease, shared.network.mtu());
-    let (group, directory) = (group.clone(), directory.clone());
-    let (ours, fds) = blocking(move || descriptors(launch, &group, &directory)).await?;
+    let launch = launch(spec, (directory, ids), lease, shared.network.mtu());
+    let (group, directory, disk) = (group.clone(), directory.clone(), Arc::clone(disk));
+    let (ours, fds) = blocking(move || descriptors(launch, &group, &directory, &disk)).await?;
     let command = Command {
         program: "wshd",
         argv0: Some(format!("wshd: {}", spec.handle).into()),
@@ -119,10 +123,13 @@ fn descriptors(
     mut launch: Launch,
     group: &Group,
     directory: &Directory,
+    disk: &Disk,
 ) -> Result<(OwnedFd, Vec<(OwnedFd, RawFd)>), EngineError> {
     let join = group.join_files()?;
     launch.v1_tasks = u32::try_from(join.v1_tasks.len()).unwrap_or(u32::MAX);
     launch.v2_dir = join.v2_dir.is_some();
+    let mount = disk.mount()?;
+    launch.disk = mount.is_some();
     let kind = SockType::SeqPacket;
     let (ours, theirs) = socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC)
         .context("socketpair", "AF_UNIX")?;
@@ -130,6 +137,7 @@ fn descriptors(
         .v1_tasks
         .into_iter()
         .chain(join.v2_dir)
+        .chain(mount)
         .zip(FIRST_GROUP_FD..);
     let mut fds: Vec<(OwnedFd, RawFd)> = groups.collect();
     fds.push((theirs, CONTROL_FD));

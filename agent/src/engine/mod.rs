@@ -11,8 +11,10 @@
 
 mod adopt;
 mod container;
+mod copy;
 mod create;
 mod destroy;
+mod disk;
 mod error;
 mod follow;
 mod identity;
@@ -26,6 +28,7 @@ mod tests;
 
 pub use adopt::{Adopted, REBOOTED};
 pub use container::Container;
+pub use copy::{Copied, CopyError, Inside, into as copy_into, out as copy_out, pour};
 pub use error::EngineError;
 pub use follow::Followed;
 pub use oom::{Level, OomReport};
@@ -34,17 +37,21 @@ pub use sweep::Swept;
 
 pub use crate::host::cgroups::{Limits, Usage};
 pub use crate::host::depot::SeedFile;
-pub use crate::host::network::{Lease, NetworkConfig};
-pub use ::container::launch::Bind;
+pub use crate::host::depot::disk::{
+    Change as DiskChange, Limit as DiskLimit, Usage as DiskUsage, Wanted as DiskWay,
+};
+pub use crate::host::network::{Bandwidth, EgressRule, Lease, NetworkConfig, Traffic};
+pub use ::container::launch::{Access, Bind};
 
 use crate::host::cgroups::Cgroups;
+use crate::host::depot::disk::{Disks, Space};
 use crate::host::depot::{self, Depot};
-use crate::host::helpers::Helpers;
+use crate::host::helpers::{Command, Ended, HelperError, Helpers, Leash};
 use crate::host::network::{Attached, Network};
 use crate::host::{blocking, in_background};
 use oom::KillLog;
 use serde::{Deserialize, Serialize};
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -62,6 +69,8 @@ pub struct EngineConfig {
     pub network: NetworkConfig,
     /// Most bytes of output that are kept for one job.
     pub spool_bytes: u64,
+    /// How writable layers are bounded.
+    pub disk: DiskWay,
 }
 
 /// What a container is to be.
@@ -77,6 +86,8 @@ pub struct Spec {
     pub hostname: String,
     /// What it may use.
     pub limits: Limits,
+    /// What its writable layer may hold.
+    pub disk: DiskLimit,
     /// Size of its `/dev/shm` in bytes.
     pub tmpfs_bytes: u64,
     /// Files that it finds in its writable layer. `etc/hostname`, `etc/hosts` and `etc/resolv.conf`
@@ -86,6 +97,10 @@ pub struct Spec {
     pub dns: Vec<IpAddr>,
     /// Directories and files of the host that it sees.
     pub binds: Vec<Bind>,
+    /// What it may reach outside; empty: what is configured.
+    pub egress: Vec<EgressRule>,
+    /// How much it may receive and send.
+    pub bandwidth: Bandwidth,
 }
 
 /// What must be kept of a container so that another agent can adopt it.
@@ -97,8 +112,17 @@ pub struct Saved {
     pub lease: Lease,
     /// Its mapped ports: (on the host, inside).
     pub ports: Vec<(u16, u16)>,
+    /// What it may reach outside.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub egress: Vec<EgressRule>,
+    /// How much it may receive and send.
+    #[serde(default)]
+    pub bandwidth: Bandwidth,
     /// The boot in which it was made.
     pub boot_id: String,
+    /// The last record of the kernel's log of that boot before it had processes; `None`: not known.
+    #[serde(default)]
+    pub log_end: Option<u64>,
 }
 
 /// The engine. Cheap to clone. Dropping the last clone (and every [`Container`]) leaves the containers
@@ -114,6 +138,7 @@ struct Shared {
     cgroups: Cgroups,
     network: Network,
     depot: Depot,
+    disks: Disks,
     kills: KillLog,
     boot_id: String,
     spool_bytes: u64,
@@ -131,10 +156,12 @@ impl Engine {
             Ok::<_, EngineError>((depot, Cgroups::open(&parent)?, depot::boot_id()?))
         })
         .await?;
-        let helpers = Helpers::start(config.helpers).map_err(EngineError::Thread)?;
+        let helpers = Helpers::start(config.helpers).map_err(EngineError::Helpers)?;
+        let space = Space::new(&config.base, config.spool_bytes);
+        let disks = disk::open(space, &depot, &helpers, config.disk).await?;
         config.network.standing = Some(config.base.join("pools"));
         let network = Network::open(&config.network).await?;
-        tracing::info!(cgroups = cgroups.describe(), base = %config.base.display(), "engine opened");
+        tracing::info!(cgroups = cgroups.describe(), disk = disks.describe(), base = %config.base.display(), "engine opened");
         let kills = KillLog::start();
         let spool_bytes = config.spool_bytes;
         let shared = Shared {
@@ -142,6 +169,7 @@ impl Engine {
             cgroups,
             network,
             depot,
+            disks,
             kills,
             boot_id,
             spool_bytes,
@@ -157,6 +185,12 @@ impl Engine {
     /// A pool is empty; nothing was taken.
     pub fn reserve(&self) -> Result<Place, EngineError> {
         Place::take(&self.shared)
+    }
+
+    /// Whether [`Engine::reserve`] would have something to take.
+    #[must_use]
+    pub fn has_place(&self) -> bool {
+        self.shared.network.has_room()
     }
 
     /// Makes a container in its place; when this returns, its init serves. It is made by a task of its
@@ -177,11 +211,11 @@ impl Engine {
         adopt::adopt(&self.shared, saved).await
     }
 
-    /// Makes the network's table hold exactly these containers, in one transaction: for the start,
-    /// after all were adopted.
+    /// Makes the network's table hold exactly these containers, without cutting their traffic: for the
+    /// start, after all were adopted.
     ///
     /// # Errors
-    /// The kernel refused; the table is as it was.
+    /// The kernel or `nft` refused.
     pub async fn rebuild_network(&self, live: &[&Saved]) -> Result<(), EngineError> {
         let attached: Vec<Attached> = live.iter().map(|saved| sweep::attached(saved)).collect();
         Ok(self.shared.network.rebuild(&attached).await?)
@@ -206,11 +240,22 @@ impl Engine {
         sweep::clear(&self.shared, strays.split(again)).await;
         let shared = Arc::clone(&self.shared);
         tokio::spawn(async move {
-            sweep::clear(&shared, strays).await;
+            sweep::clear_all(&shared, strays).await;
             if let Err(why) = sweep::empty_trash(&shared).await {
                 tracing::warn!(why, "something was not removed");
             }
         });
+    }
+
+    /// [`Self::sweep`] for an agent at work, now and then: what is in no record now, and was in none when it was
+    /// `sighted` by the call before this one. What this one has sighted. `known` must name every container
+    /// that is, or was being, made when it was called.
+    pub async fn sweep_orphans(
+        &self,
+        known: &HashSet<String>,
+        sighted: BTreeSet<String>,
+    ) -> BTreeSet<String> {
+        sweep::orphans(&self.shared, known, sighted).await
     }
 
     /// Removes a container of which only the record is left: dead, or not to be adopted. One that is
@@ -246,6 +291,28 @@ impl Engine {
         .await;
     }
 
+    /// Bytes that are free for the writable layers of new containers; `None` where nothing bounds them.
+    #[must_use]
+    pub fn disk_free(&self) -> Option<u64> {
+        self.shared.disks.free().ok().flatten()
+    }
+
+    /// Starts a helper that ends at once with 0, and waits for that: whether others could be started.
+    ///
+    /// # Errors
+    /// It was not started.
+    pub async fn try_helper(&self) -> Result<Ended, HelperError> {
+        let command = Command {
+            program: "iomux-link",
+            argv0: None,
+            args: vec!["--help".into()],
+            env: Vec::new(),
+            fds: Vec::new(),
+        };
+        let child = Leash(self.shared.helpers.spawn(command).await?);
+        Ok(child.0.wait().await)
+    }
+
     /// The address under which others reach the mapped ports.
     #[must_use]
     pub fn local_ip(&self) -> Ipv4Addr {
@@ -260,7 +327,7 @@ impl Shared {
         blocking(move || depot.discard(&name)).await?;
         let depot = self.depot.clone();
         in_background(move || {
-            if let Err(error) = depot.empty_trash() {
+            if let Err(error) = depot.empty_trash_beside() {
                 tracing::warn!(%error, "trash was left");
             }
         });

@@ -15,13 +15,15 @@ use crate::host::helpers::{Child, Command, Ended, HelperError, Leash};
 use crate::host::kmsg::OomKill;
 use container::exit;
 use container::fault::SysError;
+use container::launch::Ids;
+use log::{Complete, PATIENCE, Whose};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::net::unix::pipe;
 use tokio::sync::mpsc;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 use tracing::Instrument;
 
 /// One process of a container that the kernel killed for memory.
@@ -31,12 +33,11 @@ pub struct OomReport {
     pub count: u64,
     /// Whose memory had run out.
     pub level: Level,
-    /// Who was killed; `None`: the kernel's log does not say. It says it of ten kills in five seconds on
-    /// the whole host.
+    /// Who was killed; `None`: the kernel's log has forgotten it, or cannot be read.
     pub victim: Option<Victim>,
     /// The container's limit, in bytes.
     pub limit_bytes: Option<u64>,
-    /// The most it ever used, in bytes.
+    /// The most it ever used (v1: since its limit was last made smaller), in bytes.
     pub peak_bytes: Option<u64>,
     /// What it used when this was asked, after the kill, in bytes.
     pub usage_bytes: Option<u64>,
@@ -69,6 +70,9 @@ const WAITING: usize = 16;
 
 /// Most kills that are told one by one after nobody looked: as many as the log remembers.
 const MOST_REPORTS: u64 = log::REMEMBERED as u64;
+
+/// How often the log is read again because processes were killed meanwhile.
+const RECOUNTS: u32 = 8;
 
 /// Between two helpers, when they end by themselves.
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
@@ -106,25 +110,69 @@ impl Container {
         }
     }
 
-    /// One report for each kill after `known`, up to `total`.
+    /// How the kernel's log names its processes.
+    async fn whose(&self) -> Whose<'_> {
+        let directory = self.inner.directory.clone();
+        let ids = blocking(move || directory.ids()).await;
+        Whose {
+            handle: self.handle(),
+            uids: ids.map(|ids| ids.first..ids.first.saturating_add(Ids::COUNT)),
+            log_end: self.inner.log_end,
+        }
+    }
+
+    /// The log's records of this container's kills, and how many were counted by then: `total` or more. A kill
+    /// is counted before it is logged, so when the count has not changed meanwhile, no record is of a later
+    /// one.
+    async fn records(&self, mut total: u64) -> (u64, Vec<OomKill>, Complete) {
+        let whose = self.whose().await;
+        let until = Instant::now() + PATIENCE;
+        let kills = &self.inner.shared.kills;
+        for _ in 0..RECOUNTS {
+            let (wanted, after) = lock(&self.inner.victims).expected(total);
+            let (records, complete) = kills.of(&whose, (wanted, after), until).await;
+            let group = self.inner.group.clone();
+            // A group that is gone counts no more.
+            let now = blocking(move || group.oom_kills()).await.unwrap_or(total);
+            if now <= total {
+                return (total, records, complete);
+            }
+            total = now;
+        }
+        let (wanted, after) = lock(&self.inner.victims).expected(total);
+        let (records, complete) = kills.of(&whose, (wanted, after), until).await;
+        (total, records, complete)
+    }
+
+    /// Takes what the log has by now for the records of the kills up to `known`, which an earlier agent told:
+    /// so none of them is waited for, though the log may have forgotten some. A kill is counted before it is
+    /// logged, so what was read before the count is of no later one.
+    async fn begin(&self, whose: &Whose<'_>, known: u64) {
+        let kills = &self.inner.shared.kills;
+        kills.end().await;
+        let (records, _) = kills.of(whose, (0, None), Instant::now()).await;
+        let group = self.inner.group.clone();
+        if blocking(move || group.oom_kills()).await.ok() == Some(known) {
+            lock(&self.inner.victims).begin(&records, known);
+        }
+    }
+
+    /// One report for each kill after `known`, up to `total` and those that came while this was asked.
     async fn reports(&self, known: u64, total: u64) -> Vec<OomReport> {
         let known = known.max(total.saturating_sub(MOST_REPORTS));
         if total <= known {
             return Vec::new();
         }
         let handle = self.handle();
-        let (wanted, after) = lock(&self.inner.victims).expected(total);
-        let (records, complete) = self.inner.shared.kills.of(handle, wanted, after).await;
+        let (total, records, complete) = self.records(total).await;
         let victims = lock(&self.inner.victims).decide(&records, complete, known, total);
         let group = self.inner.group.clone();
-        let (limit_bytes, peak_bytes, usage_bytes) = blocking(move || {
+        let (limit_bytes, peak_bytes, usage_bytes, at_limit) = blocking(move || {
             let usage = group.usage().ok().map(|usage| usage.memory_bytes);
-            (group.memory_limit(), group.memory_peak(), usage)
+            let (limit, peak) = (group.memory_limit(), group.memory_peak());
+            (limit, peak, usage, group.memory_ran_out())
         })
         .await;
-        let at_limit = limit_bytes
-            .zip(peak_bytes)
-            .is_some_and(|(limit, peak)| peak >= limit);
         let reports = victims
             .into_iter()
             .zip(known + 1..)
@@ -143,14 +191,16 @@ impl Container {
     }
 }
 
+/// What the record says; where it has only the words of the kill, or there is none, whether the
+/// container was ever at its own limit (`at_limit`) decides.
 fn level(record: Option<&OomKill>, handle: &str, at_limit: bool) -> Level {
     match record {
         Some(kill) if kill.constraint == "CONSTRAINT_MEMCG" => {
-            if log::is_of(&kill.oom_memcg, handle) {
-                Level::Container
-            } else {
-                Level::Above
-            }
+            let own = match kill.oom_memcg.as_str() {
+                "" => at_limit,
+                group => log::is_of(group, handle),
+            };
+            if own { Level::Container } else { Level::Above }
         }
         Some(kill) if !kill.constraint.is_empty() => Level::Host,
         Some(_) | None if at_limit => Level::Container,
@@ -183,7 +233,7 @@ impl Watcher {
     async fn run(mut self) {
         let mut pause = FIRST_PAUSE;
         loop {
-            let began = tokio::time::Instant::now();
+            let began = Instant::now();
             match self.watch().await {
                 Ok(Turn::Unwanted) => return,
                 Ok(Turn::Ended(Ended::Exited(code))) if code == i32::from(exit::GONE) => return,
@@ -201,19 +251,35 @@ impl Watcher {
         }
     }
 
-    /// Starts a helper and reports what it counts until it ends or nobody listens.
+    /// Starts a helper and reports what it counts until it ends or nobody listens. The kernel's log is a
+    /// second sign: v1 tells a group nothing of a kill for the host's memory.
     async fn watch(&mut self) -> Result<Turn, WatchError> {
         let (lines, helper) = self.start().await?;
         let leash = Leash(helper);
         let mut lines = BufReader::new(lines).lines();
+        let container = self.container.clone();
+        let (whose, mut seen) = (container.whose().await, None);
+        container.begin(&whose, self.known).await;
         loop {
             let line = tokio::select! {
                 biased;
                 () = self.sender.closed() => return Ok(Turn::Unwanted),
-                line = lines.next_line() => line?,
+                line = lines.next_line() => Some(line?),
+                seq = container.inner.shared.kills.newer(&whose, seen) => {
+                    seen = Some(seq);
+                    None
+                }
             };
-            let Some(line) = line else { break };
-            let Some(total) = total_of(&line) else {
+            let total = match line {
+                Some(None) => break,
+                Some(Some(line)) => total_of(&line),
+                // It was counted before it was logged (mm/oom_kill.c, __oom_kill_process).
+                None => {
+                    let group = container.inner.group.clone();
+                    blocking(move || group.oom_kills()).await.ok()
+                }
+            };
+            let Some(total) = total else {
                 continue;
             };
             for report in self.container.reports(self.known, total).await {
@@ -276,13 +342,16 @@ mod tests {
     }
 
     #[test]
-    fn the_level_is_what_the_kernel_says_or_the_peak_shows() {
+    fn the_level_is_what_the_kernel_says_or_the_limit_shows() {
         let own = kill(1, "CONSTRAINT_MEMCG", &format!("/ostler/{HANDLE}"));
         let above = kill(1, "CONSTRAINT_MEMCG", "/ostler");
+        let words = kill(1, "CONSTRAINT_MEMCG", "");
         let host = kill(1, "CONSTRAINT_NONE", "");
         let silent = kill(1, "", "");
         assert_eq!(level(Some(&own), HANDLE, false), Level::Container);
         assert_eq!(level(Some(&above), HANDLE, true), Level::Above);
+        assert_eq!(level(Some(&words), HANDLE, true), Level::Container);
+        assert_eq!(level(Some(&words), HANDLE, false), Level::Above);
         assert_eq!(level(Some(&host), HANDLE, true), Level::Host);
         assert_eq!(level(Some(&silent), HANDLE, true), Level::Container);
         assert_eq!(level(Some(&silent), HANDLE, false), Level::Unknown);

@@ -6,10 +6,12 @@
 //!
 //! One thread, because `PR_SET_PDEATHSIG` and the like follow the thread that forked and a thread of
 //! the blocking pool lives ten seconds. `posix_spawn`, because it shares memory until `exec`: what it
-//! costs does not grow with the agent. Helpers that must die with the agent get the read end of a pipe
+//! costs does not grow with the agent. `wshd`, which goes into containers, is executed from a sealed copy in
+//! memory: no way from inside through `/proc/<pid>/exe` leads to a file (CVE-2019-5736). Helpers that must die with the agent get the read end of a pipe
 //! whose write end lives here ([`Helpers::hangup`]).
 
-use container::fault::SysError;
+use container::fault::{Context, SysError};
+use container::fields::program_memfd;
 use container::sys::{pidfd, process};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
@@ -23,7 +25,7 @@ use std::ffi::{CString, OsString};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStringExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 use tokio::io::Interest;
@@ -160,10 +162,39 @@ impl Drop for Unclaimed {
     }
 }
 
+/// What can be started.
+#[derive(Debug)]
+struct Programs {
+    directory: PathBuf,
+    /// A sealed copy.
+    wshd: OwnedFd,
+}
+
+/// The program that goes into containers.
+const INIT: &str = "wshd";
+
+impl Programs {
+    fn open(directory: PathBuf) -> Result<Self, SysError> {
+        let path = directory.join(INIT);
+        let program = std::fs::read(&path).context("read", path.display())?;
+        let wshd = program_memfd(&program, INIT)?;
+        Ok(Self { directory, wshd })
+    }
+
+    /// What to execute: a path that the new process can open until it has.
+    fn path(&self, program: &str) -> PathBuf {
+        if program == INIT {
+            // Of the agent's descriptors, not of the new process's own, which are being replaced.
+            return format!("/proc/{}/fd/{}", std::process::id(), self.wshd.as_raw_fd()).into();
+        }
+        self.directory.join(program)
+    }
+}
+
 /// The thread that starts helpers, and the pipe by which they notice the agent's death.
 #[derive(Debug)]
 pub struct Helpers {
-    directory: PathBuf,
+    programs: Arc<Programs>,
     asks: mpsc::Sender<Ask>,
     hangup: OwnedFd,
     // Never written to: it closes with the agent.
@@ -176,18 +207,20 @@ impl Helpers {
     /// limit on open files is raised to the hard one, which helpers inherit; apps get a limit of their own.
     ///
     /// # Errors
-    /// No thread or no pipe could be had.
-    pub fn start(directory: PathBuf) -> io::Result<Self> {
-        process::close_on_exec_from(3)?;
+    /// `wshd` is not in the directory; no thread, no pipe or no memory file could be had.
+    pub fn start(directory: PathBuf) -> Result<Self, SysError> {
+        process::close_on_exec_from(3).context("close_range", 3)?;
+        let programs = Arc::new(Programs::open(directory)?);
         raise_open_files();
-        let (reader, writer) = io::pipe()?;
+        let (reader, writer) = io::pipe().context("pipe2", "hang-up")?;
         let (asks, inbox) = mpsc::channel();
-        let programs = directory.clone();
+        let served = Arc::clone(&programs);
         std::thread::Builder::new()
             .name("helpers".to_owned())
-            .spawn(move || inbox.into_iter().for_each(|ask| serve(&programs, ask)))?;
+            .spawn(move || inbox.into_iter().for_each(|ask| serve(&served, ask)))
+            .context("clone", "the thread of the helpers")?;
         Ok(Self {
-            directory,
+            programs,
             asks,
             hangup: reader.into(),
             _alive: writer.into(),
@@ -197,7 +230,7 @@ impl Helpers {
     /// Where the helpers' programs are.
     #[must_use]
     pub fn path(&self, program: &str) -> PathBuf {
-        self.directory.join(program)
+        self.programs.directory.join(program)
     }
 
     /// A descriptor that hangs up when the agent dies, for a helper that shall die with it.
@@ -245,7 +278,7 @@ fn raise_open_files() {
 }
 
 /// On the thread: starts the helper and the task that reaps it.
-fn serve(programs: &Path, ask: Ask) {
+fn serve(programs: &Programs, ask: Ask) {
     if ask.answer.is_closed() {
         return;
     }
@@ -301,8 +334,8 @@ fn how_it_ended(pidfd: &OwnedFd) -> Option<Ended> {
     }
 }
 
-fn start(directory: &Path, command: &Command) -> Result<(i32, OwnedFd), SysError> {
-    let path = directory.join(command.program);
+fn start(programs: &Programs, command: &Command) -> Result<(i32, OwnedFd), SysError> {
+    let path = programs.path(command.program);
     let fault = |call: &'static str, errno| SysError {
         call,
         on: path.display().to_string(),
@@ -399,9 +432,12 @@ mod tests {
     use nix::errno::Errno;
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
     use nix::sys::wait::WaitPidFlag;
+    use std::fs;
     use std::io::{Read, Write, pipe};
+    use std::ops::Deref;
     use std::os::fd::{AsRawFd, OwnedFd};
-    use std::path::Path;
+    use std::os::unix::fs::symlink;
+    use std::path::{Path, PathBuf};
     use std::time::{Duration, Instant};
 
     fn shell(script: &str, fds: Vec<(OwnedFd, i32)>) -> Command {
@@ -415,8 +451,34 @@ mod tests {
         }
     }
 
-    fn helpers() -> Helpers {
-        Helpers::start("/bin".into()).unwrap()
+    /// A shell by the side of a `wshd` that nobody starts here.
+    struct Shells {
+        helpers: Helpers,
+        directory: PathBuf,
+    }
+
+    impl Deref for Shells {
+        type Target = Helpers;
+
+        fn deref(&self) -> &Helpers {
+            &self.helpers
+        }
+    }
+
+    impl Drop for Shells {
+        fn drop(&mut self) {
+            fs::remove_dir_all(&self.directory).unwrap();
+        }
+    }
+
+    fn helpers() -> Shells {
+        let name = format!("ostler-helpers-{}", std::process::id());
+        let directory = std::env::temp_dir().join(name);
+        fs::create_dir(&directory).unwrap();
+        fs::write(directory.join("wshd"), "not started").unwrap();
+        symlink("/bin/sh", directory.join("sh")).unwrap();
+        let helpers = Helpers::start(directory.clone()).unwrap();
+        Shells { helpers, directory }
     }
 
     async fn output(helpers: &Helpers, mut command: Command) -> String {
@@ -626,10 +688,9 @@ mod tests {
         else {
             panic!("{error}")
         };
-        assert_eq!(
-            (source.errno, source.on.as_str()),
-            (Errno::ENOENT, "/bin/no-such-helper")
-        );
+        let path = helpers.directory.join("no-such-helper");
+        assert_eq!(source.errno, Errno::ENOENT);
+        assert_eq!(Path::new(&source.on), path);
         let mut command = shell("", Vec::new());
         command.args.push("a\0b".into());
         assert!(helpers.spawn(command).await.is_err());

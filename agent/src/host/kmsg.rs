@@ -54,6 +54,8 @@ pub enum Event {
     Kill(OomKill),
     /// The kernel overwrote records that were not read: kills may have been missed.
     Overrun,
+    /// Everything that the log has was read, up to the record with this sequence number.
+    Drained(u64),
 }
 
 /// A record that matters.
@@ -161,6 +163,8 @@ pub struct Kmsg {
 struct Reader {
     /// Whether a record was read.
     begun: bool,
+    /// The last record's number, until [`Event::Drained`] has told it.
+    untold: Option<u64>,
     /// The last victim chosen, until it is killed.
     chosen: Option<OomKill>,
 }
@@ -183,7 +187,7 @@ impl Kmsg {
         })
     }
 
-    /// Waits for the next kill. The first event is [`Event::Overrun`] if the log has lost its beginning.
+    /// Waits for what is next. The first event is [`Event::Overrun`] if the log has lost its beginning.
     /// Cancel-safe: what was read is kept in `self`.
     ///
     /// # Errors
@@ -198,8 +202,11 @@ impl Kmsg {
                 let mut guard = self.file.readable().await?;
                 match guard.try_io(|file| Ok(read(file, &mut record)?)) {
                     Ok(read) => read,
-                    // Nothing yet after all.
-                    Err(_would_block) => continue,
+                    // Nothing more for now.
+                    Err(_would_block) => match self.reader.untold.take() {
+                        Some(last) => return Ok(Event::Drained(last)),
+                        None => continue,
+                    },
                 }
             };
             match read {
@@ -210,7 +217,7 @@ impl Kmsg {
                 Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {
                     self.reader = Reader {
                         begun: true,
-                        chosen: None,
+                        ..Reader::default()
                     };
                     return Ok(Event::Overrun);
                 }
@@ -226,7 +233,9 @@ impl Reader {
     /// another number was overwritten before anybody read it.
     fn take(&mut self, record: &[u8]) -> Vec<Event> {
         let first = !std::mem::replace(&mut self.begun, true);
-        let overrun = (first && sequence(record) != Some(0)).then_some(Event::Overrun);
+        let number = sequence(record);
+        self.untold = number.or(self.untold);
+        let overrun = (first && number != Some(0)).then_some(Event::Overrun);
         let kill = parse(record).and_then(|line| self.join(line));
         overrun.into_iter().chain(kill.map(Event::Kill)).collect()
     }
@@ -530,7 +539,7 @@ mod tests {
             loop {
                 match kmsg.next().await.unwrap() {
                     Event::Kill(kill) if kill.pid == pid => return kill,
-                    Event::Kill(_) | Event::Overrun => {}
+                    Event::Kill(_) | Event::Overrun | Event::Drained(_) => {}
                 }
             }
         };

@@ -8,6 +8,7 @@ pub mod depot;
 pub mod helpers;
 pub mod kmsg;
 pub mod network;
+pub mod probe;
 
 use std::future::pending;
 use std::io;
@@ -24,10 +25,13 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stat
     let span = Span::current();
     match tokio::task::spawn_blocking(move || span.in_scope(work)).await {
         Ok(value) => value,
-        Err(error) => match error.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            Err(_cancelled) => pending().await,
-        },
+        Err(error) => {
+            if let Ok(panic) = error.try_into_panic() {
+                std::panic::resume_unwind(panic);
+            }
+            // The runtime is shutting down.
+            pending().await
+        }
     }
 }
 

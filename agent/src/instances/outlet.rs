@@ -1,14 +1,20 @@
 //! What the instances' room says to the bus: channels that the bus owns the other ends of.
 //!
 //! Four strengths of saying something, from weak to strong:
-//! [`Outlet::offer`] never waits, and is gone when the bus is away or behind (heartbeats, routes: the
-//! next one says it again); [`Outlet::send`] waits its turn, and is gone when the bus is;
+//! [`Outlet::offer`] never waits, and is gone when the bus is away or behind (heartbeats: the next one says
+//! it again); [`Outlet::send`] waits its turn, and is gone when the bus is;
 //! [`Outlet::confirm`] tells whether everything sent since a [`Mark`] has reached the server;
 //! [`Outlet::deliver`] repeats until it has (exits, OOM events).
 //!
-//! Output has a channel of its own, so that an app which prints a lot delays no heartbeat.
+//! Output has a channel of its own, so that an app which prints a lot delays no heartbeat; and so has what
+//! is offered, so that a flood of commands with all its answers displaces none. So have routes, of which there
+//! may be more than any channel holds: they are said one by one as there is [`Room`].
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::timeout;
 
 /// One message for the bus.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -50,35 +56,96 @@ pub struct Link {
 pub enum Request {
     /// Publish this, if there is a connection.
     Publish(Message),
-    /// Answer with the number of connects once a message to ourselves, sent after everything before
-    /// this request, has come back from the server. Dropped if the connection goes first.
-    Barrier(oneshot::Sender<u64>),
+    /// Answer once a message to ourselves, sent after everything before this request, has come back from
+    /// the server. Dropped if the connection goes first.
+    Barrier(Barrier),
     /// Answer with a sender, and then say nothing until that is dropped, or for a second.
     Pause(oneshot::Sender<oneshot::Sender<()>>),
+}
+
+/// Who waits for a barrier.
+#[derive(Debug)]
+pub struct Barrier {
+    /// The subject that he has said something on, or what it begins with; if nothing of it must have
+    /// been refused.
+    pub about: Option<String>,
+    /// How many refusals there were before he said it.
+    pub since: u64,
+    /// Where he waits.
+    pub answer: oneshot::Sender<Echo>,
+}
+
+/// A barrier is back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Echo {
+    /// On the connection with this number.
+    Confirmed(u64),
+    /// The server did not take something that was said before it.
+    Refused,
+}
+
+/// Whether the server has what was said.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Confirmation {
+    /// It has.
+    Sure,
+    /// Nobody knows: the connection is another one. To be said again.
+    Unsure,
+    /// It has not taken it, and will not until somebody allows it. To be said again after a while.
+    Refused,
+}
+
+/// How many there were so far.
+#[derive(Debug, Clone, Default)]
+pub struct Counter(Arc<AtomicU64>);
+
+impl Counter {
+    /// One more; gives its number, from 1 on.
+    pub fn count(&self) -> u64 {
+        self.0.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// How many.
+    #[must_use]
+    pub fn value(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 /// The instances' end.
 #[derive(Debug, Clone)]
 pub struct Outlet {
+    offers: mpsc::Sender<Message>,
     control: mpsc::Sender<Request>,
+    routes: mpsc::Sender<Request>,
     output: mpsc::Sender<Request>,
     link: watch::Receiver<Link>,
+    refused: Counter,
+    dropped: Counter,
 }
 
 /// The ends that the bus keeps.
 #[derive(Debug)]
 pub struct Inlet {
-    /// Everything but output; goes first.
+    /// What never waited; goes first.
+    pub offers: mpsc::Receiver<Message>,
+    /// Everything else but routes and output; goes before those.
     pub control: mpsc::Receiver<Request>,
+    /// Routes.
+    pub routes: mpsc::Receiver<Request>,
     /// Output, in the order of each job.
     pub output: mpsc::Receiver<Request>,
     /// To be kept true.
     pub link: watch::Sender<Link>,
+    /// Messages that the server, or the bus for it, has refused: to be counted up.
+    pub refused: Counter,
+    /// Messages that came and were dropped, because this host read too slowly: to be counted up.
+    pub dropped: Counter,
 }
 
 /// A point in one connection's life; see [`Outlet::confirm`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Mark(Link);
+pub struct Mark(Link, u64);
 
 impl Mark {
     /// Whether there was a connection.
@@ -92,10 +159,31 @@ impl Mark {
     pub fn max_payload(self) -> usize {
         self.0.max_payload
     }
+
+    /// How many connects had succeeded by then.
+    #[must_use]
+    pub fn connects(self) -> u64 {
+        self.0.connects
+    }
+
+    /// How many messages of this host had been refused by then.
+    #[must_use]
+    pub fn refused(self) -> u64 {
+        self.1
+    }
 }
 
-/// Control messages that may wait for the bus: a heartbeat, an advertisement and a thousand routes.
+/// Offers that may wait for the bus: heartbeats and advertisements.
+const OFFERS: usize = 1024;
+
+/// Control messages that may wait for the bus: an exit of each of a thousand instances.
 const CONTROL: usize = 1024;
+
+/// Words about routes that may wait for the bus.
+const ROUTES: usize = 64;
+
+/// Between two tries to say what the server does not take.
+pub const REFUSED_PAUSE: Duration = Duration::from_secs(10);
 
 /// Output messages that may wait for the bus: enough to batch, few enough that a slow server is felt at
 /// once by whoever publishes (64 records are 4 MiB).
@@ -104,31 +192,45 @@ const OUTPUT: usize = 64;
 /// An outlet, and the ends that the bus keeps.
 #[must_use]
 pub fn outlet() -> (Outlet, Inlet) {
+    let (offers, offered) = mpsc::channel(OFFERS);
     let (control, controls) = mpsc::channel(CONTROL);
+    let (routes, words) = mpsc::channel(ROUTES);
     let (output, outputs) = mpsc::channel(OUTPUT);
     let (tell, link) = watch::channel(Link::default());
+    let (refused, dropped) = (Counter::default(), Counter::default());
     let inlet = Inlet {
+        offers: offered,
         control: controls,
+        routes: words,
         output: outputs,
         link: tell,
+        refused: refused.clone(),
+        dropped: dropped.clone(),
     };
     (
         Outlet {
+            offers,
             control,
+            routes,
             output,
             link,
+            refused,
+            dropped,
         },
         inlet,
     )
 }
 
 impl Outlet {
-    /// Says it if there is a connection that takes it now; otherwise it is gone.
-    pub fn offer(&self, message: Message) {
+    /// Says it if there is a connection that takes it now; otherwise it is gone. `false`: there is one,
+    /// and it is behind.
+    pub fn offer(&self, message: Message) -> bool {
         let subject = message.subject.clone();
-        if self.link.borrow().up && self.control.try_send(Request::Publish(message)).is_err() {
+        let taken = !self.link.borrow().up || self.offers.try_send(message).is_ok();
+        if !taken {
             tracing::warn!(subject, "the bus is behind: a message was left out");
         }
+        taken
     }
 
     /// Says it, after what waits already, if there is a connection then; otherwise it is gone.
@@ -142,32 +244,59 @@ impl Outlet {
         drop(self.output.send(Request::Publish(message)).await);
     }
 
+    /// Waits until one more word about a route can be said.
+    pub async fn room(&self) -> Room<'_> {
+        match self.routes.reserve().await {
+            Ok(room) => Room(room),
+            // The bus is gone, and so is the agent in a moment.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Whether all routes that were taken back since `mark` are with the server.
+    pub async fn confirm_routes(&self, mark: Mark) -> bool {
+        let about = Some(messages::subjects::ROUTER_UNREGISTER);
+        confirmed(&self.routes, mark, about).await == Confirmation::Sure
+    }
+
     /// The connection as it is now.
     #[must_use]
     pub fn mark(&self) -> Mark {
-        Mark(*self.link.borrow())
+        Mark(*self.link.borrow(), self.refused.value())
     }
 
-    /// Whether everything printed since `mark` has reached the server. `false` means: unknown, say it
-    /// again. Ends at the latest when the connection does.
-    pub async fn confirm(&self, mark: Mark) -> bool {
-        confirmed(&self.output, mark).await
+    /// Whether everything printed since `mark` on subjects that begin with `about` has reached the server.
+    /// Ends at the latest when the connection does.
+    pub async fn confirm(&self, mark: Mark, about: &str) -> Confirmation {
+        confirmed(&self.output, mark, Some(about)).await
     }
 
-    /// Says it until the server has it. Waits for a connection as long as it takes.
+    /// Says it until the server has taken it. Waits for a connection, and for leave to say it, as long as it
+    /// takes.
     pub async fn deliver(&self, message: &Message) {
         loop {
             let mark = self.up().await;
             self.send(message.clone()).await;
-            if confirmed(&self.control, mark).await {
-                return;
+            match confirmed(&self.control, mark, Some(&message.subject)).await {
+                Confirmation::Sure => return,
+                Confirmation::Unsure => {}
+                // A new connection may be to a server that takes it.
+                Confirmation::Refused => {
+                    drop(timeout(REFUSED_PAUSE, self.changed(mark)).await);
+                }
             }
         }
     }
 
-    /// Waits until the server has everything that was said, or the connection is gone.
-    pub async fn settle(&self) {
-        confirmed(&self.control, self.mark()).await;
+    /// Waits until the server has everything that was said ([`Confirmation::Sure`]), or the connection is gone.
+    pub async fn settle(&self) -> Confirmation {
+        confirmed(&self.control, self.mark(), None).await
+    }
+
+    /// How many messages to this host it did not get, because it read too slowly.
+    #[must_use]
+    pub fn dropped(&self) -> u64 {
+        self.dropped.value()
     }
 
     /// From here on nothing is said, whatever is asked for, until what this returns is dropped.
@@ -180,11 +309,11 @@ impl Outlet {
     /// Waits for a connection.
     pub async fn up(&self) -> Mark {
         let mut link = self.link.clone();
-        let up = link.wait_for(|link| link.up).await.map(|link| Mark(*link));
+        let up = link.wait_for(|link| link.up).await.is_ok();
         match up {
-            Ok(mark) => mark,
+            true => self.mark(),
             // The bus is gone, and so is the agent in a moment.
-            Err(_) => std::future::pending().await,
+            false => std::future::pending().await,
         }
     }
 
@@ -198,19 +327,41 @@ impl Outlet {
     }
 }
 
-async fn confirmed(channel: &mpsc::Sender<Request>, mark: Mark) -> bool {
-    let (answer, answered) = oneshot::channel();
-    if !mark.up() || channel.send(Request::Barrier(answer)).await.is_err() {
-        return false;
+/// Room for one word about a route; a choice of the word can be left to the moment in which it is said.
+#[derive(Debug)]
+pub struct Room<'a>(mpsc::Permit<'a, Request>);
+
+impl Room<'_> {
+    /// Says it, if there is a connection when its turn comes; otherwise it is gone.
+    pub fn say(self, message: Message) {
+        self.0.send(Request::Publish(message));
     }
-    answered
-        .await
-        .is_ok_and(|connects| connects == mark.0.connects)
+}
+
+async fn confirmed(
+    channel: &mpsc::Sender<Request>,
+    mark: Mark,
+    about: Option<&str>,
+) -> Confirmation {
+    let (answer, answered) = oneshot::channel();
+    let barrier = Barrier {
+        about: about.map(str::to_owned),
+        since: mark.1,
+        answer,
+    };
+    if !mark.up() || channel.send(Request::Barrier(barrier)).await.is_err() {
+        return Confirmation::Unsure;
+    }
+    match answered.await {
+        Ok(Echo::Confirmed(connects)) if connects == mark.0.connects => Confirmation::Sure,
+        Ok(Echo::Confirmed(_)) | Err(_) => Confirmation::Unsure,
+        Ok(Echo::Refused) => Confirmation::Refused,
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Link, Message, Request, outlet};
+    use super::{Barrier, Confirmation, Echo, Link, Message, Request, outlet};
 
     #[tokio::test]
     async fn a_confirmation_counts_only_on_the_connection_of_its_mark() {
@@ -222,11 +373,14 @@ mod tests {
         });
         let mark = outlet.mark();
         let bus = async {
-            for connects in [1, 2] {
-                let Some(Request::Barrier(answer)) = inlet.output.recv().await else {
+            for echo in [Echo::Confirmed(1), Echo::Confirmed(2), Echo::Refused] {
+                let Some(Request::Barrier(Barrier { about, answer, .. })) =
+                    inlet.output.recv().await
+                else {
                     panic!("no barrier")
                 };
-                answer.send(connects).unwrap();
+                assert_eq!(about.as_deref(), Some("a.b"));
+                answer.send(echo).unwrap();
             }
             let Some(Request::Barrier(dropped)) = inlet.output.recv().await else {
                 panic!("no barrier")
@@ -234,9 +388,15 @@ mod tests {
             drop(dropped);
         };
         let reader = async {
-            assert!(outlet.confirm(mark).await);
-            assert!(!outlet.confirm(mark).await, "a reconnect came between");
-            assert!(!outlet.confirm(mark).await, "the connection went");
+            let confirm = || outlet.confirm(mark, "a.b");
+            assert_eq!(confirm().await, Confirmation::Sure);
+            assert_eq!(
+                confirm().await,
+                Confirmation::Unsure,
+                "a reconnect came between"
+            );
+            assert_eq!(confirm().await, Confirmation::Refused);
+            assert_eq!(confirm().await, Confirmation::Unsure, "the connection went");
         };
         tokio::join!(bus, reader);
     }
@@ -245,17 +405,33 @@ mod tests {
     fn an_offer_never_waits() {
         let (outlet, inlet) = outlet();
         let offers = || {
-            (0..3000).for_each(|_| outlet.offer(Message::plain("dea.heartbeat", b"{}".to_vec())))
+            let heartbeat = || Message::plain("dea.heartbeat", b"{}".to_vec());
+            (0..3000).filter(|_| outlet.offer(heartbeat())).count()
         };
-        offers();
-        assert_eq!(inlet.control.len(), 0, "nobody is there");
+        assert_eq!(offers(), 3000, "nobody misses them");
+        assert_eq!(inlet.offers.len(), 0, "nobody is there");
         inlet.link.send_replace(Link {
             up: true,
             connects: 1,
             max_payload: 1 << 20,
         });
-        offers();
-        assert_eq!(inlet.control.len(), super::CONTROL);
+        assert_eq!(offers(), super::OFFERS);
+        assert_eq!(inlet.offers.len(), super::OFFERS);
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_answers_displaces_no_offer() {
+        let (outlet, inlet) = outlet();
+        inlet.link.send_replace(Link {
+            up: true,
+            connects: 1,
+            max_payload: 1 << 20,
+        });
+        for _ in 0..super::CONTROL {
+            outlet.send(Message::plain("inbox", b"{}".to_vec())).await;
+        }
+        outlet.offer(Message::plain("dea.heartbeat", b"{}".to_vec()));
+        assert_eq!(inlet.offers.len(), 1);
     }
 
     #[tokio::test]
@@ -268,16 +444,25 @@ mod tests {
                 connects: 1,
                 max_payload: 1 << 20,
             });
-            for round in 1..=3 {
+            for round in 1..=4 {
                 let Some(Request::Publish(said)) = inlet.control.recv().await else {
                     panic!("no message")
                 };
                 assert_eq!(said.subject, "droplet.exited");
-                let Some(Request::Barrier(answer)) = inlet.control.recv().await else {
+                let Some(Request::Barrier(barrier)) = inlet.control.recv().await else {
                     panic!("no barrier")
                 };
-                if round == 3 {
-                    answer.send(1).unwrap();
+                assert_eq!(barrier.since, u64::from(round == 4));
+                match round {
+                    3 => {
+                        inlet.refused.count();
+                        barrier.answer.send(Echo::Refused).unwrap();
+                        tokio::task::yield_now().await;
+                        assert!(inlet.control.is_empty(), "not again at once");
+                        inlet.link.send_modify(|link| link.connects = 2);
+                    }
+                    4 => barrier.answer.send(Echo::Confirmed(2)).unwrap(),
+                    _ => {}
                 }
             }
         };

@@ -5,7 +5,7 @@
 //! connection breaks: the linker is restarted at the confirmed cursor. Without a connection records
 //! are still read, for the end of the job must be known, but their bytes stay in the spool.
 
-use super::outlet::{Mark, Message, Outlet};
+use super::outlet::{Confirmation, Mark, Message, Outlet, REFUSED_PAUSE};
 use crate::engine::{Container, Followed};
 use container::spool::{Cursor, Record, Stream};
 use container::status::Status;
@@ -19,7 +19,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{debug, error, warn};
 
 /// Most bytes on their way without a confirmation.
@@ -116,7 +116,7 @@ impl CursorFile {
 
 /// `<cursor> <started> <delivered> <exit> <end>`: flags as 0 and 1, the exit as the hexadecimal of its
 /// status frame, the end as two offsets with a comma, `-` for what is not known.
-fn write_kept(cursor: Cursor, view: &JobView) -> String {
+pub(crate) fn write_kept(cursor: Cursor, view: &JobView) -> String {
     let exit = view.exit.map_or("-".to_owned(), |status| {
         status
             .encode()
@@ -132,7 +132,7 @@ fn write_kept(cursor: Cursor, view: &JobView) -> String {
     format!("{text:<width$}\n", width = KEPT_BYTES - 1)
 }
 
-fn read_kept(text: &str) -> Option<(Cursor, JobView)> {
+pub(crate) fn read_kept(text: &str) -> Option<(Cursor, JobView)> {
     let mut words = text.split_whitespace();
     let cursor = words.next()?.parse().ok()?;
     let (started, delivered) = (words.next()? == "1", words.next()? == "1");
@@ -166,6 +166,7 @@ pub async fn pump(
     (file, mut confirmed): (CursorFile, Cursor),
     view: watch::Sender<JobView>,
 ) {
+    let mut silent_until = None;
     while !view.borrow().delivered {
         let mark = outlet.mark();
         let mut flight = Flight {
@@ -173,6 +174,7 @@ pub async fn pump(
             confirmed,
             sent: confirmed,
             mark,
+            silent_until: silent_until.take(),
         };
         let why = flight.fly(&outlet, &source, &file, &view).await;
         confirmed = flight.confirmed;
@@ -194,6 +196,10 @@ pub async fn pump(
                 }
             }
             Landed::LinkChanged => debug!(handle = source.handle, %confirmed, "output rewound"),
+            Landed::Refused => {
+                debug!(handle = source.handle, %confirmed, "output refused");
+                silent_until = Some(Instant::now() + REFUSED_PAUSE);
+            }
         }
         if view.borrow().end.is_some() {
             // All that is left to do needs the bus.
@@ -207,6 +213,8 @@ enum Landed {
     Delivered,
     Lost(String),
     LinkChanged,
+    /// The server did not take something of what was published.
+    Refused,
 }
 
 /// One connection's worth of publishing.
@@ -215,9 +223,15 @@ struct Flight<'a> {
     confirmed: Cursor,
     sent: Cursor,
     mark: Mark,
+    /// Nothing is published so long, as if there were no connection: the server would not take it.
+    silent_until: Option<Instant>,
 }
 
 impl Flight<'_> {
+    fn speaks(&self) -> bool {
+        self.mark.up() && self.silent_until.is_none()
+    }
+
     async fn fly(
         &mut self,
         outlet: &Outlet,
@@ -232,12 +246,12 @@ impl Flight<'_> {
         let mut target = self.confirmed;
         let mut confirming = pin!(Fuse::terminated());
         loop {
-            if self.mark.up() && ended && self.confirmed == self.sent {
+            if self.speaks() && ended && self.confirmed == self.sent {
                 return Landed::Delivered;
             }
             if confirming.is_terminated() && self.sent != self.confirmed {
                 target = self.sent;
-                confirming.set(outlet.confirm(self.mark).fuse());
+                confirming.set(outlet.confirm(self.mark, &source.subject).fuse());
             }
             let full = self.sent.position.saturating_sub(self.confirmed.position) >= WINDOW;
             if !full {
@@ -248,9 +262,12 @@ impl Flight<'_> {
                 // the window.
                 biased;
                 () = outlet.changed(self.mark) => return Landed::LinkChanged,
-                sure = &mut confirming, if !confirming.is_terminated() => {
-                    if !sure {
-                        return Landed::LinkChanged;
+                () = until(self.silent_until) => return Landed::LinkChanged,
+                confirmation = &mut confirming, if !confirming.is_terminated() => {
+                    match confirmation {
+                        Confirmation::Sure => {}
+                        Confirmation::Unsure => return Landed::LinkChanged,
+                        Confirmation::Refused => return Landed::Refused,
                     }
                     self.confirmed = target;
                     let facts = view.borrow().clone();
@@ -258,7 +275,7 @@ impl Flight<'_> {
                 }
                 followed = follow.recv(), if !full && !ended => match followed {
                     Some(Followed::Frame(frame)) => {
-                        if self.mark.up() {
+                        if self.speaks() {
                             self.publish(&frame.record, outlet, source).await;
                             self.sent = frame.next;
                         }
@@ -305,6 +322,13 @@ impl Flight<'_> {
             }
             Record::Started | Record::Exit { .. } | Record::End { .. } => {}
         }
+    }
+}
+
+async fn until(instant: Option<Instant>) {
+    match instant {
+        Some(instant) => sleep_until(instant).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -56,6 +56,12 @@ pub struct Record {
     pub oom_kills: u64,
     /// One of those kills ends (or ended) the instance.
     pub out_of_memory: bool,
+    /// It has passed its health check: also an EVACUATING one may still be starting.
+    #[serde(default)]
+    pub healthy: bool,
+    /// Its hook `after_start` is still to be run to its end.
+    #[serde(default)]
+    pub after_start: bool,
     /// How it is being stopped, if it is.
     pub stopping: Option<Stopping>,
     /// Why it is CRASHED, in words, where the job itself does not know.
@@ -65,6 +71,9 @@ pub struct Record {
     pub exit: Option<Exit>,
     /// Events that the bus has not confirmed, oldest first.
     pub unsent: Vec<Event>,
+    /// Routes that were taken back, and the bus has not confirmed it; oldest first.
+    #[serde(default)]
+    pub taken_back: Vec<TakenBack>,
 }
 
 /// The limits of one instance.
@@ -94,6 +103,8 @@ pub enum StopReason {
     Stopped,
     /// The agent is shutting down.
     Shutdown,
+    /// The host is being emptied, and it was not relieved in time.
+    Evacuation,
 }
 
 /// How the job ended.
@@ -109,6 +120,17 @@ pub struct Exit {
     pub time: u64,
 }
 
+/// A route that routers may still have.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TakenBack {
+    /// The host's address, as it was told.
+    pub host: String,
+    /// The port.
+    pub port: u16,
+    /// Some of the app's URIs, or all.
+    pub uris: Vec<String>,
+}
+
 /// An event that must reach the bus.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Event {
@@ -116,6 +138,23 @@ pub struct Event {
     pub subject: String,
     /// Its body, JSON.
     pub body: serde_json::Value,
+}
+
+impl Record {
+    /// Whether it serves: its route is open.
+    #[must_use]
+    pub fn serves(&self) -> bool {
+        match self.state {
+            State::Running => true,
+            State::Evacuating => self.healthy,
+            State::Born
+            | State::Starting
+            | State::Stopping
+            | State::Stopped
+            | State::Crashed
+            | State::Resuming => false,
+        }
+    }
 }
 
 mod state_name {
@@ -254,13 +293,13 @@ impl Records {
 }
 
 /// The container that a record names which cannot be used otherwise.
-fn container_of(bytes: &[u8]) -> Option<Saved> {
+pub(crate) fn container_of(bytes: &[u8]) -> Option<Saved> {
     let mut record: serde_json::Value = serde_json::from_slice(bytes).ok()?;
     let saved: Saved = serde_json::from_value(record.get_mut("container")?.take()).ok()?;
     is_handle(&saved.handle).then_some(saved)
 }
 
-fn understand(bytes: &[u8]) -> Result<Record, String> {
+pub(crate) fn understand(bytes: &[u8]) -> Result<Record, String> {
     let record: Record = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
     if record.format != FORMAT {
         return Err(format!(
@@ -360,6 +399,8 @@ mod tests {
             spawned: true,
             oom_kills: 0,
             out_of_memory: false,
+            healthy: true,
+            after_start: false,
             stopping: None,
             failure: None,
             exit: None,
@@ -367,6 +408,7 @@ mod tests {
                 subject: "s".into(),
                 body: serde_json::json!(1),
             }],
+            taken_back: Vec::new(),
         }
     }
 

@@ -11,6 +11,10 @@
 //!                                         ▼ reaped: gone
 //! ```
 //!
+//! Where the host is emptied, BORN, STARTING and RUNNING become EVACUATING. One that was starting goes on
+//! is to serve; it may fail as before. Nothing but an end leads out of EVACUATING. RUNNING fails only by its
+//! hook `after_start`.
+//!
 //! The names are those of the DEA (external state names of heartbeats and `dea.find.droplet`).
 
 use messages::state::State;
@@ -30,6 +34,8 @@ pub enum Ask {
     OutOfMemory,
     /// Somebody wants it stopped.
     Stop,
+    /// The host is being emptied.
+    Evacuate,
     /// Everything of it is gone.
     Gone,
 }
@@ -50,11 +56,11 @@ pub fn admit(state: State, ask: Ask) -> Act {
         (State::Born, Ask::Start) => Act::Enter(State::Starting),
         (State::Starting | State::Resuming, Ask::Healthy) => Act::Enter(State::Running),
         (
-            State::Born | State::Starting | State::Resuming,
+            State::Born | State::Starting | State::Resuming | State::Running | State::Evacuating,
             Ask::StartFailed | Ask::Ended | Ask::OutOfMemory,
-        )
-        | (State::Running | State::Evacuating, Ask::Ended | Ask::OutOfMemory) => {
-            Act::Enter(State::Crashed)
+        ) => Act::Enter(State::Crashed),
+        (State::Born | State::Starting | State::Resuming | State::Running, Ask::Evacuate) => {
+            Act::Enter(State::Evacuating)
         }
         (
             State::Born | State::Starting | State::Resuming | State::Running | State::Evacuating,
@@ -71,14 +77,15 @@ pub fn admit(state: State, ask: Ask) -> Act {
             | Ask::Healthy
             | Ask::StartFailed
             | Ask::Start
+            | Ask::Evacuate
             | Ask::Gone,
         )
         | (State::Born, Ask::Healthy | Ask::Gone)
         | (State::Starting | State::Resuming, Ask::Start | Ask::Gone)
-        | (
-            State::Running | State::Evacuating,
-            Ask::Start | Ask::Healthy | Ask::StartFailed | Ask::Gone,
-        ) => Act::Nothing,
+        | (State::Running, Ask::Start | Ask::Healthy | Ask::Gone)
+        | (State::Evacuating, Ask::Start | Ask::Healthy | Ask::Evacuate | Ask::Gone) => {
+            Act::Nothing
+        }
     }
 }
 
@@ -88,6 +95,17 @@ pub fn holds_memory(state: State) -> bool {
     match state {
         State::Born | State::Starting | State::Running | State::Stopping => true,
         State::Stopped | State::Crashed | State::Resuming | State::Evacuating => false,
+    }
+}
+
+/// Whether an instance in `state` is on its way out, or is out.
+#[must_use]
+pub fn is_ending(state: State) -> bool {
+    match state {
+        State::Stopping | State::Stopped | State::Crashed => true,
+        State::Born | State::Starting | State::Running | State::Resuming | State::Evacuating => {
+            false
+        }
     }
 }
 
@@ -115,22 +133,24 @@ mod tests {
         State::Resuming,
         State::Evacuating,
     ];
-    const ASKS: [Ask; 7] = [
+    const ASKS: [Ask; 8] = [
         Ask::Start,
         Ask::Healthy,
         Ask::StartFailed,
         Ask::Ended,
         Ask::OutOfMemory,
         Ask::Stop,
+        Ask::Evacuate,
         Ask::Gone,
     ];
 
     /// The whole table, one row a state, one letter an ask in the order of `ASKS`:
-    /// `s`tarting, `r`unning, `c`rashed, `p` stopping, `d` stopped, `-` nothing.
+    /// `s`tarting, `r`unning, `c`rashed, `p` stopping, `d` stopped, `e`vacuating, `-` nothing.
     #[test]
     fn the_table_is_this_one() {
         let rows = [
-            "s-cccp-", "-rcccp-", "---ccp-", "------d", "-------", "-------", "-rcccp-", "---ccp-",
+            "s-cccpe-", "-rcccpe-", "--cccpe-", "-------d", "--------", "--------", "-rcccpe-",
+            "--cccp--",
         ];
         for (state, row) in STATES.into_iter().zip(rows) {
             let told: String = ASKS
@@ -141,7 +161,8 @@ mod tests {
                     Act::Enter(State::Crashed) => 'c',
                     Act::Enter(State::Stopping) => 'p',
                     Act::Enter(State::Stopped) => 'd',
-                    Act::Enter(_) => '?',
+                    Act::Enter(State::Evacuating) => 'e',
+                    Act::Enter(State::Born | State::Resuming) => '?',
                     Act::Nothing => '-',
                 })
                 .collect();

@@ -1,13 +1,18 @@
 //! What all instances share.
 
+use super::crashes::Crashes;
 use super::droplets::Droplets;
 use super::instance::Change;
 use super::outlet::Outlet;
 use super::record::Records;
+use super::routes::Routes;
 use crate::config::Config;
 use crate::engine::Engine;
 use std::time::{SystemTime, UNIX_EPOCH};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
+
+/// Records that are written at once: a quarter of tokio's blocking threads.
+pub const SAVES: usize = 128;
 
 /// What all instances share.
 #[derive(Debug)]
@@ -22,10 +27,18 @@ pub struct World {
     pub engine: Engine,
     /// Downloads.
     pub droplets: Droplets,
+    /// What crashes left.
+    pub crashes: Crashes,
     /// What is on disk.
     pub records: Records,
+    /// As many records are written at once; a disk that hangs must not hold every thread that may block.
+    pub saves: Semaphore,
+    /// As many containers are made at once: a thousand starts together would all be too late.
+    pub starts: Semaphore,
     /// The way to the bus.
     pub outlet: Outlet,
+    /// What routers are told.
+    pub routes: Routes,
     /// The way to the stable.
     pub changes: mpsc::UnboundedSender<Change>,
 }

@@ -1,8 +1,9 @@
-//! Making the container's init.
+//! Making the container's processes.
 
 use crate::fault::{Context, SysError};
 use nix::errno::Errno;
 use nix::libc;
+use nix::sched::CloneFlags;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 /// On which side of the clone we are.
@@ -19,23 +20,22 @@ pub enum Side {
     },
 }
 
-/// Clones this process into new mount, pid, network, ipc and uts namespaces, and into a v2 control
-/// group if one is given. The child's end sends no signal until init has adopted it.
+/// Clones this process into new namespaces, and into a v2 control group if one is given. Other
+/// namespaces belong to the new user namespace, if one is among them. The child's end sends no signal
+/// until init has adopted it.
 ///
 /// # Errors
 /// `EPERM`: no `CAP_SYS_ADMIN`. `EBUSY`, `EOPNOTSUPP`: the group takes no processes. `ENOSPC`: too many
-/// namespaces.
-pub fn into_namespaces(group: Option<BorrowedFd<'_>>) -> Result<Side, SysError> {
-    const NAMESPACES: libc::c_int = libc::CLONE_NEWNS
-        | libc::CLONE_NEWPID
-        | libc::CLONE_NEWNET
-        | libc::CLONE_NEWIPC
-        | libc::CLONE_NEWUTS;
+/// namespaces (`/proc/sys/user/max_*_namespaces`). `EINVAL`: the kernel has no such namespace.
+pub fn into_namespaces(
+    namespaces: CloneFlags,
+    group: Option<BorrowedFd<'_>>,
+) -> Result<Side, SysError> {
     /// Not an `int`: clone3(2) only.
     const INTO_CGROUP: u64 = 0x2_0000_0000;
 
     let mut pidfd: RawFd = -1;
-    let mut flags = u64::from((NAMESPACES | libc::CLONE_PIDFD).cast_unsigned());
+    let mut flags = u64::from((namespaces.bits() | libc::CLONE_PIDFD).cast_unsigned());
     let mut cgroup = 0;
     if let Some(group) = group {
         flags |= INTO_CGROUP;
@@ -64,7 +64,7 @@ pub fn into_namespaces(group: Option<BorrowedFd<'_>>) -> Result<Side, SysError> 
             size_of::<libc::clone_args>(),
         )
     };
-    match Errno::result(answer).context("clone3", "new namespaces")? {
+    match Errno::result(answer).context("clone3", format_args!("{namespaces:?}"))? {
         0 => Ok(Side::Child),
         pid => Ok(Side::Parent {
             // SAFETY: the kernel has just put this descriptor there for us alone.

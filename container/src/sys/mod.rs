@@ -7,13 +7,18 @@
     reason = "the one room with unsafe; every block names its precondition"
 )]
 
+pub mod bpf;
 pub mod caps;
 pub mod clone;
 pub mod fdpass;
 pub mod inherit;
+pub mod interrupt;
 pub mod mount;
 pub mod pages;
 pub mod pidfd;
 pub mod pipe;
 pub mod process;
+pub mod quota;
+pub mod seccomp;
 pub mod terminal;
+pub mod volume;

@@ -5,7 +5,7 @@ use nix::{
     errno::Errno,
     libc::{self, c_int},
 };
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::ptr;
 
 /// Copies up to `len` bytes from one pipe to another without taking them from the first, `tee(2)`;
@@ -53,4 +53,13 @@ pub fn waiting(pipe: BorrowedFd<'_>) -> Result<usize> {
     let done = unsafe { libc::ioctl(pipe.as_raw_fd(), libc::FIONREAD, &raw mut bytes) };
     Errno::result(done)?;
     Ok(usize::try_from(bytes).unwrap_or(0))
+}
+
+/// Whether this is an end of a pipe of pipe(2). A named pipe is somebody's file.
+///
+/// # Errors
+/// None is known.
+pub fn is_anonymous(fd: impl AsFd) -> Result<bool> {
+    const PIPEFS_MAGIC: i64 = 0x5049_5045;
+    Ok(nix::sys::statfs::fstatfs(fd)?.filesystem_type().0 == PIPEFS_MAGIC)
 }

@@ -6,6 +6,8 @@ use crate::status::Status;
 use nix::Result;
 use nix::errno::Errno;
 use nix::libc;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::unistd::{Uid, setresuid};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 
 /// Takes possession of a descriptor that came through `exec` under a fixed number, and makes it
@@ -152,6 +154,96 @@ pub fn new_session_keyring() -> Result<()> {
         Err(Errno::ENOSYS) => Ok(()),
         other => other.map(drop),
     }
+}
+
+/// Does something as another user of the host, with all capabilities: what the kernel makes on the way is
+/// that user's, and counts on its account.
+///
+/// # Errors
+/// `EPERM`: no `CAP_SETPCAP` or `CAP_SETUID`; nothing was done. `work`'s own.
+pub fn as_user<T>(
+    uid: u32,
+    work: impl FnOnce() -> std::result::Result<T, SysError>,
+) -> std::result::Result<T, SysError> {
+    /// `SECBIT_NO_SETUID_FIXUP`: ids change, capabilities stay (capabilities(7)).
+    const NO_SETUID_FIXUP: libc::c_ulong = 4;
+    let keep = |bits: libc::c_ulong| {
+        // SAFETY: PR_SET_SECUREBITS takes a number and touches no memory.
+        let answer = unsafe { libc::prctl(libc::PR_SET_SECUREBITS, bits) };
+        Errno::result(answer).context("prctl", "PR_SET_SECUREBITS")
+    };
+    let become_ = |uid: u32| {
+        // "Leave it" to setresuid(2): the real id stays, and with it the unlimited processes of root.
+        let same = Uid::from_raw(u32::MAX);
+        setresuid(same, Uid::from_raw(uid), same).context("setresuid", uid)
+    };
+    keep(NO_SETUID_FIXUP)?;
+    become_(uid)?;
+    let done = work();
+    become_(0)?;
+    keep(0)?;
+    done
+}
+
+/// Readies what jobs inherit and cannot get once we have left the host's user namespace: the highest limit on
+/// open files that may be had, and no protection from the host's OOM killer, which the agent may have.
+/// What is refused stays as it is.
+pub fn prepare_limits() {
+    let raised = std::fs::read_to_string("/proc/sys/fs/nr_open");
+    let most: Option<u64> = raised.ok().and_then(|text| text.trim().parse().ok());
+    if let (Some(most), Ok((soft, _))) = (most, getrlimit(Resource::RLIMIT_NOFILE)) {
+        let _as_it_was = setrlimit(Resource::RLIMIT_NOFILE, soft, most);
+    }
+    let _as_it_was = std::fs::write("/proc/self/oom_score_adj", "0");
+}
+
+/// The supplementary groups of this process, in ascending order. (nix's own asks the C library for the most
+/// that there can be, which reads a file of the root file system's `/proc`.)
+///
+/// # Errors
+/// None is known.
+pub fn groups() -> Result<Vec<u32>> {
+    // SAFETY: with no room getgroups(2) counts, and writes nothing.
+    let count = Errno::result(unsafe { libc::getgroups(0, std::ptr::null_mut()) })?;
+    let mut groups = vec![0; usize::try_from(count).unwrap_or(0)];
+    // SAFETY: getgroups(2) writes as many numbers as there is room for, or refuses.
+    Errno::result(unsafe { libc::getgroups(count, groups.as_mut_ptr()) })?;
+    groups.sort_unstable();
+    Ok(groups)
+}
+
+/// A resource limit of a process, by its number in our pid namespace.
+///
+/// # Errors
+/// `ESRCH`: there is none.
+pub fn rlimit_of(pid: i32, resource: u32) -> Result<Rlimit> {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: prlimit(2) with no new limit writes one rlimit.
+    let answer = unsafe { libc::prlimit(pid, resource, std::ptr::null(), &raw mut limit) };
+    Errno::result(answer)?;
+    Ok(Rlimit {
+        resource,
+        soft: limit.rlim_cur,
+        hard: limit.rlim_max,
+    })
+}
+
+/// Sets a resource limit of a process, by its number in our pid namespace.
+///
+/// # Errors
+/// `ESRCH`: there is none. `EPERM`: the hard limit may not be raised.
+pub fn set_rlimit_of(pid: i32, limit: &Rlimit) -> Result<()> {
+    let wanted = libc::rlimit {
+        rlim_cur: limit.soft,
+        rlim_max: limit.hard,
+    };
+    // SAFETY: prlimit(2) reads one rlimit, and with a null pointer writes none.
+    let answer =
+        unsafe { libc::prlimit(pid, limit.resource, &raw const wanted, std::ptr::null_mut()) };
+    Errno::result(answer).map(drop)
 }
 
 /// Sets a resource limit. Where we may not raise the hard limit (no `CAP_SYS_RESOURCE`), it and the soft

@@ -85,21 +85,31 @@ pub(super) fn supervised(
     }
 }
 
-/// Waits for a job that has our own descriptors, and relays what it writes to a terminal of ours.
+/// Waits for a job that has our own descriptors, and relays what it writes to a terminal of ours or reads
+/// from it.
 pub(super) fn descriptors(
     peer: &Peer<'_>,
     signals: &Signals,
     relays: &mut [Relay],
+    keys: &mut Option<Keys>,
 ) -> Result<End, SysError> {
+    let stdin = std::io::stdin();
     let mut post = Post::new();
     loop {
         let mut fds = vec![
             PollFd::new(peer.client.as_fd(), PollFlags::POLLIN),
             PollFd::new(signals.as_fd(), PollFlags::POLLIN),
         ];
+        fds.extend(keys.as_ref().map(|keys| keys.watched(stdin.as_fd())));
         fds.extend(relays.iter().filter_map(Relay::watched));
         wait(&mut fds, post.timeout())?;
-        let [connection, signalled] = [0, 1].map(|at| fds.get(at).is_some_and(seen));
+        let [connection, signalled, typed] = [0, 1, 2].map(|at| fds.get(at).is_some_and(seen));
+        if keys
+            .as_mut()
+            .is_some_and(|keys| typed && keys.turn(stdin.as_fd()).is_none())
+        {
+            *keys = None;
+        }
         relays.iter_mut().for_each(Relay::turn);
         if connection {
             match Frame::read(peer)? {
@@ -389,6 +399,52 @@ impl Relay {
         if let Some(reader) = &self.reader {
             copy_rest(reader, self.to);
         }
+    }
+}
+
+/// A pipe in place of an input that is a terminal, for the same reason. The terminal stays as it is: what
+/// is typed comes by lines, and the keys for signals make signals, which are the job's.
+pub(super) struct Keys {
+    writer: OwnedFd,
+    /// Read and not yet written; nothing more is read meanwhile.
+    waiting: Vec<u8>,
+}
+
+impl Keys {
+    /// The relay, and what the job reads from.
+    pub(super) fn new() -> Result<(Self, OwnedFd), SysError> {
+        let (reader, writer) = pipe2(OFlag::O_CLOEXEC).context("pipe2", "keys")?;
+        fcntl(&writer, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).context("fcntl", "O_NONBLOCK")?;
+        let waiting = Vec::new();
+        Ok((Self { writer, waiting }, reader))
+    }
+
+    fn watched<'a>(&'a self, stdin: BorrowedFd<'a>) -> PollFd<'a> {
+        if self.waiting.is_empty() {
+            PollFd::new(stdin, PollFlags::POLLIN)
+        } else {
+            PollFd::new(self.writer.as_fd(), PollFlags::POLLOUT)
+        }
+    }
+
+    /// Passes on what there is; `None`: there will be no more, or nobody to read it.
+    fn turn(&mut self, stdin: BorrowedFd<'_>) -> Option<()> {
+        if self.waiting.is_empty() {
+            let mut buffer = [0; 4096];
+            match read(stdin, &mut buffer) {
+                Err(Errno::EINTR | Errno::EAGAIN) => return Some(()),
+                Ok(0) | Err(_) => return None,
+                Ok(length) => self
+                    .waiting
+                    .extend(buffer.get(..length).unwrap_or_default()),
+            }
+        }
+        match write(&self.writer, &self.waiting) {
+            Ok(written) => drop(self.waiting.drain(..written.min(self.waiting.len()))),
+            Err(Errno::EINTR | Errno::EAGAIN) => {}
+            Err(_) => return None,
+        }
+        Some(())
     }
 }
 

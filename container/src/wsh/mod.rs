@@ -17,7 +17,7 @@ use crate::fault::{Context, SysError};
 use crate::job::JobRequest;
 use crate::status::{Status, Step};
 use crate::sys::{inherit, terminal};
-use follow::{End, Output, Peer, Relay, Supervisor};
+use follow::{End, Keys, Output, Peer, Relay, Supervisor};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::Mode;
@@ -88,13 +88,15 @@ fn run(options: &Options) -> Result<End, SysError> {
     }
     let request = JobRequest {
         argv: options.command.clone(),
-        env: terminal_environment(),
+        env: environment(options),
+        cwd: options.dir.clone(),
+        rlimits: options.rlimits.clone(),
         ..JobRequest::default()
     };
     let (job, status) = (request.to_memfd()?, status.as_ref().map(AsFd::as_fd));
     // Before the request: a signal from now on is the job's.
     let signals = Signals::take()?;
-    if stdin.is_terminal() {
+    if stdin.is_terminal() && stdout.is_terminal() {
         let window = terminal::size(&stdin).context("ioctl", "TIOCGWINSZ")?;
         client.run(&options.user, job.as_fd(), Stdio::Terminal(window), status)?;
         let _raw = Raw::enter(&stdin)?;
@@ -117,7 +119,7 @@ fn let_go() -> Result<(), SysError> {
     dup2_stderr(&null).context("dup2", "stderr")
 }
 
-/// A person's job without a terminal of its own. Outputs that are the person's terminal are relayed.
+/// A person's job without a terminal of its own. What is the person's terminal is relayed.
 fn plain(
     peer: &Peer<'_>,
     signals: &Signals,
@@ -137,15 +139,21 @@ fn plain(
     };
     let out = instead(stdout.is_terminal(), Output::Stdout)?;
     let err = instead(stderr.is_terminal(), Output::Stderr)?;
+    let (mut keys, in_) = if stdin.is_terminal() {
+        let (keys, reader) = Keys::new()?;
+        (Some(keys), Some(reader))
+    } else {
+        (None, None)
+    };
     let three = [
-        stdin.as_fd(),
+        in_.as_ref().map_or(stdin.as_fd(), AsFd::as_fd),
         out.as_ref().map_or(stdout.as_fd(), AsFd::as_fd),
         err.as_ref().map_or(stderr.as_fd(), AsFd::as_fd),
     ];
     peer.client
         .run(&options.user, job, Stdio::Descriptors(three), status)?;
-    drop((out, err));
-    follow::descriptors(peer, signals, &mut relays)
+    drop((out, err, in_));
+    follow::descriptors(peer, signals, &mut relays, &mut keys)
 }
 
 /// The supervisor's job; the command line's program only where the job names none.
@@ -161,12 +169,15 @@ fn with_command(job: OwnedFd, options: &Options) -> Result<OwnedFd, SysError> {
     .to_memfd()
 }
 
-/// What a person's programs want to know of the terminal; nothing else of the host's environment.
-fn terminal_environment() -> Vec<Vec<u8>> {
-    let named = |name: &str| {
-        std::env::var_os(name).map(|value| [name.as_bytes(), b"=", &value.into_vec()].concat())
-    };
-    ["TERM", "LANG"].into_iter().filter_map(named).collect()
+/// What the person gives, and what programs want to know of the terminal; nothing else of the host's.
+fn environment(options: &Options) -> Vec<Vec<u8>> {
+    let given = |start: &[u8]| options.env.iter().any(|one| one.starts_with(start));
+    let of_terminal = ["TERM", "LANG"].into_iter().filter_map(|name| {
+        let start = [name.as_bytes(), b"="].concat();
+        let value = std::env::var_os(name)?.into_vec();
+        (!given(&start)).then(|| [start, value].concat())
+    });
+    options.env.iter().cloned().chain(of_terminal).collect()
 }
 
 /// The exit code, and the line that explains one of our own.
@@ -221,6 +232,9 @@ mod tests {
         let options = Options {
             socket: "/run/wshd.sock".into(),
             user: "vcap".to_owned(),
+            env: Vec::new(),
+            dir: None,
+            rlimits: Vec::new(),
             command: vec![b"rake".to_vec()],
         };
         let failed = |step, errno| End::Job(Status::Failed { step, errno });

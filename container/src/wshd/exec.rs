@@ -1,15 +1,18 @@
 //! The way of a job from `fork` to `execve`, in its own process.
 
+use super::measure::Measure;
 use super::users::User;
-use crate::job::{JobRequest, Rlimit};
+use crate::copy;
+use crate::job::{Copy, JobRequest, Rlimit};
 use crate::status::Step;
+use crate::sys::seccomp::{FILTERED, mode};
 use crate::sys::{caps, process, terminal};
 use nix::errno::Errno;
-use nix::sys::prctl::set_no_new_privs;
+use nix::sys::prctl::{get_no_new_privs, set_name, set_no_new_privs};
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{
-    Gid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, execve, getcwd, getgid, getresuid,
+    Gid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, execve, getcwd, getresgid, getresuid,
     setgroups, setresgid, setresuid, setsid, write,
 };
 use std::convert::Infallible;
@@ -42,6 +45,7 @@ pub(super) struct Plan {
     umask: Mode,
     stdio: [OwnedFd; 3],
     session: Session,
+    copy: Option<Copy>,
 }
 
 impl Plan {
@@ -79,6 +83,7 @@ impl Plan {
             stdio,
             session,
             user,
+            copy: request.copy,
         })
     }
 }
@@ -159,9 +164,6 @@ fn attempt(plan: &Plan) -> Result<Infallible, (Step, Errno)> {
     for limit in &plan.rlimits {
         process::set_rlimit(limit).map_err(at(Step::Rlimit))?;
     }
-    // The agent may be protected from the host's OOM killer; its applications are not. Raising needs no
-    // privilege, and where there is nothing to raise there is nothing to do.
-    let _ = std::fs::write("/proc/self/oom_score_adj", "0");
     drop_privileges(&plan.user).map_err(at(Step::Privileges))?;
     // As the user: a directory that is closed to it stays closed.
     enter(plan).map_err(at(Step::Directory))?;
@@ -169,32 +171,104 @@ fn attempt(plan: &Plan) -> Result<Infallible, (Step, Errno)> {
     process::default_signals();
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)
         .map_err(at(Step::Session))?;
-    process::close_on_exec_from(3).map_err(at(Step::Descriptors))?;
+    if let Some(copy) = &plan.copy {
+        copy_instead(copy).map_err(at(Step::Descriptors))?;
+    }
+    if Measure::JobDescriptors.holds() {
+        process::close_on_exec_from(3).map_err(at(Step::Descriptors))?;
+    }
     Err((Step::Exec, exec(plan)))
 }
 
-/// Groups, then ids, then capabilities, then the promise never to gain any; and a second look.
+/// Our own code goes on, with the user's rights: so it must have nothing else of the init's either. That
+/// the error pipe closes means to the init what it means after an `exec`.
+fn copy_instead(job: &Copy) -> Result<Infallible, Errno> {
+    // Not dumpable since the init is not: nobody of the container looks into it or takes its descriptors.
+    set_name(c"copy")?;
+    process::close_from(3)?;
+    process::exit_now(copy::run(job).into())
+}
+
+/// Groups, then ids, then capabilities, then the promise never to gain any; and a second look, at the filter
+/// too, which is the init's.
 fn drop_privileges(user: &User) -> Result<(), Errno> {
-    let keep = if user.uid == 0 {
-        caps::Set::ROOT
-    } else {
-        caps::Set::NONE
-    };
     let (uid, gid) = (Uid::from_raw(user.uid), Gid::from_raw(user.gid));
     let groups: Vec<Gid> = user.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
-    caps::bound(keep)?;
-    setgroups(&groups)?;
-    setresgid(gid, gid, gid)?;
-    setresuid(uid, uid, uid)?;
-    caps::limit(keep)?;
-    set_no_new_privs()?;
-    // A later issue loads the seccomp filter here.
-    let ids = getresuid()?;
-    let dropped = [ids.real, ids.effective, ids.saved] == [uid; 3] && getgid() == gid;
-    if dropped && caps::held()? == keep {
+    let few = Measure::Capabilities.holds();
+    if few && Measure::Bounding.holds() {
+        // Of those that the init has left itself: it has no others to give on.
+        caps::unbound(caps::Set::INIT.without(capabilities(user)))?;
+    }
+    if Measure::Groups.holds() {
+        setgroups(&groups)?;
+    }
+    if Measure::GroupId.holds() {
+        setresgid(gid, gid, gid)?;
+    }
+    if Measure::UserId.holds() {
+        setresuid(uid, uid, uid)?;
+    }
+    if few {
+        caps::limit(capabilities(user))?;
+    }
+    if Measure::NoNewPrivileges.holds() {
+        set_no_new_privs()?;
+    }
+    if !Measure::SecondLook.holds() || Rights::held()? == Rights::of(user) {
         Ok(())
     } else {
         Err(Errno::EPERM)
+    }
+}
+
+fn capabilities(user: &User) -> caps::Set {
+    if user.uid == 0 {
+        caps::Set::ROOT
+    } else {
+        caps::Set::NONE
+    }
+}
+
+/// All that the kernel goes by when it lets a process do something.
+#[derive(Debug, PartialEq, Eq)]
+struct Rights {
+    /// Real, effective, saved.
+    uids: [u32; 3],
+    /// The same.
+    gids: [u32; 3],
+    /// The supplementary ones, in ascending order.
+    groups: Vec<u32>,
+    capabilities: caps::Sets,
+    no_new_privileges: bool,
+    seccomp: i32,
+}
+
+impl Rights {
+    /// Those that a job of this user has.
+    fn of(user: &User) -> Self {
+        let mut groups = user.groups.clone();
+        groups.sort_unstable();
+        Self {
+            uids: [user.uid; 3],
+            gids: [user.gid; 3],
+            groups,
+            capabilities: caps::Sets::of(capabilities(user)),
+            no_new_privileges: true,
+            seccomp: FILTERED,
+        }
+    }
+
+    /// Those that this process has.
+    fn held() -> Result<Self, Errno> {
+        let (uids, gids) = (getresuid()?, getresgid()?);
+        Ok(Self {
+            uids: [uids.real, uids.effective, uids.saved].map(Uid::as_raw),
+            gids: [gids.real, gids.effective, gids.saved].map(Gid::as_raw),
+            groups: process::groups()?,
+            capabilities: caps::held()?,
+            no_new_privileges: get_no_new_privs()?,
+            seccomp: mode()?,
+        })
     }
 }
 
@@ -204,7 +278,7 @@ fn enter(plan: &Plan) -> Result<(), Errno> {
         None => chdir(OsStr::from_bytes(&plan.user.home)).or_else(|_| chdir("/"))?,
     }
     // A directory outside of the root shows as "(unreachable)…", or not at all (CVE-2024-21626).
-    if getcwd()?.is_absolute() {
+    if !Measure::Directory.holds() || getcwd()?.is_absolute() {
         Ok(())
     } else {
         Err(Errno::ENOENT)
@@ -227,10 +301,14 @@ fn exec(plan: &Plan) -> Errno {
 
 #[cfg(test)]
 mod tests {
-    use super::{candidates, environment, read_report, report};
+    use super::{Rights, candidates, environment, read_report, report};
     use crate::status::Step;
+    use crate::sys::process;
     use crate::wshd::users::User;
     use nix::errno::Errno;
+    use nix::sys::prctl::set_no_new_privs;
+    use nix::sys::wait::{WaitStatus, waitpid};
+    use nix::unistd::{Gid, Pid, Uid, setgroups, setresgid, setresuid};
 
     #[test]
     fn a_program_is_searched_as_execvp_does() {
@@ -260,6 +338,32 @@ mod tests {
         let given = vec![b"PATH=/own".to_vec(), b"X=1".to_vec()];
         let expected: [&[u8]; 4] = [b"PATH=/own", b"X=1", b"HOME=/home/vcap", b"USER=vcap"];
         assert_eq!(environment(given, &user), expected);
+    }
+
+    #[test]
+    fn every_id_is_looked_at() {
+        let id = |id: u32| (Uid::from_raw(id), Gid::from_raw(id));
+        let look = || {
+            setgroups(&[id(7).1, id(5).1])?;
+            setresgid(id(11).1, id(12).1, id(13).1)?;
+            setresuid(id(21).0, id(22).0, id(23).0)?;
+            set_no_new_privs()?;
+            Rights::held()
+        };
+        let child = process::fork(|| {
+            let seen = look().unwrap();
+            let wanted = Rights {
+                uids: [21, 22, 23],
+                gids: [11, 12, 13],
+                groups: vec![5, 7],
+                no_new_privileges: true,
+                seccomp: 0,
+                capabilities: seen.capabilities,
+            };
+            process::exit_now(u8::from(seen != wanted).into());
+        });
+        let ended = waitpid(Pid::from_raw(child.unwrap()), None);
+        assert!(matches!(ended, Ok(WaitStatus::Exited(_, 0))), "{ended:?}");
     }
 
     #[test]

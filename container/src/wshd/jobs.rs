@@ -84,7 +84,7 @@ impl Jobs {
             Err(errno) => return ears.refuse(errno),
         };
         let mut readers = request.keep_readers.then_some([None, None]);
-        let (pid, state) = match start(request, user, stdio, &mut readers) {
+        let (pid, state) = match start(request, user, stdio, &mut readers, ears.pipe.is_some()) {
             Ok(started) => started,
             Err((step, errno)) => {
                 let status = Status::Failed {
@@ -324,6 +324,7 @@ fn start(
     user: &[u8],
     stdio: Stdio,
     readers: &mut Option<Readers>,
+    supervised: bool,
 ) -> Result<(i32, State), (Step, Errno)> {
     let at = |step: Step| move |errno: Errno| (step, errno);
     if let (Some(readers), Stdio::Given([_, stdout, stderr])) = (readers, &stdio) {
@@ -333,7 +334,8 @@ fn start(
     let user = users::find(user).map_err(at(Step::User))?;
     let (stdio, master, session) = match stdio {
         Stdio::Given([stdin, stdout, stderr]) => {
-            let own = |fd| hand_over(fd, user.uid).map_err(at(Step::Descriptors));
+            let owner = supervised.then_some(user.uid);
+            let own = |fd| hand_over(fd, owner).map_err(at(Step::Descriptors));
             (
                 [own(stdin)?, own(stdout)?, own(stderr)?],
                 None,

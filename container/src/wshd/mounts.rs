@@ -1,7 +1,8 @@
 //! What is mounted in a container's root: proc, dev, sys, bind mounts, masks. Everything by descriptor,
 //! before the root is entered.
 
-use super::root::{Missing, Symlinks, by_descriptor, resolve};
+use super::measure::Measure;
+use super::root::{Missing, Root, Symlinks, by_descriptor, resolve};
 use crate::fault::{Context, SysError};
 use crate::launch::{Access, Bind};
 use crate::sys::mount::{NO_DEV, NO_EXEC, NO_SUID, READ_ONLY, bind};
@@ -61,26 +62,22 @@ const READ_ONLY_PATHS: [&str; 5] = [
 ];
 
 /// Mounts `/proc`, `/sys` and `/dev`. Must be called in the container's pid, network and ipc namespaces.
-pub(super) fn mount_kernel(root: &OwnedFd, shm_bytes: u64) -> Result<(), SysError> {
+pub(super) fn mount_kernel(root: &Root, shm_bytes: u64) -> Result<(), SysError> {
     fresh(root, "proc", "proc", SAFE, "")?;
     fresh(root, "sys", "sysfs", SAFE | MsFlags::MS_RDONLY, "")?;
-    let no_exec = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
     // Room for mount points and symlinks, and no store for files that no quota counts.
-    fresh(
-        root,
-        "dev",
-        "tmpfs",
-        no_exec,
-        "mode=755,size=64k,nr_inodes=256",
-    )?;
+    let owner = format!("uid={first},gid={first}", first = root.ids.first);
+    let small = format!("mode=755,size=64k,nr_inodes=256,{owner}");
+    fresh(root, "dev", "tmpfs", SAFE, &small)?;
     fresh(
         root,
         "dev/pts",
         "devpts",
-        no_exec,
+        // Terminals are devices.
+        MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
         "newinstance,ptmxmode=0666,mode=0600,max=256",
     )?;
-    let shm = format!("mode=1777,size={shm_bytes},nr_inodes=65536");
+    let shm = format!("mode=1777,size={shm_bytes},nr_inodes=65536,{owner}");
     fresh(root, "dev/shm", "tmpfs", SAFE, &shm)?;
     match fresh(root, "dev/mqueue", "mqueue", SAFE, "") {
         // A kernel without POSIX message queues.
@@ -101,12 +98,13 @@ pub(super) fn mount_kernel(root: &OwnedFd, shm_bytes: u64) -> Result<(), SysErro
     let dev = inside(root, "dev", Missing::Refuse)?;
     for (to, name) in LINKS {
         symlinkat(to, &dev, name).context("symlinkat", name)?;
+        root.own(&dev, name).context("fchownat", name)?;
     }
     Ok(())
 }
 
 /// Shows directories and files of the host in the container.
-pub(super) fn mount_binds(root: &OwnedFd, binds: &[Bind]) -> Result<(), SysError> {
+pub(super) fn mount_binds(root: &Root, binds: &[Bind]) -> Result<(), SysError> {
     for Bind {
         source,
         target,
@@ -137,13 +135,14 @@ pub(super) fn mount_binds(root: &OwnedFd, binds: &[Bind]) -> Result<(), SysError
 }
 
 /// Hides and write-protects what the kernel shows to everybody.
-pub(super) fn mask(root: &OwnedFd) -> Result<(), SysError> {
+pub(super) fn mask(root: &Root) -> Result<(), SysError> {
     let present = |path| match inside(root, path, Missing::Refuse) {
         Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
         other => other.map(Some),
     };
     let null = device("null", 1, 3)?;
-    for path in MASKED {
+    let masked = MASKED.iter().filter(|_| Measure::Masks.holds());
+    for path in masked.copied() {
         let Some(target) = present(path)? else {
             continue;
         };
@@ -164,7 +163,11 @@ pub(super) fn mask(root: &OwnedFd) -> Result<(), SysError> {
             )?;
         }
     }
-    for path in READ_ONLY_PATHS {
+    let read_only = READ_ONLY_PATHS.iter();
+    for path in read_only
+        .copied()
+        .filter(|_| Measure::WriteProtection.holds())
+    {
         if let Some(target) = present(path)? {
             let attributes = READ_ONLY | NO_SUID | NO_DEV | NO_EXEC;
             bind(target.as_fd(), target.as_fd(), attributes, path)?;
@@ -187,13 +190,13 @@ fn device(name: &str, wanted_major: u64, wanted_minor: u64) -> Result<OwnedFd, S
     Ok(fd)
 }
 
-fn inside(root: &OwnedFd, path: &str, missing: Missing) -> Result<OwnedFd, SysError> {
+fn inside(root: &Root, path: &str, missing: Missing) -> Result<OwnedFd, SysError> {
     // A symlink here would mount the kernel's files somewhere else; no honest root has one.
     resolve(root, Path::new(path), missing, Symlinks::Refuse)
 }
 
 fn fresh(
-    root: &OwnedFd,
+    root: &Root,
     path: &str,
     kind: &str,
     flags: MsFlags,

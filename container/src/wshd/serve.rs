@@ -120,9 +120,10 @@ impl Hall {
             SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
         ) {
             Ok(visitor) => {
-                // Root of the host, which the agent and its helpers are; the socket's mode says the same.
+                // Whoever has no number here is outside of the container: root of the host, as the
+                // socket's mode says. (Its user has no number here either, and shows as nobody.)
                 let peer = getsockopt(&visitor, PeerCredentials);
-                if peer.is_ok_and(|peer| peer.uid() == 0) {
+                if peer.is_ok_and(|peer| peer.pid() == 0) {
                     if self.visitors.len() >= MAX_VISITORS {
                         self.visitors.pop_first();
                     }

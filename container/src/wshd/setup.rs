@@ -1,16 +1,19 @@
-//! The making of the container, by its init, from the clone to `Ready`.
+//! The making of the container, by its init, from the clone to `Ready`: with the host's rights until
+//! [`cross`], with those of the container's root from then on.
 
 use super::launcher::Given;
-use super::{mounts, network, root};
+use super::measure::Measure;
+use super::root::Root;
+use super::{mounts, network, root, seccomp};
 use crate::client::with_address;
 use crate::fault::{Context, SysError};
 use crate::launch::{Event, GO, MAX_EVENT};
-use crate::sys::{fdpass, process};
+use crate::sys::{caps, fdpass, process};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, unshare};
-use nix::sys::prctl::{set_dumpable, set_name};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::prctl::{set_dumpable, set_name, set_no_new_privs};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal, sigprocmask};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::sys::socket::{
@@ -18,8 +21,8 @@ use nix::sys::socket::{
 };
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{
-    chdir, dup2_stderr, dup2_stdin, dup2_stdout, fchdir, pivot_root, setgroups, sethostname,
-    setsid, write,
+    Gid, Uid, chdir, dup2_stderr, dup2_stdin, dup2_stdout, fchdir, pivot_root, setgroups,
+    sethostname, setresgid, setresuid, setsid, write,
 };
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
@@ -34,36 +37,50 @@ pub(super) struct Server {
 }
 
 /// Makes the container around this process, which is pid 1 of it.
-pub(super) fn make(control: &OwnedFd, given: Given) -> Result<Server, SysError> {
+pub(super) fn make(
+    control: &OwnedFd,
+    given: Given,
+    users: OwnedFd,
+    listener: OwnedFd,
+) -> Result<Server, SysError> {
     let Given {
         launch,
         v1_tasks,
         v2_dir,
+        disk,
     } = given;
     drop(v2_dir);
     for tasks in v1_tasks {
         // "0" is the writing thread itself, and the write does not wait as one of a pid would.
         write(&tasks, b"0").context("write", "tasks of a v1 control group")?;
     }
-    unshare(CloneFlags::CLONE_NEWCGROUP).context("unshare", "CLONE_NEWCGROUP")?;
+    if Measure::CgroupNamespace.holds() {
+        unshare(CloneFlags::CLONE_NEWCGROUP).context("unshare", "CLONE_NEWCGROUP")?;
+    }
     let signals = detach_from_host()?;
 
-    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-    mount(None::<&str>, "/", None::<&str>, private, None::<&str>).context("mount", "/ private")?;
-    // By pid 1 itself: a peer's SO_PEERPIDFD names whoever called listen(2). Before the pivot: the path
-    // is the host's.
-    let listener = listen_on(&launch.socket)?;
-    let root = root::mount_overlay(&launch)?;
+    if Measure::PrivateMounts.holds() {
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
+            .context("mount", "/ private")?;
+    }
+    root::place_disk(disk, &launch)?;
+    let root = root::mount_overlay(&launch, &users)?;
     mounts::mount_kernel(&root, launch.tmpfs_bytes)?;
     mounts::mount_binds(&root, &launch.binds)?;
     mounts::mask(&root)?;
     sethostname(&launch.hostname).context("sethostname", &launch.hostname)?;
     enter(root)?;
+    process::prepare_limits();
 
     wait_for_go(control)?;
     network::configure(launch.network.as_ref())?;
-    // Neither core dumps nor a job between fork and exec let anybody look into this memory.
-    set_dumpable(false).context("prctl", "PR_SET_DUMPABLE")?;
+    cross(users)?;
+    // By pid 1 itself, as the container's root: that is what a peer's SO_PEERPIDFD and SO_PEERCRED tell.
+    let backlog = Backlog::new(BACKLOG).context("listen", BACKLOG)?;
+    listen(&listener, backlog).context("listen", launch.socket.display())?;
+    seccomp::shut()?;
+    renounce()?;
     fdpass::send(control, &Event::Ready.encode(), &[], MsgFlags::empty())
         .context("sendmsg", "control")?;
     Ok(Server { listener, signals })
@@ -75,7 +92,9 @@ fn detach_from_host() -> Result<SignalFd, SysError> {
     set_name(c"wshd").context("prctl", "PR_SET_NAME")?;
     umask(Mode::from_bits_truncate(0o022));
     setgroups(&[]).context("setgroups", "none")?;
-    process::new_session_keyring().context("keyctl", "KEYCTL_JOIN_SESSION_KEYRING")?;
+    if Measure::Keyring.holds() {
+        process::new_session_keyring().context("keyctl", "KEYCTL_JOIN_SESSION_KEYRING")?;
+    }
     process::default_signals();
     // All but SIGCHLD would be ignored anyway: the kernel spares an init what it has no handler for.
     sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::all()), None)
@@ -85,7 +104,8 @@ fn detach_from_host() -> Result<SignalFd, SysError> {
     SignalFd::with_flags(&ended, flags).context("signalfd", "SIGCHLD")
 }
 
-fn listen_on(path: &Path) -> Result<OwnedFd, SysError> {
+/// Makes the socket on which the init will listen.
+pub(super) fn bind_to(path: &Path) -> Result<OwnedFd, SysError> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)
         .context("socket", "AF_UNIX")?;
@@ -94,14 +114,12 @@ fn listen_on(path: &Path) -> Result<OwnedFd, SysError> {
     let bound = with_address(path, |address| bind(listener.as_raw_fd(), address));
     umask(before);
     bound.context("bind", path.display())?;
-    let backlog = Backlog::new(BACKLOG).context("listen", BACKLOG)?;
-    listen(&listener, backlog).context("listen", path.display())?;
     Ok(listener)
 }
 
 /// Makes the root ours and lets go of the host's.
-fn enter(root: OwnedFd) -> Result<(), SysError> {
-    fchdir(&root).context("fchdir", "root")?;
+fn enter(root: Root) -> Result<(), SysError> {
+    fchdir(&root.fd).context("fchdir", "root")?;
     drop(root);
     // The old root comes to lie over the new one, and is taken off (pivot_root(2), "pivot_root(., .)").
     pivot_root(".", ".").context("pivot_root", ".")?;
@@ -124,4 +142,32 @@ fn wait_for_go(control: &OwnedFd) -> Result<(), SysError> {
         Some([]) => Err(Errno::ECONNRESET).context("recvmsg", "the agent left before the start"),
         _ => Err(Errno::EBADMSG).context("recvmsg", "control"),
     }
+}
+
+/// Becomes the container's root: all rights that are left are those of its user namespace, and there is no
+/// way back.
+fn cross(users: OwnedFd) -> Result<(), SysError> {
+    if Measure::Users.holds() {
+        setns(&users, CloneFlags::CLONE_NEWUSER).context("setns", "user")?;
+    }
+    drop(users);
+    let (uid, gid) = (Uid::from_raw(0), Gid::from_raw(0));
+    setresgid(gid, gid, gid).context("setresgid", 0)?;
+    setresuid(uid, uid, uid).context("setresuid", 0)?;
+    // Neither core dumps nor a job between fork and exec let anybody look into this memory.
+    set_dumpable(false).context("prctl", "PR_SET_DUMPABLE")
+}
+
+/// Keeps of the rights over its own user namespace those that it uses or gives on: it reads files of the tenant.
+fn renounce() -> Result<(), SysError> {
+    if Measure::Capabilities.holds() {
+        let others = caps::Set(u64::MAX).without(caps::Set::INIT);
+        caps::unbound(others).context("prctl", "PR_CAPBSET_DROP")?;
+        let held = caps::held().context("capget", "init")?;
+        caps::limit(caps::Set(caps::Set::INIT.0 & held.permitted.0)).context("capset", "init")?;
+    }
+    if Measure::NoNewPrivileges.holds() {
+        set_no_new_privs().context("prctl", "PR_SET_NO_NEW_PRIVS")?;
+    }
+    Ok(())
 }

@@ -1,6 +1,7 @@
 //! The descriptors that come with a job, and how they become its own.
 
 use crate::request::{Io, Window};
+use crate::sys::pipe::is_anonymous;
 use crate::sys::terminal;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
@@ -49,10 +50,10 @@ pub(super) fn spare_reader(writer: &OwnedFd) -> Option<OwnedFd> {
     open(path.as_str(), flags, Mode::empty()).ok()
 }
 
-/// Makes a descriptor fit for the job: a pipe becomes its user's (else it could not reopen
-/// `/dev/stdout`), the host's null device becomes the container's own, and a directory is refused: it
+/// Makes a descriptor fit for the job: a pipe of its supervisor becomes its user's (else it could not reopen
+/// `/dev/stdout`; a person's pipe may be others', too, and stays as it is), the host's null device becomes the container's own, and a directory is refused: it
 /// would lead out (CVE-2024-21626). A person's files stay as they are.
-pub(super) fn hand_over(fd: OwnedFd, uid: u32) -> Result<OwnedFd, Errno> {
+pub(super) fn hand_over(fd: OwnedFd, user: Option<u32>) -> Result<OwnedFd, Errno> {
     let kind = kind(&fd)?;
     if kind == SFlag::S_IFDIR {
         return Err(Errno::EISDIR);
@@ -61,21 +62,14 @@ pub(super) fn hand_over(fd: OwnedFd, uid: u32) -> Result<OwnedFd, Errno> {
     if kind == SFlag::S_IFCHR && (major(device), minor(device)) == (1, 3) {
         return open("/dev/null", OFlag::O_RDWR | OFlag::O_CLOEXEC, Mode::empty());
     }
-    if is_anonymous_pipe(&fd, kind)? {
-        fchown(&fd, Some(Uid::from_raw(uid)), None)?;
+    if let Some(user) = user
+        && is_anonymous(&fd)?
+    {
+        fchown(&fd, Some(Uid::from_raw(user)), None)?;
     }
     Ok(fd)
 }
 
 fn kind(fd: &OwnedFd) -> Result<SFlag, Errno> {
     Ok(SFlag::from_bits_truncate(fstat(fd)?.st_mode) & SFlag::S_IFMT)
-}
-
-/// A named pipe is somebody's file.
-fn is_anonymous_pipe(fd: &OwnedFd, kind: SFlag) -> Result<bool, Errno> {
-    const PIPEFS_MAGIC: i64 = 0x5049_5045;
-    Ok(
-        kind == SFlag::S_IFIFO
-            && nix::sys::statfs::fstatfs(fd)?.filesystem_type().0 == PIPEFS_MAGIC,
-    )
 }

@@ -2,7 +2,9 @@
 
 use container::client::{Client, Stdio};
 use container::job::JobRequest;
-use container::launch::{Access, Bind, CONTROL_FD, Event, FIRST_GROUP_FD, GO, LAUNCH_FD, Launch};
+use container::launch::{
+    Access, Bind, CONTROL_FD, Event, FIRST_GROUP_FD, GO, Ids, LAUNCH_FD, Launch,
+};
 use container::status::Status;
 use container::sys::{fdpass, pidfd};
 use nix::errno::Errno;
@@ -25,16 +27,23 @@ use std::time::{Duration, Instant};
 /// One generous limit for every wait.
 const DEADLINE: u16 = 20_000;
 
-const APPLETS: [&str; 31] = [
+const APPLETS: [&str; 32] = [
     "cat", "chmod", "chown", "cut", "echo", "env", "grep", "head", "hostname", "id", "kill", "ls",
-    "mkfifo", "mknod", "mount", "ps", "pwd", "readlink", "sed", "sh", "sleep", "sort", "stat",
-    "stty", "touch", "tr", "true", "tty", "umount", "uniq", "wc",
+    "md5sum", "mkfifo", "mknod", "mount", "ps", "pwd", "readlink", "sed", "sh", "sleep", "sort",
+    "stat", "stty", "touch", "tr", "true", "tty", "umount", "uniq", "wc",
 ];
+
+/// The users of every container here: they meet in no file.
+pub(crate) const IDS: Ids = Ids { first: 0x6fff_0000 };
 
 /// The directories of a container, and what it is to be made of.
 pub(crate) struct Files {
     pub(crate) dir: PathBuf,
     pub(crate) launch: Launch,
+    /// What makes the container.
+    pub(crate) wshd: PathBuf,
+    /// Measures that are left out, as arguments of `wshd`.
+    pub(crate) without: Vec<&'static str>,
 }
 
 impl Drop for Files {
@@ -52,6 +61,7 @@ pub(crate) fn files() -> Files {
         std::fs::create_dir_all(dir.join(part)).unwrap();
     }
     std::fs::write(dir.join("to,p:x/layer"), "top").unwrap();
+    chown(dir.join("upper"), Some(IDS.first), Some(IDS.first)).unwrap();
     let stack = dir.join("stack");
     make_stack(&stack);
     let bind = |source: &str, target: &str, access| Bind {
@@ -61,6 +71,7 @@ pub(crate) fn files() -> Files {
     };
     let launch = Launch {
         handle,
+        ids: IDS,
         hostname: "wall".to_owned(),
         root: dir.join("root"),
         lowers: vec![dir.join("to,p:x"), stack],
@@ -71,9 +82,15 @@ pub(crate) fn files() -> Files {
         network: None,
         tmpfs_bytes: 1 << 20,
         v1_tasks: 0,
+        disk: false,
         v2_dir: false,
     };
-    Files { dir, launch }
+    Files {
+        dir,
+        launch,
+        wshd: env!("CARGO_BIN_EXE_wshd").into(),
+        without: Vec::new(),
+    }
 }
 
 /// The root file system: one program under many names, and two users.
@@ -444,7 +461,7 @@ pub(crate) struct Child {
 }
 
 impl Child {
-    fn spawn(
+    pub(crate) fn spawn(
         program: &str,
         argv: &[&str],
         environment: &[String],
@@ -481,9 +498,13 @@ impl Child {
         pidfd::send_signal(&self.pidfd, signal).unwrap();
     }
 
+    pub(crate) fn pid(&self) -> i32 {
+        pidfd::pid_of(&self.pidfd).unwrap().unwrap()
+    }
+
     /// Whether it keeps `TERM` from ending it.
     pub(crate) fn blocks_term(&self) -> bool {
-        let pid = pidfd::pid_of(&self.pidfd).unwrap().unwrap();
+        let pid = self.pid();
         let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
         let mut lines = status.lines();
         let blocked = lines.find_map(|line| line.strip_prefix("SigBlk:\t"));
@@ -530,7 +551,8 @@ fn start(files: &Files, groups: &[BorrowedFd<'_>]) -> (OwnedFd, Child) {
     fds.push((foreign.as_fd(), 50));
     let title = format!("wshd: {}", files.launch.handle);
     let secret = ["SECRET=host".to_owned()];
-    let child = Child::spawn(env!("CARGO_BIN_EXE_wshd"), &[&title], &secret, &fds);
+    let argv = [&[title.as_str()], &files.without[..]].concat();
+    let child = Child::spawn(files.wshd.to_str().unwrap(), &argv, &secret, &fds);
     (control, child)
 }
 
@@ -541,19 +563,32 @@ fn heard(control: &OwnedFd) -> (Event, Vec<OwnedFd>) {
     (Event::decode(&buffer[..packet.length]).unwrap(), packet.fds)
 }
 
-/// Makes a container that cannot be made; says what it said first, once both its processes are gone.
+/// Makes a container that cannot be made; says what it said first, once both its processes are gone. One
+/// that could be made all the same is `made`, and ended.
 pub(crate) fn try_make(files: &Files) -> String {
     let (control, launcher) = start(files, &[]);
-    let mut failures = Vec::new();
+    let (mut failures, mut init) = (Vec::new(), None);
     let mut buffer = [0; container::launch::MAX_EVENT];
     loop {
         wait_readable(&control);
-        let packet = fdpass::receive(&control, &mut buffer, MsgFlags::empty()).unwrap();
-        if packet.length == 0 {
-            break;
-        }
-        if let Event::Failed { what, errno } = Event::decode(&buffer[..packet.length]).unwrap() {
-            failures.push(format!("{what}: {:?}", Errno::from_raw(errno)));
+        let packet = match fdpass::receive(&control, &mut buffer, MsgFlags::empty()) {
+            Ok(fdpass::Packet { length: 0, .. }) => break,
+            // It hung up before it read GO; what it said is still there.
+            Err(Errno::ECONNRESET) => continue,
+            packet => packet.unwrap(),
+        };
+        match Event::decode(&buffer[..packet.length]).unwrap() {
+            Event::Cloned => {
+                let _ = fdpass::send(&control, GO, &[], MsgFlags::empty());
+                init = packet.fds.into_iter().next();
+            }
+            Event::Ready => {
+                pidfd::send_signal(init.as_ref().unwrap(), 9).unwrap();
+                failures.push("made".to_owned());
+            }
+            Event::Failed { what, errno } => {
+                failures.push(format!("{what}: {:?}", Errno::from_raw(errno)));
+            }
         }
     }
     launcher.wait();
@@ -620,6 +655,13 @@ pub(crate) fn parent(pid: i32) -> i32 {
         std::fs::read_to_string(Path::new("/proc").join(pid.to_string()).join("stat")).unwrap();
     let (_, rest) = stat.rsplit_once(')').unwrap();
     rest.split_whitespace().nth(1).unwrap().parse().unwrap()
+}
+
+/// A file of the host with this content, that goes with the container.
+pub(crate) fn file_with(place: &Place, content: &[u8]) -> PathBuf {
+    let path = place.dir.join("file");
+    std::fs::write(&path, content).unwrap();
+    path
 }
 
 /// Exit code and stdout of a program.

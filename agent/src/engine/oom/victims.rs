@@ -1,7 +1,7 @@
 //! Which record of the kernel's log belongs to which kill.
 //!
-//! The kernel counts every kill but logs only ten in five seconds with the victim's group (its
-//! `oom_kill_process` is rate-limited), and the log forgets. So counts and records are matched once,
+//! The kernel counts every kill and logs each, though only ten in five seconds with the victim's group (its
+//! `oom_kill_process` is rate-limited; then the victim's user tells), and the log forgets. So counts and records are matched once,
 //! when a kill is first asked for, and what was decided then stays.
 
 use super::log::{Complete, REMEMBERED};
@@ -18,6 +18,14 @@ pub(in crate::engine) struct Victims {
 }
 
 impl Victims {
+    /// Nothing was decided yet: all of `records` are of the kills up to `known`.
+    pub(super) fn begin(&mut self, records: &[OomKill], known: u64) {
+        if self.decided.is_empty() {
+            self.decided.insert(known, None);
+            self.seen = records.iter().map(|record| record.seq).max();
+        }
+    }
+
     /// Which records to wait for if the counter stands at `total`: how many, and after which one.
     pub(super) fn expected(&self, total: u64) -> (u64, Option<u64>) {
         match self.decided.last_key_value() {
@@ -155,6 +163,22 @@ mod tests {
                 [Some(5), None, Some(9)]
             );
         }
+    }
+
+    #[test]
+    fn what_an_earlier_agent_told_is_not_waited_for() {
+        let mut victims = Victims::default();
+        // Of four kills the log remembers one.
+        victims.begin(&records(&[5]), 4);
+        assert_eq!(victims.expected(5), (1, Some(5)));
+        assert_eq!(decide(&mut victims, &[5, 9], Complete::No, 4, 5), [Some(9)]);
+        victims.begin(&records(&[5, 9]), 7);
+        assert_eq!(victims.expected(6), (1, Some(9)), "only at first");
+        // Nor if it remembers none.
+        let mut victims = Victims::default();
+        victims.begin(&[], 4);
+        assert_eq!(victims.expected(5), (1, None));
+        assert_eq!(decide(&mut victims, &[9], Complete::No, 4, 5), [Some(9)]);
     }
 
     #[test]

@@ -45,7 +45,7 @@ fn another_agent_adopts_what_lives() {
     world(|world| async move {
         let engine = world.engine().await;
         let container = create(&engine, world.spec(&world.handle)).await.unwrap();
-        let port = container.map_port(None).await.unwrap();
+        let port = container.map_port(None, None).await.unwrap();
         let script = "echo one; until [ -e /shared/go ]; do sleep 0.01; done; echo two; exit 4";
         container.spawn(1, "vcap", shell(script)).await.unwrap();
         let mut records = container.follow(1, Cursor::default());
@@ -97,7 +97,7 @@ fn the_dead_are_told_why_and_removed() {
     world(|world| async move {
         let engine = world.engine().await;
         let container = create(&engine, world.spec(&world.handle)).await.unwrap();
-        container.map_port(None).await.unwrap();
+        container.map_port(None, None).await.unwrap();
         let script = "echo last; touch /shared/up; sleep 1000";
         container.spawn(1, "vcap", shell(script)).await.unwrap();
         appears(&world.shared.join("up")).await;
@@ -143,7 +143,7 @@ fn a_record_is_enough_to_destroy() {
     world(|world| async move {
         let engine = world.engine().await;
         let container = create(&engine, world.spec(&world.handle)).await.unwrap();
-        container.map_port(None).await.unwrap();
+        container.map_port(None, None).await.unwrap();
         container
             .spawn(1, "vcap", shell("sleep 1000"))
             .await
@@ -155,6 +155,40 @@ fn a_record_is_enough_to_destroy() {
         let engine = world.engine().await;
         engine.destroy_handle(&saved).await.unwrap();
         engine.destroy_handle(&saved).await.unwrap();
+        world.nothing_left(&world.handle).await;
+    });
+}
+
+#[test]
+fn what_is_gone_already_is_destroyed() {
+    world(|world| async move {
+        let engine = world.engine().await;
+        let container = create(&engine, world.spec(&world.handle)).await.unwrap();
+        container.map_port(None, None).await.unwrap();
+        container
+            .spawn(1, "vcap", shell("sleep 1000"))
+            .await
+            .unwrap();
+        let saved = container.saved();
+        pidfd::send_signal(pidfd::open(container.pid()).unwrap(), 9).unwrap();
+        container.died().await;
+        let group = container.inner.group.clone();
+        while !group.is_empty() || !processes(&world.handle).is_empty() {
+            sleep(Duration::from_millis(5)).await;
+        }
+        // Somebody has cleaned up by hand.
+        group.remove(Duration::from_secs(5)).unwrap();
+        super::run(&["nft", "delete", "table", "inet", "ostler"]);
+        let directory = world.base.join("containers").join(&world.handle);
+        fs::remove_dir_all(directory).unwrap();
+        container.destroy().await.unwrap();
+        container.destroy().await.unwrap();
+        engine.destroy_handle(&saved).await.unwrap();
+        // What it had can be had again.
+        let Adopted::Dead { container, .. } = engine.adopt(&saved).await.unwrap() else {
+            panic!("it is gone");
+        };
+        container.destroy().await.unwrap();
         world.nothing_left(&world.handle).await;
     });
 }
@@ -172,13 +206,17 @@ fn what_no_record_knows_is_swept() {
             .create(world.spec(&fresh_handle()), engine.reserve().unwrap())
             .await
             .unwrap();
-        drop((container, engine));
+        let saved = kept.saved();
+        drop((container, kept, engine));
         fs::create_dir_all(world.base.join("containers/not-a-handle")).unwrap();
         fs::create_dir_all(world.base.join("trash/99/a")).unwrap();
 
         let engine = world.engine().await;
+        let Adopted::Alive(kept) = engine.adopt(&saved).await.unwrap() else {
+            panic!("it lives");
+        };
         let known = HashSet::from([kept.handle().to_owned()]);
-        engine.rebuild_network(&[&kept.saved()]).await.unwrap();
+        engine.rebuild_network(&[&saved]).await.unwrap();
         assert_eq!(engine.sweep(&known).await.cleared, 1);
         world.nothing_left(&world.handle).await;
         assert!(world.base.join("containers/not-a-handle").exists());
@@ -300,5 +338,47 @@ fn a_kill_for_memory_is_reported_with_its_victim() {
                 .iter()
                 .all(|(_, title)| !title.contains(world.handle.as_str()))
         );
+    });
+}
+
+/// The kernel's log knows most victims by their user only: of kills in a row it says the group of ten.
+#[test]
+fn a_kill_of_who_had_the_ids_before_is_not_told() {
+    world(|world| async move {
+        let engine = world.engine().await;
+        let mut spec = world.spec(&world.handle);
+        spec.limits.memory_bytes = Some(16 << 20);
+        let former = create(&engine, spec.clone()).await.unwrap();
+        let eat = "for n in 1 2 3 4 5 6 7 8 9 10 11 12; do tail /dev/zero; done";
+        former.spawn(1, "vcap", shell(eat)).await.unwrap();
+        let mut records = former.follow(1, Cursor::default());
+        Told::default().rest(&mut records).await;
+        let ids = former.inner.directory.ids();
+        former.destroy().await.unwrap();
+        let depot = &engine.shared.depot;
+        while depot.ranges_taken() > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        depot.prefer_range(ids.unwrap());
+
+        let container = create(&engine, spec).await.unwrap();
+        assert_eq!(container.inner.directory.ids(), ids);
+        let eat = "touch /shared/up; until [ -e /shared/go ]; do :; done; exec tail /dev/zero";
+        container.spawn(1, "vcap", shell(eat)).await.unwrap();
+        appears(&world.shared.join("up")).await;
+        let pid = app(&container).await;
+        fs::write(world.shared.join("go"), "").unwrap();
+        let mut records = container.follow(1, Cursor::default());
+        let told = Told::default().rest(&mut records).await;
+        assert_eq!(told.status, Some(Status::Signaled(9)));
+        let victims: Vec<_> = container
+            .oom_now(0)
+            .await
+            .into_iter()
+            .map(|report| report.victim.map(|victim| victim.pid))
+            .collect();
+        assert_eq!(victims, [Some(pid)]);
+        container.destroy().await.unwrap();
+        world.nothing_left(&world.handle).await;
     });
 }

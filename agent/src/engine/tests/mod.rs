@@ -1,6 +1,10 @@
 //! Real containers, from a root that has busybox and nothing else.
 
+mod copies;
 mod deaths;
+mod disk;
+mod rounds;
+mod wires;
 mod world;
 
 use super::{Container, EngineError, SeedFile};
@@ -32,7 +36,7 @@ fn a_container_lives_and_leaves_nothing() {
             bytes,
         });
         let container = create(&engine, spec).await.unwrap();
-        let ports = container.map_port(Some(8080)).await.unwrap();
+        let ports = container.map_port(None, Some(8080)).await.unwrap();
         assert_eq!(container.saved().ports, [ports]);
         assert!(run(&["nft", "list", "ruleset"]).contains(&ports.0.to_string()));
         let told = job(
@@ -288,12 +292,10 @@ fn a_failed_creation_is_undone_and_says_why() {
 fn helpers_that_are_missing_or_broken_leave_nothing() {
     world(|world| async move {
         let mut config = world.config();
+        // What goes into containers is not to be read from a file later.
         config.helpers = world.stack.clone();
-        config.network.pool = (std::net::Ipv4Addr::new(10, 253, 0, 0), 22);
-        let other = super::Engine::open(config).await.unwrap();
-        let error = create(&other, world.spec(&world.handle)).await.unwrap_err();
-        assert!(matches!(error, EngineError::Helper(_)), "{error}");
-        world.nothing_left(&world.handle).await;
+        let error = super::Engine::open(config).await.unwrap_err();
+        assert!(matches!(error, EngineError::Helpers(_)), "{error}");
 
         // An init that ends without a word, and one that says nothing.
         for (number, script) in [(252, "exit 3"), (251, "exec sleep 1251")] {
@@ -321,6 +323,35 @@ fn helpers_that_are_missing_or_broken_leave_nothing() {
                 tokio::time::sleep(Duration::from_millis(5)).await;
             }
         }
+    });
+}
+
+/// The kernel calls a control group busy that has another one in it.
+#[test]
+fn what_could_not_be_undone_is_undone_later() {
+    world(|world| async move {
+        let slow = world.stack.join("slow");
+        fs::create_dir(&slow).unwrap();
+        fs::write(slow.join("wshd"), "#!/bin/sh\nsleep 1\nexit 3\n").unwrap();
+        let mut config = world.config();
+        config.helpers = slow;
+        let engine = super::Engine::open(config).await.unwrap();
+        let group = engine.shared.cgroups.group(&world.handle).memory_dir();
+        let inner = group.join("inner");
+        let block = async {
+            while fs::create_dir(&inner).is_err() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let (made, ()) = tokio::join!(create(&engine, world.spec(&world.handle)), block);
+        let error = made.unwrap_err();
+        assert!(matches!(error, EngineError::InitDied { .. }), "{error}");
+        assert!(inner.exists() && engine.shared.depot.ranges_taken() == 1);
+        fs::remove_dir(&inner).unwrap();
+        while engine.shared.depot.ranges_taken() > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        world.nothing_left(&world.handle).await;
     });
 }
 

@@ -2,7 +2,8 @@
 //! means to look whether anything was left there.
 
 use crate::engine::{
-    Container, Engine, EngineConfig, EngineError, Followed, Limits, NetworkConfig, Spec,
+    Bandwidth, Container, DiskLimit, DiskWay, Engine, EngineConfig, EngineError, Followed, Limits,
+    NetworkConfig, Spec,
 };
 use crate::host::cgroups::Cgroups;
 use container::frames::Frame;
@@ -12,7 +13,7 @@ use container::status::Status;
 use container::sys::pidfd;
 use nix::sched::{CloneFlags, unshare};
 use std::fs;
-use std::os::unix::fs::{chown, symlink};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -29,12 +30,20 @@ pub(super) struct World {
     pub(super) shared: PathBuf,
     /// The name of the test's container: never used before, as the kernel's log outlives the test.
     pub(super) handle: String,
-    parent: String,
+    pub(super) parent: String,
 }
 
 /// Runs a test in a world of its own; what it leaves is removed, however it ends.
 pub(super) fn world<F: Future<Output = ()>>(test: impl FnOnce(World) -> F + Send + 'static) {
-    let thread = std::thread::spawn(|| {
+    world_within(DEADLINE, test);
+}
+
+/// The same with another deadline.
+pub(super) fn world_within<F: Future<Output = ()>>(
+    deadline: Duration,
+    test: impl FnOnce(World) -> F + Send + 'static,
+) {
+    let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET).unwrap();
         run(&["ip", "link", "set", "lo", "up"]);
         let world = World::new();
@@ -49,7 +58,7 @@ pub(super) fn world<F: Future<Output = ()>>(test: impl FnOnce(World) -> F + Send
             .unwrap();
         let (home, handle) = (world.base.display().to_string(), world.handle.clone());
         runtime.block_on(async {
-            let ended = timeout(DEADLINE, test(world)).await;
+            let ended = timeout(deadline, test(world)).await;
             let running = || [processes(&home), processes(&handle)].concat();
             assert!(ended.is_ok(), "not done in time; running: {:#?}", running());
         });
@@ -116,7 +125,8 @@ impl World {
         for path in [&world.base, &world.stack, &world.shared] {
             fs::create_dir_all(path).unwrap();
         }
-        chown(&world.shared, Some(1000), Some(1000)).unwrap();
+        // Owners of a bind mount are not mapped: only a mode can let a container write.
+        fs::set_permissions(&world.shared, PermissionsExt::from_mode(0o777)).unwrap();
         make_stack(&world.stack);
         world
     }
@@ -128,6 +138,7 @@ impl World {
             cgroup_parent: self.parent.clone(),
             network: NetworkConfig::default(),
             spool_bytes: 4 << 20,
+            disk: DiskWay::Auto,
         }
     }
 
@@ -144,7 +155,12 @@ impl World {
             limits: Limits {
                 memory_bytes: Some(64 << 20),
                 cpu_shares: None,
+                cpu_percent: None,
                 pids: Some(100),
+            },
+            disk: DiskLimit {
+                bytes: 16 << 20,
+                inodes: 1000,
             },
             tmpfs_bytes: 1 << 20,
             files: Vec::new(),
@@ -154,6 +170,8 @@ impl World {
                 target: "/shared".into(),
                 access: container::launch::Access::ReadWrite,
             }],
+            egress: Vec::new(),
+            bandwidth: Bandwidth::default(),
         }
     }
 
@@ -183,14 +201,15 @@ impl World {
         {
             left.push("control group".to_owned());
         }
-        for path in [
-            self.base.join("containers").join(handle),
-            self.base.join("trash/0"),
-        ] {
-            if path.exists() {
-                left.push(path.display().to_string());
-            }
-        }
+        let directory = self.base.join("containers").join(handle);
+        let trash = fs::read_dir(self.base.join("trash")).into_iter().flatten();
+        let paths = trash.flatten().map(|entry| entry.path());
+        left.extend(
+            paths
+                .chain([directory])
+                .filter(|path| path.exists())
+                .map(|path| path.display().to_string()),
+        );
         // This thread's own namespace: that of the test.
         if contains("/proc/thread-self/net/dev", &format!("os-{handle}")) {
             left.push("link".to_owned());
@@ -206,8 +225,19 @@ impl World {
                 .into_iter()
                 .map(|(pid, title)| format!("{pid} {title}")),
         );
+        left.extend(loop_devices(&self.base.join("containers").join(handle)));
         left
     }
+}
+
+/// Loop devices on files below `directory`.
+fn loop_devices(directory: &Path) -> Vec<String> {
+    let devices = fs::read_dir("/sys/block").unwrap().flatten();
+    let files = devices.map(|device| device.path().join("loop/backing_file"));
+    files
+        .filter_map(|file| fs::read_to_string(file).ok())
+        .filter(|file| Path::new(file).starts_with(directory))
+        .collect()
 }
 
 /// Removes what a test has left when it ends, however it ends.

@@ -31,11 +31,11 @@ pub(super) struct Layout {
     pub(super) parent: PathBuf,
     pub(super) memory: Place,
     pub(super) cpu: Option<Place>,
-    pub(super) pids: Option<Place>,
+    pub(super) pids: Place,
     /// v1 only: v2 counts time in every group.
     pub(super) cpuacct: Option<Place>,
-    /// v1 only: v2 has no files for devices.
-    pub(super) devices: Option<Place>,
+    /// v1: files. v2, where there are none: a filter, which needs no controller.
+    pub(super) devices: Place,
     /// v1 only: v2 can freeze every group.
     pub(super) freezer: Option<Place>,
     /// v2, if a group is to be made there.
@@ -46,11 +46,13 @@ impl Layout {
     /// Decides from the text of `/proc/self/mountinfo` (proc(5)) and, for a v2 mount point, of its
     /// `cgroup.controllers`.
     ///
-    /// v2 is used if it holds a controller that we use or is the only hierarchy.
+    /// v2 is used if it holds a controller that we use, is the only hierarchy, or is all that can confine
+    /// devices.
     ///
     /// # Errors
     /// [`CgroupError::NoMemory`] if the memory controller is mounted nowhere, or only read-only:
-    /// without it no promise about memory can be kept.
+    /// without it no promise about memory can be kept. [`CgroupError::NoPids`] and
+    /// [`CgroupError::NoDevices`] likewise.
     pub(super) fn decide(
         parent: &Path,
         mountinfo: &str,
@@ -68,22 +70,29 @@ impl Layout {
         let in_v2 = v2
             .map(|mount| controllers(&mount.point))
             .unwrap_or_default();
+        let unified = || {
+            v2.map(|mount| Place {
+                version: Version::V2,
+                mount: mount.point.clone(),
+            })
+        };
         let place = |controller: &str| {
             if in_v2
                 .split_ascii_whitespace()
                 .any(|name| name == controller)
             {
-                v2.map(|mount| Place {
-                    version: Version::V2,
-                    mount: mount.point.clone(),
-                })
+                unified()
             } else {
                 v1(controller)
             }
         };
         let memory = place("memory").ok_or(CgroupError::NoMemory)?;
-        let (cpu, pids) = (place("cpu"), place("pids"));
-        let unified = [Some(&memory), cpu.as_ref(), pids.as_ref()]
+        let pids = place("pids").ok_or(CgroupError::NoPids)?;
+        let cpu = place("cpu");
+        let devices = v1("devices")
+            .or_else(unified)
+            .ok_or(CgroupError::NoDevices)?;
+        let unified = [Some(&memory), cpu.as_ref(), Some(&pids), Some(&devices)]
             .into_iter()
             .flatten()
             .find(|place| place.version == Version::V2)
@@ -94,7 +103,7 @@ impl Layout {
             cpu,
             pids,
             cpuacct: v1("cpuacct"),
-            devices: v1("devices"),
+            devices,
             freezer: v1("freezer"),
             unified,
         })
@@ -107,8 +116,8 @@ impl Layout {
             Some(&self.memory),
             self.cpu.as_ref(),
             self.cpuacct.as_ref(),
-            self.pids.as_ref(),
-            self.devices.as_ref(),
+            Some(&self.pids),
+            Some(&self.devices),
             self.freezer.as_ref(),
             self.unified.as_ref(),
         ];
@@ -122,13 +131,13 @@ impl Layout {
         places
     }
 
-    /// One line for a person: `memory v1, cpu v1, pids v2, devices absent, …`.
+    /// One line for a person: `memory v1, cpu v1, pids v2, freezer absent, …`.
     pub(super) fn describe(&self) -> String {
         let all = [
             ("memory", Some(&self.memory)),
             ("cpu", self.cpu.as_ref()),
-            ("pids", self.pids.as_ref()),
-            ("devices", self.devices.as_ref()),
+            ("pids", Some(&self.pids)),
+            ("devices", Some(&self.devices)),
             ("freezer", self.freezer.as_ref().or(self.unified.as_ref())),
         ];
         let words = all.map(|(name, place)| match place.map(|place| place.version) {
@@ -261,13 +270,26 @@ mod tests {
     }
 
     #[test]
+    fn devices_are_confined_by_v2_only_where_v1_cannot() {
+        let without = V1.replace("rw,devices", "rw,misc");
+        let layout = decide(&without, "hugetlb\n").unwrap();
+        assert_eq!(mounts(&layout).last(), Some(&"/sys/fs/cgroup/unified"));
+        assert_eq!(
+            layout.describe(),
+            "memory v1, cpu v1, pids v1, devices v2, freezer v2"
+        );
+        let neither = without.replace("cgroup2", "tmpfs");
+        assert!(matches!(decide(&neither, ""), Err(CgroupError::NoDevices)));
+    }
+
+    #[test]
     fn a_pure_v2_host_has_one_group_per_container() {
         let mountinfo = "25 1 0:22 / /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n";
         let layout = decide(mountinfo, "cpuset cpu io memory hugetlb pids rdma misc\n").unwrap();
         assert_eq!(mounts(&layout), ["/sys/fs/cgroup"]);
         assert_eq!(
             layout.describe(),
-            "memory v2, cpu v2, pids v2, devices absent, freezer v2"
+            "memory v2, cpu v2, pids v2, devices v2, freezer v2"
         );
     }
 
@@ -284,6 +306,15 @@ mod tests {
             let refused = decide(mountinfo, controllers);
             assert!(matches!(refused, Err(CgroupError::NoMemory)), "{mountinfo}");
         }
+    }
+
+    #[test]
+    fn a_host_that_cannot_count_processes_is_refused() {
+        let without = V1.replace("rw,pids", "rw,misc");
+        assert!(matches!(
+            decide(&without, "hugetlb\n"),
+            Err(CgroupError::NoPids)
+        ));
     }
 
     #[test]

@@ -4,14 +4,19 @@ use super::layout::Version;
 use super::usage::read_number;
 use super::{CgroupError, Group, errno_of, write};
 use cgroups_rs::cpu::CpuController;
-use cgroups_rs::devices::{DevicePermissions, DeviceType, DevicesController};
 use cgroups_rs::memory::MemController;
 use cgroups_rs::pid::PidController;
 use cgroups_rs::{Controller, MaxValue};
+use container::sys::interrupt;
 use nix::errno::Errno;
+use nix::sys::pthread::pthread_kill;
 use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
 use std::io;
-use std::path::Path;
+use std::os::unix::thread::JoinHandleExt;
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
 /// What a container may use. `None` leaves a value as it is, which in a new group is unlimited.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,6 +26,8 @@ pub struct Limits {
     pub memory_bytes: Option<u64>,
     /// Weight against other containers on the scale of v1, 2 to 262144, clamped; 1024 is usual.
     pub cpu_shares: Option<u64>,
+    /// Most processor time, in hundredths of one processor: 150 is one and a half. `u64::MAX`: no cap.
+    pub cpu_percent: Option<u64>,
     /// Processes and threads together. Below what runs already, nothing is killed, but no fork works.
     pub pids: Option<u64>,
 }
@@ -35,20 +42,23 @@ impl Group {
     /// [`CgroupError::MemoryInUse`], or [`CgroupError::Refused`] for a value that the kernel does not
     /// take.
     pub fn limit(&self, limits: &Limits) -> Result<(), CgroupError> {
-        let (shares, pids) = (self.cpu_weight(), self.pids_max());
+        let (shares, cap, pids) = (self.cpu_weight(), self.cpu_cap(), self.pids_max());
         self.apply(limits).inspect_err(|_| {
-            // Memory comes last and undoes itself, so these two are all that can have changed. What
-            // was accepted before is accepted again; if the group is gone nothing matters.
+            // Memory comes last and undoes itself, so these are all that can have changed. What was
+            // accepted before is accepted again; if the group is gone nothing matters.
             if let (Some(cpu), Some(shares)) = (self.cpu(), shares) {
                 let _gone = cpu.set_shares(shares);
             }
-            if let (Some(controller), Some(pids)) = (self.pids_controller(), pids) {
-                let _gone = controller.set_pid_max(pids);
+            if let Some((file, cap)) = cap {
+                let _gone = write(&file, &cap);
+            }
+            if let Some(pids) = pids {
+                let _gone = self.pids_controller().set_pid_max(pids);
             }
         })
     }
 
-    /// Writes the limits; on failure those before it in the order cpu, pids, memory have changed.
+    /// Writes the limits; on failure those before it in the order shares, cap, pids, memory have changed.
     pub(super) fn apply(&self, limits: &Limits) -> Result<(), CgroupError> {
         if let (Some(cpu), Some(shares)) = (self.cpu(), limits.cpu_shares) {
             let value = match cpu.v2() {
@@ -60,7 +70,11 @@ impl Group {
                 CgroupError::refused(act, cpu.path())(io_error(error))
             })?;
         }
-        if let (Some(controller), Some(pids)) = (self.pids_controller(), limits.pids) {
+        if let Some(percent) = limits.cpu_percent {
+            self.cap_cpu(percent)?;
+        }
+        if let Some(pids) = limits.pids {
+            let controller = self.pids_controller();
             let value = MaxValue::Value(i64::try_from(pids).unwrap_or(i64::MAX));
             controller.set_pid_max(value).map_err(|error| {
                 let act = format!("limit processes to {pids} in");
@@ -74,48 +88,13 @@ impl Group {
         }
     }
 
-    /// v1: reading and writing a few harmless devices, making none.
-    pub(super) fn confine_devices(&self) -> Result<(), CgroupError> {
-        /// null, zero, full, random, urandom, tty, ptmx and every pseudo-terminal (-1: all of them).
-        const DEVICES: [(i64, i64); 8] = [
-            (1, 3),
-            (1, 5),
-            (1, 7),
-            (1, 8),
-            (1, 9),
-            (5, 0),
-            (5, 2),
-            (136, -1),
-        ];
-        const USE: [DevicePermissions; 2] = [DevicePermissions::Read, DevicePermissions::Write];
-        let Some(place) = &self.layout.devices else {
-            return Ok(());
-        };
-        let directory = self.directory(place);
-        let refused =
-            |error| CgroupError::refused("confine devices in", &directory)(io_error(error));
-        let devices = DevicesController::new(directory.clone());
-        devices
-            .deny_device(DeviceType::All, -1, -1, &DevicePermissions::all())
-            .map_err(refused)?;
-        for (major, minor) in DEVICES {
-            devices
-                .allow_device(DeviceType::Char, major, minor, &USE)
-                .map_err(refused)?;
-        }
-        Ok(())
-    }
-
-    pub(super) fn pids_controller(&self) -> Option<PidController> {
-        let place = self.layout.pids.as_ref()?;
-        Some(PidController::new(
-            self.directory(place),
-            place.version == Version::V2,
-        ))
+    pub(super) fn pids_controller(&self) -> PidController {
+        let place = &self.layout.pids;
+        PidController::new(self.directory(place), place.version == Version::V2)
     }
 
     pub(super) fn pids_max(&self) -> Option<MaxValue> {
-        self.pids_controller()?.get_pid_max().ok()
+        self.pids_controller().get_pid_max().ok()
     }
 
     fn cpu(&self) -> Option<CpuController> {
@@ -126,11 +105,48 @@ impl Group {
         ))
     }
 
+    /// The file with the cap on processor time, in hierarchies and kernels (`CONFIG_CFS_BANDWIDTH`) that
+    /// have one, and its text.
+    fn cpu_cap(&self) -> Option<(PathBuf, String)> {
+        let place = self.layout.cpu.as_ref()?;
+        let file = self.directory(place).join(match place.version {
+            Version::V1 => "cpu.cfs_quota_us",
+            Version::V2 => "cpu.max",
+        });
+        let text = fs::read_to_string(&file).ok()?;
+        Some((file, text))
+    }
+
+    fn cap_cpu(&self, percent: u64) -> Result<(), CgroupError> {
+        let unlimited = percent == u64::MAX;
+        let Some((file, _)) = self.cpu_cap() else {
+            return unlimited.then_some(()).ok_or(CgroupError::NoCpuCap);
+        };
+        let quota = percent.saturating_mul(CPU_PERIOD_US / 100);
+        let text = match (
+            self.layout.cpu.as_ref().map(|place| place.version),
+            unlimited,
+        ) {
+            (Some(Version::V2), true) => "max".to_owned(),
+            (_, true) => "-1".to_owned(),
+            // v1's period and v2's, which is kept when only one number is written, are never changed.
+            (_, false) => quota.to_string(),
+        };
+        write(&file, &text).map_err(CgroupError::refused(
+            format!("cap processor time at {text} us of {CPU_PERIOD_US} in"),
+            &file,
+        ))
+    }
+
     /// As the kernel spells it: shares on v1, weight on v2.
     fn cpu_weight(&self) -> Option<u64> {
         self.cpu()?.shares().ok()
     }
 }
+
+/// The period of a new group's cap on processor time, in microseconds (kernel/sched/fair.c,
+/// `default_cfs_period`).
+const CPU_PERIOD_US: u64 = 100_000;
 
 const MIN_SHARES: u64 = 2;
 const MAX_SHARES: u64 = 262_144;
@@ -176,18 +192,55 @@ fn order(bytes: u64, both: Option<u64>) -> &'static [Write] {
     }
 }
 
+/// How long the kernel may reclaim for a smaller limit. v1 goes on for as long as it finds anything
+/// (mm/memcontrol-v1.c, `mem_cgroup_resize_max`), which an app that streams through the page cache can make last.
+const RESIZE: Duration = Duration::from_secs(5);
+
+/// What v1 takes for no limit, as any larger number.
+const LARGEST: u64 = i64::MAX.unsigned_abs();
+
+/// Between two interrupts: the first may come a moment before the call.
+const INTERRUPTS: Duration = Duration::from_millis(20);
+
+/// Makes a call that is interrupted (`EINTR`) when it has lasted for so long.
+fn within(
+    patience: Duration,
+    call: impl FnOnce() -> io::Result<()> + Send + 'static,
+) -> io::Result<()> {
+    interrupt::prepare().map_err(|error| error.errno)?;
+    let (done, outcome) = mpsc::channel();
+    let thread = std::thread::Builder::new().name("limit".to_owned());
+    let thread = thread.spawn(move || drop(done.send(call())))?;
+    let mut wait = patience;
+    loop {
+        match outcome.recv_timeout(wait) {
+            Ok(result) => return result,
+            Err(RecvTimeoutError::Disconnected) => return Err(Errno::EIO.into()),
+            Err(RecvTimeoutError::Timeout) => {
+                // It is not joined, so the number is still its own.
+                pthread_kill(thread.as_pthread_t(), interrupt::SIGNAL)?;
+                wait = INTERRUPTS;
+            }
+        }
+    }
+}
+
 /// v1 refuses by itself (EBUSY) what does not fit after reclaim.
 fn limit_memory_v1(directory: &Path, bytes: u64) -> Result<(), CgroupError> {
     let both = directory.join(swap_file(Version::V1));
     let both = both.exists().then(|| read_number(&both)).transpose()?;
     let before = read_number(&directory.join("memory.limit_in_bytes"))?;
-    let memory = MemController::new(directory.to_owned(), false);
     let set = |write: Write, bytes: u64| {
-        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
-        match write {
-            Write::Memory => memory.set_limit(bytes),
-            Write::MemoryAndSwap => memory.set_memswap_limit(bytes),
-        }
+        let path = directory.join(match write {
+            Write::Memory => "memory.limit_in_bytes",
+            Write::MemoryAndSwap => swap_file(Version::V1),
+        });
+        within(RESIZE, move || {
+            let file = File::options().write(true).open(path)?;
+            // Not by `write_all`, which begins again what was interrupted.
+            nix::unistd::write(file, bytes.min(LARGEST).to_string().as_bytes())?;
+            Ok(())
+        })
     };
     let mut done = Vec::new();
     for step in order(bytes, both) {
@@ -204,18 +257,23 @@ fn limit_memory_v1(directory: &Path, bytes: u64) -> Result<(), CgroupError> {
             // refuse, and the first error is the one to tell.
             let _gone = old.map(|old| set(step, old));
         }
-        let error = io_error(error);
-        if errno_of(&error) == Some(Errno::EBUSY) {
+        if matches!(errno_of(&error), Some(Errno::EBUSY | Errno::EINTR)) {
             let usage = read_number(&directory.join("memory.usage_in_bytes"))?;
-            return Err(CgroupError::MemoryInUse {
-                limit: bytes,
-                usage,
-            });
+            return Err(in_use(bytes, usage));
         }
         return Err(CgroupError::refused(
             format!("limit memory to {bytes} bytes in"),
             directory,
         )(error));
+    }
+    // What it used before says nothing of this limit: whether it was reached is told by the peak.
+    if bytes < before {
+        for peak in [
+            "memory.max_usage_in_bytes",
+            "memory.memsw.max_usage_in_bytes",
+        ] {
+            let _not_accounted = write(&directory.join(peak), "0");
+        }
     }
     Ok(())
 }
@@ -243,10 +301,7 @@ fn limit_memory_v2(directory: &Path, bytes: u64) -> Result<(), CgroupError> {
         usage = read_number(&current)?;
     }
     if usage > bytes {
-        return Err(CgroupError::MemoryInUse {
-            limit: bytes,
-            usage,
-        });
+        return Err(in_use(bytes, usage));
     }
     let refused = |error| {
         let act = format!("limit memory to {bytes} bytes in");
@@ -262,8 +317,19 @@ fn limit_memory_v2(directory: &Path, bytes: u64) -> Result<(), CgroupError> {
         .map_err(refused)
 }
 
+/// The refusal of a limit below `usage`, which is what could not be reclaimed. In whole MiB, the unit of
+/// the bus, and with room for an app at rest to go on.
+fn in_use(limit: u64, usage: u64) -> CgroupError {
+    const MIB: u64 = 1 << 20;
+    CgroupError::MemoryInUse {
+        limit,
+        usage,
+        smallest: (usage.div_ceil(MIB) + 1) * MIB,
+    }
+}
+
 /// The kernel's answer behind an error of `cgroups-rs`.
-fn io_error(error: cgroups_rs::error::Error) -> io::Error {
+pub(super) fn io_error(error: cgroups_rs::error::Error) -> io::Error {
     let cause = std::error::Error::source(&error)
         .and_then(|cause| cause.downcast_ref::<io::Error>())
         .and_then(io::Error::raw_os_error);

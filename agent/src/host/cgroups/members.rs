@@ -16,9 +16,12 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// How often the members of a v1 group are listed and killed before giving up. With a pids
-/// controller nothing can be born meanwhile, so two suffice; without one a fork storm gets this many.
+/// How often the members of a v1 group are listed and killed before giving up. Nothing can be born
+/// meanwhile, so two suffice; should the kernel not take the limit, a fork storm gets this many.
 const KILL_PASSES: usize = 100;
+
+/// Members that are killed at once: each takes a descriptor, and many containers may be killed at the same time.
+const AT_ONCE: usize = 64;
 
 /// Between two looks at a v1 group whose listed members are dead but not gone yet.
 const PAUSE: Duration = Duration::from_millis(1);
@@ -87,32 +90,35 @@ impl Group {
         // has passed that check aborts when the signal to its parent is seen.
         let before = self.pids_max();
         let pids = self.pids_controller();
-        let hold = |max: MaxValue| pids.as_ref().map(|pids| pids.set_pid_max(max));
+        let hold = |max: MaxValue| pids.set_pid_max(max);
         let _gone = hold(MaxValue::Value(0));
         let mut killed = BTreeSet::new();
         for _ in 0..KILL_PASSES {
-            let found: Vec<(i32, OwnedFd)> = self
-                .pids()
-                .into_iter()
-                .filter(|pid| !killed.contains(pid) && pid.unsigned_abs() != std::process::id())
-                .filter_map(|pid| pidfd::open(pid).ok().map(|fd| (pid, fd)))
-                .collect();
-            if found.is_empty() {
+            let mut listed = self.pids();
+            listed.retain(|pid| !killed.contains(pid) && pid.unsigned_abs() != std::process::id());
+            if listed.is_empty() {
                 break;
             }
-            // A second look: a number that is still listed after its descriptor was opened was not
-            // reused in between, or the descriptor's process is dead.
-            let still = self.pids();
-            for (pid, fd) in found
-                .iter()
-                .filter(|(pid, _)| still.binary_search(pid).is_ok())
-            {
-                let _dead = pidfd::send_signal(fd, Signal::SIGKILL as i32);
-                killed.insert(*pid);
+            for some in listed.chunks(AT_ONCE) {
+                killed.extend(self.kill_members(some));
             }
             self.thaw();
         }
         let _gone = before.map(hold);
+    }
+
+    /// Kills those that are members; the numbers of those that it reached.
+    fn kill_members(&self, pids: &[i32]) -> Vec<i32> {
+        let open = |pid: &i32| pidfd::open(*pid).ok().map(|fd| (*pid, fd));
+        let mut found: Vec<(i32, OwnedFd)> = pids.iter().filter_map(open).collect();
+        // A second look: a number that is still listed after its descriptor was opened was not
+        // reused in between, or the descriptor's process is dead.
+        let still = self.pids();
+        found.retain(|(pid, _)| still.binary_search(pid).is_ok());
+        for (_, fd) in &found {
+            let _dead = pidfd::send_signal(fd, Signal::SIGKILL as i32);
+        }
+        found.into_iter().map(|(pid, _)| pid).collect()
     }
 
     /// v1: a frozen process does not even die. v2's do.

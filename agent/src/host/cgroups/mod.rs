@@ -15,6 +15,7 @@
 //! Not set: `memory.oom.group`. v1 has nothing like it, and it would kill the container's init before
 //! that could report how the app ended; that one kill ends the instance is decided further up.
 
+mod devices;
 mod layout;
 mod limits;
 mod members;
@@ -22,6 +23,7 @@ mod members;
 pub(crate) mod tests;
 mod usage;
 
+use devices::Confinement;
 use layout::{Layout, Place, Version};
 pub use limits::Limits;
 use nix::errno::Errno;
@@ -55,6 +57,16 @@ pub enum CgroupError {
          inside a container, run that one privileged so that its cgroups are not read-only"
     )]
     NoMemory,
+    /// Neither v1's device files nor a v2 hierarchy, where a filter does the same.
+    #[error(
+        "no writable hierarchy can confine devices: mount cgroup2, or cgroup with the controller 'devices'"
+    )]
+    NoDevices,
+    /// No controller counts processes: a fork bomb would take the host.
+    #[error(
+        "no writable hierarchy has the controller 'pids', processes cannot be limited: mount it, or boot with a pure cgroup v2 hierarchy"
+    )]
+    NoPids,
     /// v2 hands controllers on only from groups without processes, the root excepted.
     #[error(
         "'{0}' has processes of its own, so its children cannot have controllers: move them into a \
@@ -65,13 +77,22 @@ pub enum CgroupError {
     #[error("control group '{0}' exists already: its handle is in use")]
     Taken(PathBuf),
     /// A memory limit below what is in use and cannot be reclaimed. Nothing was changed.
-    #[error("a limit of {limit} bytes does not fit: {usage} bytes of memory are in use")]
+    #[error(
+        "a limit of {limit} bytes does not fit: {usage} bytes of memory are in use, the smallest limit that is safe has {smallest}"
+    )]
     MemoryInUse {
         /// The limit that was asked for, in bytes.
         limit: u64,
         /// What is in use after an attempt to reclaim, in bytes.
         usage: u64,
+        /// The smallest limit that fits with a little room, in bytes.
+        smallest: u64,
     },
+    /// No controller, or one that only knows shares (a kernel without `CONFIG_CFS_BANDWIDTH`).
+    #[error(
+        "this host cannot cap processor time, its control groups have no quota: leave `instance.max_cpu_percent` out"
+    )]
+    NoCpuCap,
     /// Processes were still there when the time was up.
     #[error("control group '{group}' still has processes after {waited:?}")]
     Busy {
@@ -107,6 +128,7 @@ impl CgroupError {
 #[derive(Debug, Clone)]
 pub struct Cgroups {
     layout: Arc<Layout>,
+    devices: Confinement,
 }
 
 impl Cgroups {
@@ -114,9 +136,42 @@ impl Cgroups {
     /// are ignored) below the visible root of each.
     ///
     /// # Errors
-    /// [`CgroupError::BadName`], [`CgroupError::NoMemory`], [`CgroupError::Occupied`] or
-    /// [`CgroupError::Refused`].
+    /// [`CgroupError::BadName`], [`CgroupError::NoMemory`], [`CgroupError::NoPids`],
+    /// [`CgroupError::NoDevices`], [`CgroupError::Occupied`] or [`CgroupError::Refused`].
     pub fn open(parent: &str) -> Result<Self, CgroupError> {
+        let cgroups = Self::find(parent)?;
+        cgroups.make_parent()?;
+        Ok(cgroups)
+    }
+
+    /// [`Self::describe`] of this host, whether or not there is a parent; nothing is made.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn look(parent: &str) -> Result<String, CgroupError> {
+        let cgroups = Self::find(parent)?;
+        let memory = &cgroups.layout.memory;
+        // The root of v2 has no limits; any group below it has.
+        let groups = [
+            "",
+            "init.scope",
+            "system.slice",
+            "ostler",
+            parent.trim_matches('/'),
+        ];
+        let file = limits::swap_file(memory.version);
+        let limited = groups
+            .iter()
+            .any(|group| memory.mount.join(group).join(file).exists());
+        let swap = if limited {
+            "limited"
+        } else {
+            "not limited (no swap accounting)"
+        };
+        Ok(format!("{}, swap {swap}", cgroups.layout.describe()))
+    }
+
+    fn find(parent: &str) -> Result<Self, CgroupError> {
         let parent = parent.trim_matches('/');
         if !parent.split('/').all(is_plain) {
             return Err(CgroupError::BadName(parent.to_owned()));
@@ -128,11 +183,10 @@ impl Cgroups {
         let layout = Layout::decide(Path::new(parent), &text, |mount| {
             fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default()
         })?;
-        let cgroups = Self {
+        Ok(Self {
+            devices: Confinement::open(&layout)?,
             layout: Arc::new(layout),
-        };
-        cgroups.make_parent()?;
-        Ok(cgroups)
+        })
     }
 
     /// One line for the log: each controller's generation, and what cannot be kept on this host.
@@ -249,7 +303,7 @@ impl Cgroups {
                 Err(error) => return Err(CgroupError::refused("make", &directory)(error)),
             }
         }
-        group.confine_devices()?;
+        self.devices.apply(group)?;
         group.apply(limits)
     }
 

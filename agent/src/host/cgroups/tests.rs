@@ -150,6 +150,7 @@ fn limits(memory_mib: u64, pids: u64) -> Limits {
     Limits {
         memory_bytes: Some(memory_mib * MIB),
         cpu_shares: Some(512),
+        cpu_percent: None,
         pids: Some(pids),
     }
 }
@@ -170,7 +171,7 @@ fn read_back(group: &Group) -> [String; 4] {
             "memory.swap.max",
         ),
         read(layout.cpu.as_ref().unwrap(), "cpu.shares", "cpu.weight"),
-        read(layout.pids.as_ref().unwrap(), "pids.max", "pids.max"),
+        read(&layout.pids, "pids.max", "pids.max"),
     ]
 }
 
@@ -224,6 +225,78 @@ fn limits_are_written_and_change_in_both_directions() {
     println!("{}", parent.describe());
 }
 
+/// The kernel's own words for the cap on processor time.
+fn cap(group: &Group) -> String {
+    let place = group.layout.cpu.as_ref().unwrap();
+    let file = match place.version {
+        Version::V1 => "cpu.cfs_quota_us",
+        Version::V2 => "cpu.max",
+    };
+    let text = fs::read_to_string(group.directory(place).join(file)).unwrap();
+    text.trim().trim_end_matches(" 100000").replace("max", "-1")
+}
+
+#[test]
+fn processor_time_is_capped_and_the_cap_changes() {
+    let capped = |percent| Limits {
+        cpu_percent: Some(percent),
+        ..limits(64, 20)
+    };
+    let parent = Parent::new();
+    let group = parent.create("one", &capped(20)).unwrap();
+    assert_eq!(cap(&group), "20000");
+    let _busy = Inside::start(&group, "while :; do :; done");
+    // A fifth of one processor, whatever else the machine does: with no cap it would have had most of one.
+    let (began, before) = (Instant::now(), group.usage().unwrap().cpu_ns);
+    while began.elapsed() < Duration::from_secs(1) {
+        members::pause(Duration::from_millis(50));
+    }
+    let used = group.usage().unwrap().cpu_ns - before;
+    let most = u64::try_from(began.elapsed().as_nanos()).unwrap() / 5 + 40_000_000;
+    println!("used {used} ns of processor time in {:?}", began.elapsed());
+    assert!(used > 10_000_000 && used < most, "{used} of {most}");
+
+    group.limit(&capped(150)).unwrap();
+    assert_eq!(cap(&group), "150000");
+    group.limit(&limits(64, 20)).unwrap();
+    assert_eq!(cap(&group), "150000", "it stays");
+    let wrong = Limits {
+        pids: Some(5_000_000),
+        ..capped(50)
+    };
+    group.limit(&wrong).unwrap_err();
+    assert_eq!(cap(&group), "150000", "all or none");
+    group.limit(&capped(u64::MAX)).unwrap();
+    assert_eq!(cap(&group), "-1");
+}
+
+/// What is left out, because there is nothing to cap it with, is refused and not forgotten.
+#[test]
+fn a_host_without_a_cpu_controller_caps_nobody() {
+    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let without: String = mountinfo
+        .lines()
+        .filter(|line| !line.split([' ', ',']).any(|word| word == "cpu"))
+        .fold(String::new(), |all, line| all + line + "\n");
+    let controllers = |mount: &Path| {
+        let all = fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default();
+        all.replace("cpu ", "")
+    };
+    let layout = Layout::decide(Path::new("ostler"), &without, controllers).unwrap();
+    let group = Group {
+        layout: Arc::new(layout),
+        handle: "nobody".into(),
+    };
+    let capped = |percent| Limits {
+        cpu_percent: Some(percent),
+        ..Limits::default()
+    };
+    let refused = group.apply(&capped(50));
+    assert!(matches!(refused, Err(CgroupError::NoCpuCap)), "{refused:?}");
+    group.apply(&capped(u64::MAX)).unwrap();
+    group.apply(&Limits::default()).unwrap();
+}
+
 #[test]
 fn a_memory_limit_that_does_not_fit_changes_nothing_and_kills_nobody() {
     let parent = Parent::new();
@@ -231,7 +304,12 @@ fn a_memory_limit_that_does_not_fit_changes_nothing_and_kills_nobody() {
     let mut holder = Inside::start(&group, HOLD_16_MB);
     assert_eq!(holder.line(), "full");
     let refused = group.limit(&limits(8, 25)).unwrap_err();
-    let CgroupError::MemoryInUse { limit, usage } = refused else {
+    let CgroupError::MemoryInUse {
+        limit,
+        usage,
+        smallest,
+    } = refused
+    else {
         panic!("{refused}")
     };
     assert_eq!(limit, 8 * MIB);
@@ -243,12 +321,17 @@ fn a_memory_limit_that_does_not_fit_changes_nothing_and_kills_nobody() {
     );
     assert_eq!(group.oom_kills().unwrap(), 0);
 
-    group.limit(&limits(96, 25)).unwrap();
+    assert!(
+        (usage + MIB..=usage + 2 * MIB).contains(&smallest),
+        "{usage}, {smallest}"
+    );
+    group.limit(&limits(smallest / MIB, 25)).unwrap();
     assert_eq!(
         read_back(&group),
-        expected(&group, 96, (512, 59), 25),
-        "what fits is applied"
+        expected(&group, smallest / MIB, (512, 59), 25),
+        "what it was told is applied"
     );
+    assert_eq!(group.oom_kills().unwrap(), 0);
     holder.tell("go on");
     assert!(holder.wait().success(), "it was not disturbed");
 }
@@ -271,15 +354,66 @@ fn page_cache_gives_way_to_a_lower_limit() {
     outcome.unwrap();
     assert_eq!(group.memory_limit(), Some(24 * MIB));
     assert!(
-        group.memory_peak().unwrap() > 24 * MIB,
-        "there was more than now fits"
-    );
-    assert!(
         full.memory_bytes < 40 * MIB,
         "unused cache is no working set: {full:?}"
     );
     assert_eq!(group.oom_kills().unwrap(), 0);
     assert_eq!(group.pids(), [holder.pid()]);
+}
+
+#[test]
+fn what_was_used_under_a_larger_limit_says_nothing_of_the_smaller_one() {
+    let parent = Parent::new();
+    let group = parent.create("one", &limits(128, 20)).unwrap();
+    let file = std::env::temp_dir().join(format!("ostler-peak-{}", std::process::id()));
+    let path = file.display();
+    let script = format!(
+        "dd if=/dev/zero of={path} bs=1048576 count=100 2>/dev/null; rm {path}; echo gone; read y"
+    );
+    let mut holder = Inside::start(&group, &script);
+    assert_eq!(holder.line(), "gone");
+    assert!(group.memory_peak().unwrap() > 90 * MIB);
+    group.limit(&limits(64, 20)).unwrap();
+    assert!(!group.memory_ran_out());
+    group.limit(&limits(96, 20)).unwrap();
+    assert!(!group.memory_ran_out());
+}
+
+/// v1 alone would reclaim for as long as there is something to reclaim.
+#[test]
+fn a_limit_below_a_stream_of_page_cache_is_set_or_refused_in_time() {
+    let parent = Parent::new();
+    let limits = |memory: u64| Limits {
+        memory_bytes: Some(memory * MIB),
+        ..Limits::default()
+    };
+    let group = parent.create("one", &limits(200)).unwrap();
+    // Beside whatever else the machine does.
+    let ours = group.directory(group.layout.cpu.as_ref().unwrap());
+    let _v1 = fs::write(ours.parent().unwrap().join("cpu.shares"), "8192");
+    // Gone with this descriptor, however the test ends.
+    let file = std::env::temp_dir().join(format!("ostler-stream-{}", std::process::id()));
+    let hole = File::create_new(&file).unwrap();
+    fs::remove_file(&file).unwrap();
+    hole.set_len(4 << 30).unwrap();
+    let path = format!("/proc/{}/fd/{}", std::process::id(), hole.as_raw_fd());
+    let script = format!(
+        "for n in 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24; do \
+         while :; do dd if={path} of=/dev/null bs=512K 2>/dev/null; done & done; sleep 2; echo up; wait"
+    );
+    let mut readers = Inside::start(&group, &script);
+    assert_eq!(readers.line(), "up");
+    let began = Instant::now();
+    let outcome = group.limit(&limits(32));
+    println!("{outcome:?} after {:?}", began.elapsed());
+    assert!(began.elapsed() < Duration::from_secs(40));
+    let limit = match outcome {
+        Ok(()) => 32 * MIB,
+        Err(CgroupError::MemoryInUse { .. }) => 200 * MIB,
+        Err(other) => panic!("{other}"),
+    };
+    assert_eq!(group.memory_limit(), Some(limit), "all or none");
+    group.kill();
 }
 
 #[test]
@@ -291,9 +425,7 @@ fn the_pids_limit_binds() {
         &group,
         "for i in 1 2 3 4 5 6 7 8; do sleep 60 & done; echo all; wait",
     );
-    let events = group
-        .directory(group.layout.pids.as_ref().unwrap())
-        .join("pids.events");
+    let events = group.directory(&group.layout.pids).join("pids.events");
     let end = Instant::now() + DEADLINE;
     while usage::read_key(&events, "max").unwrap() == 0 {
         assert!(Instant::now() < end, "no fork was refused");
@@ -455,10 +587,7 @@ fn a_create_that_fails_leaves_nothing() {
         refused.to_string(),
         format!(
             "cannot limit processes to 5000000 in '{}'",
-            parent
-                .group("one")
-                .directory(parent.layout.pids.as_ref().unwrap())
-                .display()
+            parent.group("one").directory(&parent.layout.pids).display()
         )
     );
     assert_eq!(parent.list().unwrap(), [""; 0]);
@@ -546,26 +675,26 @@ fn a_v2_group_beside_v1_is_joined_killed_and_waited_for() {
         parent: ours.layout.parent.clone(),
         memory: ours.layout.memory.clone(),
         cpu: None,
-        pids: None,
+        pids: ours.layout.pids.clone(),
         cpuacct: None,
-        devices: None,
+        devices: place.clone(),
         freezer: None,
         unified: Some(place.clone()),
     };
     let parent = Parent {
         cgroups: Cgroups {
+            devices: Confinement::open(&layout).unwrap(),
             layout: Arc::new(layout),
         },
     };
     let group = parent.create("one", &Limits::default()).unwrap();
     let mut shell = Inside::start(&group, "sleep 60 & sleep 60 & echo up; wait");
     assert_eq!(shell.line(), "up");
-    assert_eq!(
-        group.usage().unwrap().pids,
-        3,
+    assert_eq!(group.usage().unwrap().pids, 3);
+    assert!(
+        group.usage().unwrap().cpu_ns > 0,
         "counted without a controller"
     );
-    assert!(group.usage().unwrap().cpu_ns > 0, "so is time");
     write(&group.directory(&place).join("cgroup.freeze"), "1").unwrap();
     assert!(matches!(
         group.wait_empty(Duration::from_millis(20)),
@@ -579,6 +708,83 @@ fn a_v2_group_beside_v1_is_joined_killed_and_waited_for() {
     waiter.join().unwrap().unwrap();
     shell.wait();
     group.remove(DEADLINE).unwrap();
+}
+
+/// What a root shell in the group says of making and opening the kernel's log (1:11) and null (1:3).
+fn devices_in(group: &Group) -> [String; 3] {
+    let node = std::env::temp_dir().join(format!(
+        "ostler-node-{}-{}",
+        group.handle,
+        std::process::id()
+    ));
+    let node = node.display();
+    // The node that it opens is there already, as one of a hostile root file system would be.
+    let script = format!(
+        "mknod {node}2 c 1 11 2>/dev/null && echo made || echo not made; rm -f {node}2; \
+         head -c 0 {node} 2>/dev/null && echo open || echo shut; \
+         echo x 2>/dev/null >/dev/null && echo open || echo shut"
+    );
+    let made = nix::sys::stat::mknod(
+        node.to_string().as_str(),
+        nix::sys::stat::SFlag::S_IFCHR,
+        nix::sys::stat::Mode::S_IRUSR,
+        nix::sys::stat::makedev(1, 11),
+    );
+    made.unwrap();
+    let mut shell = Inside::start(group, &script);
+    let said = [(); 3].map(|()| shell.line());
+    fs::remove_file(node.to_string()).unwrap();
+    assert!(shell.wait().success());
+    said
+}
+
+/// v2 where this host has it, whatever confines devices on it otherwise: so this is a v2 host, or a
+/// hybrid one without v1's files.
+fn with_filter(ours: &Parent) -> Parent {
+    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let without_v1 = mountinfo.replace(",devices", ",misc");
+    let controllers = |mount: &Path| fs::read_to_string(mount.join("cgroup.controllers")).unwrap();
+    let layout = Layout::decide(&ours.layout.parent, &without_v1, controllers).unwrap();
+    assert_eq!(layout.devices.version, Version::V2);
+    let cgroups = Cgroups {
+        devices: Confinement::open(&layout).unwrap(),
+        layout: Arc::new(layout),
+    };
+    Parent { cgroups }
+}
+
+#[test]
+fn a_container_has_its_devices_and_no_other() {
+    let own = Parent::new();
+    let filtered = with_filter(&own);
+    let confined = [
+        own.create("as-this-host-does", &limits(64, 20)).unwrap(),
+        filtered.create("by-filter", &limits(64, 20)).unwrap(),
+    ];
+    for group in confined {
+        assert_eq!(devices_in(&group), ["not made", "shut", "open"]);
+    }
+    // The control: the same groups without it.
+    let free = filtered.group("free");
+    for (_, directory) in free.directories() {
+        fs::create_dir(directory).unwrap();
+    }
+    assert_eq!(devices_in(&free), ["made", "open", "open"]);
+}
+
+#[test]
+fn a_container_that_cannot_be_confined_is_not_made() {
+    let own = Parent::new();
+    let mut filtered = with_filter(&own);
+    // No such program: a directory is none.
+    let directory = File::open("/").unwrap();
+    filtered.cgroups.devices = Confinement::Filter(Arc::new(directory.into()));
+    let refused = filtered.create("one", &limits(64, 20)).unwrap_err();
+    assert!(
+        refused.to_string().starts_with("cannot confine devices in"),
+        "{refused}"
+    );
+    assert_eq!(filtered.list().unwrap(), [""; 0]);
 }
 
 /// Only a v2 host can show it: v1 and a hierarchy without controllers have nothing to hand on.
@@ -620,6 +826,7 @@ impl Fake {
             root,
             cgroups: Cgroups {
                 layout: Arc::new(layout.unwrap()),
+                devices: Confinement::Files,
             },
         };
         let group = fake.root.join("ostler/one");
@@ -659,7 +866,7 @@ fn v2_limits_and_usage_are_in_these_files() {
     let fake = Fake::new();
     assert_eq!(
         fake.cgroups.describe(),
-        "memory v2, cpu v2, pids v2, devices absent, freezer v2, swap not limited (no swap accounting)"
+        "memory v2, cpu v2, pids v2, devices v2, freezer v2, swap not limited (no swap accounting)"
     );
     let one = fake.cgroups.group("one");
     let usage = Usage {
@@ -688,7 +895,8 @@ fn v2_limits_and_usage_are_in_these_files() {
     let refused = one.limit(&limits(32, 60)).unwrap_err();
     assert_eq!(
         refused.to_string(),
-        "a limit of 33554432 bytes does not fit: 41943040 bytes of memory are in use"
+        "a limit of 33554432 bytes does not fit: 41943040 bytes of memory are in use, the smallest limit \
+         that is safe has 42991616"
     );
     assert_eq!(
         read_back(&one),

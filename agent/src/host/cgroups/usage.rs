@@ -12,7 +12,7 @@ pub struct Usage {
     pub memory_bytes: u64,
     /// Processor time since it was made, in nanoseconds; 0 where v1 lacks `cpuacct`.
     pub cpu_ns: u64,
-    /// Processes and threads; processes only where there is no pids controller.
+    /// Processes and threads.
     pub pids: u64,
 }
 
@@ -25,10 +25,7 @@ impl Group {
         Ok(Usage {
             memory_bytes: self.working_set()?,
             cpu_ns: self.cpu_ns()?,
-            pids: match &self.layout.pids {
-                Some(place) => read_number(&self.directory(place).join("pids.current"))?,
-                None => self.pids().len() as u64,
-            },
+            pids: read_number(&self.directory(&self.layout.pids).join("pids.current"))?,
         })
     }
 
@@ -51,7 +48,8 @@ impl Group {
         read_key(&self.memory_dir().join(file), "oom_kill")
     }
 
-    /// The most memory it ever used, in bytes, page cache included; `None` if the kernel does not say.
+    /// The most memory it ever used (v1: since its limit was last made smaller), in bytes, page cache included;
+    /// `None` if the kernel does not say.
     #[must_use]
     pub fn memory_peak(&self) -> Option<u64> {
         let file = match self.layout.memory.version {
@@ -63,6 +61,32 @@ impl Group {
             .trim()
             .parse()
             .ok()
+    }
+
+    /// Whether it was ever at its own limit of today: v1 says no more (its `failcnt` stays 0), v2 that an allocation
+    /// failed there. `false` if the group is gone.
+    #[must_use]
+    pub fn memory_ran_out(&self) -> bool {
+        /// An allocation of so many bytes may fail and leave the peak below the limit: the kernel kills for
+        /// none that is larger (`PAGE_ALLOC_COSTLY_ORDER` is 3).
+        const LARGEST: u64 = 8 * 4096;
+        let directory = self.memory_dir();
+        let file = |name: &str| directory.join(name);
+        let reached = |peak: &str, limit: &str| {
+            let (peak, limit) = (read_number(&file(peak)), read_number(&file(limit)));
+            matches!((peak, limit), (Ok(peak), Ok(limit)) if peak.saturating_add(LARGEST) >= limit)
+        };
+        match self.layout.memory.version {
+            Version::V1 => {
+                reached("memory.max_usage_in_bytes", "memory.limit_in_bytes")
+                    || reached(
+                        "memory.memsw.max_usage_in_bytes",
+                        "memory.memsw.limit_in_bytes",
+                    )
+            }
+            // Not memory.events: there a group below would count, too (Linux 5.2).
+            Version::V2 => read_key(&file("memory.events.local"), "oom").is_ok_and(|ooms| ooms > 0),
+        }
     }
 
     /// The memory limit in bytes; `None` if there is none or the group is gone.

@@ -3,7 +3,7 @@
 //! ```text
 //! <base>/containers/<handle>/run/wshd.sock    the init's socket
 //!                           /jobs/<n>/        one job's spool, lock and socket
-//!                           /upper/ work/     the writable layer of the root
+//!                           /disk/upper/ work/  the writable layer of the root; see [`disk`]
 //!                           /root/            where the root is mounted, in the container's namespace only
 //!                           /log              what its helpers complained about
 //! <base>/trash/                               what is being removed
@@ -11,19 +11,25 @@
 //!
 //! All functions block.
 
+pub mod disk;
+mod ids;
 mod remove;
 mod seed;
 
 pub use seed::SeedFile;
 
 use container::fault::{Context, SysError};
+use container::launch::Ids;
+use ids::Ranges;
 use nix::errno::Errno;
 use nix::sys::stat::Mode;
-use nix::unistd::mkdir;
+use nix::unistd::{Gid, Uid, chown, mkdir};
 use std::fs::{self, Permissions};
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Characters of a handle.
 pub const HANDLE_LENGTH: usize = 11;
@@ -63,6 +69,11 @@ pub enum DepotError {
         /// The layer that holds it.
         layer: PathBuf,
     },
+    /// Every range of ids is taken.
+    #[error(
+        "no range of user ids is free: each belongs to a container, or to files in \"{0}\" that were not removed yet"
+    )]
+    NoIds(PathBuf),
     /// A system call was refused.
     #[error(transparent)]
     Refused(#[from] SysError),
@@ -72,6 +83,17 @@ pub enum DepotError {
 #[derive(Debug, Clone)]
 pub struct Depot {
     base: PathBuf,
+    ranges: Arc<Ranges>,
+    trash: Arc<Trash>,
+}
+
+/// Who empties the trash.
+#[derive(Debug, Default)]
+struct Trash {
+    /// Held by whoever is at it.
+    turn: Mutex<()>,
+    /// How often it was asked for.
+    asked: AtomicU64,
 }
 
 /// The paths of one container.
@@ -82,6 +104,12 @@ pub struct Directory {
 }
 
 impl Directory {
+    /// The ids of its container; `None` if it is gone.
+    #[must_use]
+    pub fn ids(&self) -> Option<Ids> {
+        ids_of(&self.path).ok().flatten()
+    }
+
     /// The init's socket.
     #[must_use]
     pub fn socket(&self) -> PathBuf {
@@ -94,16 +122,34 @@ impl Directory {
         self.path.join("jobs").join(job.to_string())
     }
 
-    /// The writable layer.
+    /// What holds the writable layer: the container's init may find a file system mounted here.
     #[must_use]
-    pub fn upper(&self) -> PathBuf {
-        self.path.join("upper")
+    pub fn disk(&self) -> PathBuf {
+        self.path.join("disk")
     }
 
-    /// The overlay's own working directory.
+    /// The file with that file system.
+    #[must_use]
+    pub fn image(&self) -> PathBuf {
+        self.path.join("disk.img")
+    }
+
+    /// The file with the number of its loop device, and the size of what it may not have.
+    #[must_use]
+    pub fn loop_number(&self) -> PathBuf {
+        self.path.join("loop")
+    }
+
+    /// The writable layer, as the container's init finds it.
+    #[must_use]
+    pub fn upper(&self) -> PathBuf {
+        self.disk().join("upper")
+    }
+
+    /// The overlay's own working directory, as the container's init finds it.
     #[must_use]
     pub fn work(&self) -> PathBuf {
-        self.path.join("work")
+        self.disk().join("work")
     }
 
     /// The mount point of the root.
@@ -170,8 +216,11 @@ impl Depot {
                 other => other?,
             }
         }
+        let ranges = Arc::new(ranges(base)?);
         Ok(Self {
             base: base.to_owned(),
+            ranges,
+            trash: Arc::default(),
         })
     }
 
@@ -188,42 +237,55 @@ impl Depot {
     /// # Errors
     /// The directory cannot be read.
     pub fn list(&self) -> Result<Vec<String>, SysError> {
-        let mut names = names(&self.base.join("containers"))?;
-        names.retain(|name| is_handle(name));
-        Ok(names)
+        handles(&self.base)
     }
 
-    /// Makes the directory of a new container.
+    /// An empty directory to try something in, to be removed by [`Self::tried`]; an agent that is killed
+    /// leaves it to whoever empties the trash.
+    ///
+    /// # Errors
+    /// As `mkdir(2)`.
+    pub fn trial(&self) -> Result<(Directory, Ids), SysError> {
+        let path = self.tried();
+        make(&path, 0o700)?;
+        make(&path.join("disk"), 0o700)?;
+        Ok((Directory { path }, Ids::default()))
+    }
+
+    /// Removes the directory of a trial; gives back where it was.
+    pub fn tried(&self) -> PathBuf {
+        let path = self.base.join("trash/trial");
+        let _gone = fs::remove_dir_all(&path);
+        path
+    }
+
+    /// Makes the directory of a new container, all but its writable layer, and gives it ids of its own.
     ///
     /// # Errors
     /// `EEXIST`: the handle is in use; nothing was changed. After any other failure, part of it may
     /// be there.
-    pub fn create(&self, handle: &str) -> Result<Directory, SysError> {
+    pub fn create(&self, handle: &str) -> Result<(Directory, Ids), DepotError> {
         let directory = self.container(handle);
-        make(&directory.path, 0o700)?;
-        for name in ["run", "jobs", "work", "root"] {
+        let taken = self.ranges.take();
+        let ids = taken.ok_or_else(|| DepotError::NoIds(self.base.join("trash")))?;
+        make(&directory.path, 0o700).inspect_err(|_| self.ranges.untake(ids))?;
+        give(&directory.path, Uid::from_raw(0), ids).inspect_err(|_| self.ranges.untake(ids))?;
+        for name in ["run", "jobs", "disk", "root"] {
             make(&directory.path.join(name), 0o700)?;
         }
-        // The writable layer's own mode is the mode of `/` inside.
-        make(&directory.upper(), 0o755)?;
-        Ok(directory)
+        Ok((directory, ids))
     }
 
-    /// Writes files into a fresh container's writable layer, as if they had been written through the
-    /// mount: directories on their way keep the mode and owner that they have in `lowers` (uppermost
-    /// first).
-    ///
-    /// # Errors
-    /// [`DepotError`].
-    pub fn seed(
-        &self,
-        handle: &str,
-        lowers: &[PathBuf],
-        files: &[SeedFile],
-    ) -> Result<(), DepotError> {
-        files
-            .iter()
-            .try_for_each(|file| seed::write(&self.container(handle).upper(), lowers, file))
+    /// Makes a range the next to be given out, if nobody has it.
+    #[cfg(test)]
+    pub fn prefer_range(&self, ids: Ids) {
+        self.ranges.prefer(ids);
+    }
+
+    /// How many ranges of ids are taken.
+    #[cfg(test)]
+    pub fn ranges_taken(&self) -> usize {
+        self.ranges.taken()
     }
 
     /// Takes a container's directory out of sight, for [`Self::empty_trash`]. One that is gone is
@@ -232,21 +294,85 @@ impl Depot {
     /// # Errors
     /// As `rename(2)`.
     pub fn discard(&self, handle: &str) -> Result<(), SysError> {
-        let from = self.container(handle).path;
-        match remove::move_into(&self.base.join("trash"), &from) {
+        let directory = self.container(handle);
+        if let Err(error) = disk::release(&directory) {
+            tracing::warn!(handle, %error, "a quota was left");
+        }
+        let from = directory.path;
+        let Some(ids) = ids_of(&from).context("stat", from.display())? else {
+            return Ok(());
+        };
+        match remove::move_into(&self.base.join("trash"), &from, ids) {
             Err(Errno::ENOENT) => Ok(()),
             other => other.context("rename", from.display()),
-        }
+        }?;
+        self.ranges.discard(ids);
+        Ok(())
     }
 
-    /// Removes what was discarded, however deep a tenant has nested it. May run several times at once.
+    /// Removes what was discarded, however deep a tenant has nested it, after whoever is at it.
     ///
     /// # Errors
     /// The first refusal, after everything else was removed.
     pub fn empty_trash(&self) -> Result<(), SysError> {
-        let trash = self.base.join("trash");
-        remove::empty(&trash).context("remove", trash.display())
+        let turn = self.trash.turn.lock();
+        self.see_to_it(turn.unwrap_or_else(PoisonError::into_inner))
     }
+
+    /// The same for who has just discarded something: whoever is at it already removes that, too.
+    ///
+    /// # Errors
+    /// As [`Self::empty_trash`].
+    pub fn empty_trash_beside(&self) -> Result<(), SysError> {
+        self.trash.asked.fetch_add(1, Ordering::SeqCst);
+        match self.trash.turn.try_lock() {
+            Ok(turn) => self.see_to_it(turn),
+            Err(_somebody_is_at_it) => Ok(()),
+        }
+    }
+
+    /// Until nobody has asked meanwhile.
+    fn see_to_it<'a>(&'a self, mut turn: MutexGuard<'a, ()>) -> Result<(), SysError> {
+        loop {
+            let asked = self.trash.asked.load(Ordering::SeqCst);
+            let emptied = self.empty();
+            drop(turn);
+            if emptied.is_err() || self.trash.asked.load(Ordering::SeqCst) == asked {
+                return emptied;
+            }
+            match self.trash.turn.try_lock() {
+                Ok(next) => turn = next,
+                Err(_somebody_is_at_it) => return emptied,
+            }
+        }
+    }
+
+    fn empty(&self) -> Result<(), SysError> {
+        let trash = self.base.join("trash");
+        let trashed = self.ranges.trashed();
+        let emptied = remove::empty(&trash).context("remove", trash.display());
+        let left = names(&trash)?;
+        let left = left.iter().filter_map(|name| remove::ids_of(name));
+        self.ranges.release(trashed, left);
+        emptied
+    }
+}
+
+/// Writes files into a fresh container's writable layer `upper`, as if they had been written through the
+/// mount: directories on their way keep the mode and owner that they have in `lowers` (uppermost first),
+/// which are ids of the container like those of the files.
+///
+/// # Errors
+/// [`DepotError`].
+pub fn seed(
+    upper: &Path,
+    ids: Ids,
+    lowers: &[PathBuf],
+    files: &[SeedFile],
+) -> Result<(), DepotError> {
+    files
+        .iter()
+        .try_for_each(|file| seed::write(upper, ids, lowers, file))
 }
 
 /// Whether this is the name of a container: eleven digits of base 32.
@@ -267,6 +393,45 @@ pub fn boot_id() -> Result<String, SysError> {
     fs::read_to_string(path)
         .map(|id| id.trim().to_owned())
         .context("read", path)
+}
+
+/// The ids that directories and the trash of an earlier agent have.
+fn ranges(base: &Path) -> Result<Ranges, SysError> {
+    let containers = base.join("containers");
+    let mut living = Vec::new();
+    for name in names(&containers)? {
+        let path = containers.join(name);
+        living.extend(ids_of(&path).context("stat", path.display())?);
+    }
+    let trash = names(&base.join("trash"))?;
+    let trashed = trash.iter().filter_map(|name| remove::ids_of(name));
+    let others =
+        ["/etc/subuid", "/etc/subgid"].map(|path| fs::read_to_string(path).unwrap_or_default());
+    Ok(Ranges::new(living.into_iter(), trashed, &others.join("\n")))
+}
+
+/// The ids of a container's directory, if it is there.
+fn ids_of(path: &Path) -> io::Result<Option<Ids>> {
+    match fs::symlink_metadata(path) {
+        Ok(metadata) => Ok(Some(Ids {
+            first: metadata.gid(),
+        })),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Makes `user` and the container's root group the owners.
+fn give(path: &Path, user: Uid, ids: Ids) -> Result<(), SysError> {
+    let group = Gid::from_raw(ids.first);
+    chown(path, Some(user), Some(group)).context("chown", path.display())
+}
+
+/// The handles that have a directory in this depot.
+fn handles(base: &Path) -> Result<Vec<String>, SysError> {
+    let mut names = names(&base.join("containers"))?;
+    names.retain(|name| is_handle(name));
+    Ok(names)
 }
 
 /// The names in a directory that are text; none if it is gone.

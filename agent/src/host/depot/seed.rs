@@ -2,6 +2,7 @@
 
 use super::DepotError;
 use container::fault::{Context, SysError};
+use container::launch::Ids;
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open, openat};
 use nix::sys::stat::{Mode, fchmod, fstat, mkdirat};
@@ -39,7 +40,7 @@ impl std::fmt::Debug for SeedFile {
     }
 }
 
-/// Who may do what with a directory.
+/// Who may do what with a file; the owners are ids of the container.
 #[derive(Debug, Clone, Copy)]
 struct Rights {
     mode: u32,
@@ -50,7 +51,12 @@ struct Rights {
 /// Writes one file below `upper`. Directories on the way take the rights that they have in the
 /// uppermost layer that holds them, as the overlay's own copy-up does; one that is in no layer belongs
 /// to the file's owner.
-pub(super) fn write(upper: &Path, lowers: &[PathBuf], file: &SeedFile) -> Result<(), DepotError> {
+pub(super) fn write(
+    upper: &Path,
+    ids: Ids,
+    lowers: &[PathBuf],
+    file: &SeedFile,
+) -> Result<(), DepotError> {
     let mut way = components(&file.path)?;
     let name = way
         .pop()
@@ -74,10 +80,11 @@ pub(super) fn write(upper: &Path, lowers: &[PathBuf], file: &SeedFile) -> Result
             Stop::Refused(error) => error.into(),
         })?;
         let place = upper.join(&walked);
-        directory = make_directory(&directory, &component, rights.unwrap_or(own))
+        directory = make_directory(&directory, &component, ids, rights.unwrap_or(own))
             .context("mkdir", place.display())?;
     }
-    Ok(write_file(&directory, &name, file).context("write", upper.join(&file.path).display())?)
+    Ok(write_file(&directory, &name, ids, file)
+        .context("write", upper.join(&file.path).display())?)
 }
 
 const DIRECTORY: OFlag = OFlag::O_RDONLY
@@ -99,38 +106,38 @@ fn components(path: &Path) -> Result<Vec<OsString>, DepotError> {
 }
 
 /// Opens the directory, making it first if it is not there.
-fn make_directory(parent: &OwnedFd, name: &OsStr, rights: Rights) -> nix::Result<OwnedFd> {
+fn make_directory(
+    parent: &OwnedFd,
+    name: &OsStr,
+    ids: Ids,
+    rights: Rights,
+) -> nix::Result<OwnedFd> {
     match mkdirat(parent, name, Mode::S_IRWXU) {
         Err(Errno::EEXIST) => return openat(parent, name, DIRECTORY, Mode::empty()),
         other => other?,
     }
     let directory = openat(parent, name, DIRECTORY, Mode::empty())?;
-    grant(&directory, rights)?;
+    grant(&directory, ids, rights)?;
     Ok(directory)
 }
 
-fn write_file(directory: &OwnedFd, name: &OsStr, file: &SeedFile) -> std::io::Result<()> {
+fn write_file(directory: &OwnedFd, name: &OsStr, ids: Ids, file: &SeedFile) -> std::io::Result<()> {
     // EXCL follows no link and meets no other file.
     let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
     let mut target = File::from(openat(directory, name, flags, Mode::empty())?);
     target.write_all(&file.bytes)?;
-    Ok(grant(
-        &target,
-        Rights {
-            mode: file.mode,
-            uid: file.uid,
-            gid: file.gid,
-        },
-    )?)
+    let rights = Rights {
+        mode: file.mode,
+        uid: file.uid,
+        gid: file.gid,
+    };
+    Ok(grant(&target, ids, rights)?)
 }
 
 /// Owner first: `chown` takes the set-user-ID bit away.
-fn grant(file: impl std::os::fd::AsFd, rights: Rights) -> nix::Result<()> {
-    fchown(
-        &file,
-        Some(Uid::from_raw(rights.uid)),
-        Some(Gid::from_raw(rights.gid)),
-    )?;
+fn grant(file: impl std::os::fd::AsFd, ids: Ids, rights: Rights) -> nix::Result<()> {
+    let (uid, gid) = (ids.on_host(rights.uid), ids.on_host(rights.gid));
+    fchown(&file, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
     fchmod(&file, Mode::from_bits_truncate(rights.mode))
 }
 

@@ -1,4 +1,5 @@
-use super::{Depot, DepotError, SeedFile, is_handle};
+use super::disk::{Disks, Limit, Space};
+use super::{Depot, DepotError, Directory, Ids, SeedFile, is_handle, seed};
 use container::fault::SysError;
 use nix::errno::Errno;
 use std::fs;
@@ -24,6 +25,19 @@ impl Drop for Base {
     }
 }
 
+/// A container's directory, whole.
+fn created(depot: &Depot) -> (Directory, Ids) {
+    const LIMIT: Limit = Limit {
+        bytes: 1 << 20,
+        inodes: 64,
+    };
+    let (directory, ids) = depot.create(HANDLE).unwrap();
+    let disks = Disks::unlimited(Space::new(&depot.base, 0));
+    assert!(disks.begin(&directory, LIMIT).unwrap().is_none());
+    disks.complete(&directory, ids, LIMIT).unwrap();
+    (directory, ids)
+}
+
 fn file(path: &str, bytes: &[u8]) -> SeedFile {
     SeedFile {
         path: path.into(),
@@ -43,18 +57,19 @@ fn rights(path: &Path) -> (u32, u32, u32) {
 fn a_container_has_its_directories_once() {
     let base = Base::new("once");
     let depot = Depot::open(&base.0).unwrap();
-    let directory = depot.create(HANDLE).unwrap();
+    let (directory, ids) = created(&depot);
     assert_eq!(rights(&base.0.join("containers")), (0o700, 0, 0));
-    assert_eq!(rights(&directory.path), (0o700, 0, 0));
-    assert_eq!(rights(&directory.upper()), (0o755, 0, 0));
+    assert_eq!(rights(&directory.path), (0o700, 0, ids.first));
+    let root = ids.on_host(0);
+    assert_eq!(rights(&directory.upper()), (0o755, root, root));
     let again = depot.create(HANDLE);
     assert!(
         matches!(
             again,
-            Err(SysError {
+            Err(DepotError::Refused(SysError {
                 errno: Errno::EEXIST,
                 ..
-            })
+            }))
         ),
         "{again:?}"
     );
@@ -96,7 +111,7 @@ fn handles_are_eleven_digits_of_base_32() {
 fn a_seed_file_keeps_the_rights_of_the_directories_above_it() {
     let base = Base::new("seed");
     let depot = Depot::open(&base.0).unwrap();
-    let directory = depot.create(HANDLE).unwrap();
+    let (directory, ids) = created(&depot);
     let (layer, stack) = (base.0.join("layer"), base.0.join("stack"));
     fs::create_dir_all(layer.join("home")).unwrap();
     fs::create_dir_all(stack.join("home/vcap")).unwrap();
@@ -107,12 +122,14 @@ fn a_seed_file_keeps_the_rights_of_the_directories_above_it() {
         file("home/vcap/startup", b"one"),
         file("home/vcap/new/x", b"two"),
     ];
-    depot.seed(HANDLE, &[layer, stack], &files).unwrap();
+    seed(&directory.upper(), ids, &[layer, stack], &files).unwrap();
     let upper = directory.upper();
-    assert_eq!(rights(&upper.join("home")), (0o711, 0, 0));
-    assert_eq!(rights(&upper.join("home/vcap")), (0o1770, 1000, 1001));
-    assert_eq!(rights(&upper.join("home/vcap/new")), (0o755, 7, 8));
-    assert_eq!(rights(&upper.join("home/vcap/startup")), (0o4750, 7, 8));
+    let inside = |mode, uid, gid| (mode, ids.on_host(uid), ids.on_host(gid));
+    assert_eq!(rights(&upper.join("home")), inside(0o711, 0, 0));
+    let vcap = upper.join("home/vcap");
+    assert_eq!(rights(&vcap), inside(0o1770, 1000, 1001));
+    assert_eq!(rights(&vcap.join("new")), inside(0o755, 7, 8));
+    assert_eq!(rights(&vcap.join("startup")), inside(0o4750, 7, 8));
     assert_eq!(fs::read(upper.join("home/vcap/new/x")).unwrap(), b"two");
 }
 
@@ -120,13 +137,14 @@ fn a_seed_file_keeps_the_rights_of_the_directories_above_it() {
 fn a_seed_file_follows_no_link_and_leaves_no_root() {
     let base = Base::new("links");
     let depot = Depot::open(&base.0).unwrap();
-    let directory = depot.create(HANDLE).unwrap();
+    let (directory, ids) = created(&depot);
     let (top, stack) = (base.0.join("top"), base.0.join("stack"));
     fs::create_dir_all(top.join("etc")).unwrap();
     fs::create_dir(&stack).unwrap();
     symlink("/tmp", stack.join("link")).unwrap();
     symlink("/tmp", stack.join("etc")).unwrap();
-    let seed = |path| depot.seed(HANDLE, &[top.clone(), stack.clone()], &[file(path, b"x")]);
+    let layers = [top.clone(), stack.clone()];
+    let seed = |path| seed(&directory.upper(), ids, &layers, &[file(path, b"x")]);
     for outside in ["/etc/passwd", "../x", "etc/../../x", "", "."] {
         assert!(
             matches!(seed(outside), Err(DepotError::SeedPath(_))),
@@ -144,7 +162,7 @@ fn a_seed_file_follows_no_link_and_leaves_no_root() {
 fn trash_of_any_depth_goes_and_links_lead_nowhere() {
     let base = Base::new("trash");
     let depot = Depot::open(&base.0).unwrap();
-    let directory = depot.create(HANDLE).unwrap();
+    let (directory, _) = created(&depot);
     let keep = base.0.join("keep");
     fs::write(&keep, "x").unwrap();
     // Built from the inside out: deeper than a path can say (PATH_MAX) or a stack can recurse.
@@ -174,4 +192,24 @@ fn what_an_earlier_agent_left_in_the_trash_is_no_obstacle() {
     depot.discard(HANDLE).unwrap();
     depot.empty_trash().unwrap();
     assert_eq!(fs::read_dir(base.0.join("trash")).unwrap().count(), 0);
+}
+
+#[test]
+fn ids_are_no_other_containers_while_their_files_exist() {
+    let base = Base::new("ids");
+    let other = "vvvvvvvvvvv";
+    let depot = Depot::open(&base.0).unwrap();
+    let (_, first) = depot.create(HANDLE).unwrap();
+    let (directory, second) = depot.create(other).unwrap();
+    assert_ne!(first, second);
+    fs::create_dir_all(directory.upper().join("a/b")).unwrap();
+    depot.discard(other).unwrap();
+    // Another agent finds both again: one has a directory, one has files in the trash.
+    let found = super::ranges(&base.0).unwrap();
+    let rest: Vec<_> = std::iter::from_fn(|| found.take()).collect();
+    assert!(!rest.contains(&first) && !rest.contains(&second));
+    depot.empty_trash().unwrap();
+    let found = super::ranges(&base.0).unwrap();
+    let rest: Vec<_> = std::iter::from_fn(|| found.take()).collect();
+    assert!(!rest.contains(&first) && rest.contains(&second));
 }

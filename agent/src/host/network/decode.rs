@@ -7,14 +7,24 @@ const NF_INET_FORWARD: u32 = 2;
 const NF_DROP: u32 = 0;
 
 const NFTA_TABLE_NAME: u16 = 1;
+const NFTA_TABLE_FLAGS: u16 = 2;
+const NFT_TABLE_F_DORMANT: u32 = 1;
 const NFTA_CHAIN_TABLE: u16 = 1;
 const NFTA_CHAIN_NAME: u16 = 3;
 const NFTA_CHAIN_HOOK: u16 = 4;
 const NFTA_CHAIN_POLICY: u16 = 5;
 const NFTA_CHAIN_USE: u16 = 6;
 const NFTA_HOOK_HOOKNUM: u16 = 1;
+const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
+const NFTA_SET_ELEM_KEY: u16 = 1;
+const NFTA_SET_ELEM_DATA: u16 = 2;
+const NFTA_SET_ELEM_EXPR: u16 = 7;
+const NFTA_DATA_VALUE: u16 = 1;
+const NFTA_EXPR_DATA: u16 = 2;
+const NFTA_LIMIT_RATE: u16 = 1;
 const NFTA_RULE_TABLE: u16 = 1;
 const NFTA_RULE_CHAIN: u16 = 2;
+const NFTA_RULE_HANDLE: u16 = 3;
 /// Bits of an attribute's number that tell how it is encoded.
 const NLA_FLAGS: u16 = 0xc000;
 
@@ -54,7 +64,8 @@ fn attributes(mut bytes: &[u8]) -> impl Iterator<Item = (u16, &[u8])> {
     })
 }
 
-fn find(bytes: &[u8], kind: u16) -> Option<&[u8]> {
+/// The payload of the first attribute with this number.
+pub(super) fn find(bytes: &[u8], kind: u16) -> Option<&[u8]> {
     attributes(bytes).find_map(|(found, payload)| (found == kind).then_some(payload))
 }
 
@@ -73,10 +84,35 @@ fn split(body: &[u8]) -> Option<(u8, &[u8])> {
     Some((family, attributes))
 }
 
+/// Whether the chains of the table that a message is about do nothing (NFT_TABLE_F_DORMANT).
+pub(super) fn is_dormant(body: &[u8]) -> bool {
+    let flags = split(body).and_then(|(_, rest)| number(rest, NFTA_TABLE_FLAGS));
+    flags.unwrap_or(0) & NFT_TABLE_F_DORMANT != 0
+}
+
 /// Family and name of the table that a message is about.
 pub(super) fn table(body: &[u8]) -> Option<(u8, String)> {
     let (family, attributes) = split(body)?;
     Some((family, text(attributes, NFTA_TABLE_NAME)?))
+}
+
+/// Key and what comes with it (data, or rate) of the elements that a message is about.
+pub(super) fn elements(body: &[u8]) -> Vec<(Vec<u8>, Vec<u8>)> {
+    let list = split(body).and_then(|(_, rest)| find(rest, NFTA_SET_ELEM_LIST_ELEMENTS));
+    attributes(list.unwrap_or(&[]))
+        .filter_map(|(_, element)| {
+            let key = find(find(element, NFTA_SET_ELEM_KEY)?, NFTA_DATA_VALUE)?;
+            Some((key.to_vec(), value(element).unwrap_or_default()))
+        })
+        .collect()
+}
+
+fn value(element: &[u8]) -> Option<Vec<u8>> {
+    if let Some(limit) = find(element, NFTA_SET_ELEM_EXPR) {
+        return Some(find(find(limit, NFTA_EXPR_DATA)?, NFTA_LIMIT_RATE)?.to_vec());
+    }
+    let data = find(element, NFTA_SET_ELEM_DATA)?;
+    find(data, NFTA_DATA_VALUE).map(<[u8]>::to_vec)
 }
 
 /// Where a rule is that a message is about.
@@ -85,6 +121,8 @@ pub(super) struct RulePlace {
     family: u8,
     table: String,
     pub(super) chain: String,
+    /// No other rule of the table ever has the same, and what a rule does never changes.
+    pub(super) number: u64,
 }
 
 impl RulePlace {
@@ -95,6 +133,9 @@ impl RulePlace {
             family,
             table: text(attributes, NFTA_RULE_TABLE)?,
             chain: text(attributes, NFTA_RULE_CHAIN)?,
+            number: find(attributes, NFTA_RULE_HANDLE)
+                .and_then(|bytes| bytes.first_chunk().copied())
+                .map_or(0, u64::from_be_bytes),
         })
     }
 

@@ -38,6 +38,22 @@ pub enum NetworkError {
         /// Ports given back a moment ago.
         resting: usize,
     },
+    /// More egress rules than the table is meant for.
+    #[error("too many egress rules: an instance may have 1000, and they must not be too fine")]
+    TooManyRules,
+    /// The rules of all containers are more than the table is meant for.
+    #[error(
+        "no room for {wanted} elements of egress rules beside {held} of other instances, {max} in all: \
+         fewer or coarser rules need less"
+    )]
+    NoRoomForRules {
+        /// How many elements the rules become.
+        wanted: usize,
+        /// How many those of others are.
+        held: usize,
+        /// How many all may be.
+        max: usize,
+    },
     /// Two claim the same address or port.
     #[error("\"{0}\" is in use already")]
     Taken(String),
@@ -86,6 +102,9 @@ pub enum NetworkError {
         /// Why not.
         source: rtnetlink::Error,
     },
+    /// The kernel refused to list or forget connections.
+    #[error("cannot make the kernel forget connections: {0}")]
+    Connections(Errno),
     /// The kernel refused to change the table.
     #[error("cannot {doing} nftables table \"{table}\": {errno}")]
     Table {

@@ -46,7 +46,7 @@ fn handle(name: &str) -> Option<&str> {
 /// The links of the network namespace in which this was opened.
 #[derive(Debug)]
 pub(super) struct Links {
-    handle: Handle,
+    pub(super) handle: Handle,
     /// Ends the thread when it is dropped; the connection itself would outlive its last handle.
     _alive: oneshot::Sender<()>,
 }
@@ -200,7 +200,7 @@ impl Links {
             .collect())
     }
 
-    async fn index(&self, link: &str) -> Result<Option<u32>, NetworkError> {
+    pub(super) async fn index(&self, link: &str) -> Result<Option<u32>, NetworkError> {
         match self
             .handle
             .link()
@@ -248,6 +248,8 @@ fn set(link: &str) -> Result<(), NetworkError> {
     sysctl::write(&format!("ipv4/conf/{link}/route_localnet"), "1")?;
     sysctl::write(&format!("ipv4/conf/{link}/rp_filter"), "1")?;
     sysctl::write(&format!("ipv4/conf/{link}/forwarding"), "1")?;
+    // On for new links, and off for all of them unless somebody changes that.
+    sysctl::write(&format!("ipv4/conf/{link}/accept_source_route"), "0")?;
     // A kernel without IPv6 has nothing to turn off.
     sysctl::write_if_there(&format!("ipv6/conf/{link}/disable_ipv6"), "1")
 }
@@ -290,7 +292,7 @@ fn v4_of(address: &AddressMessage) -> Option<Ipv4Addr> {
     })
 }
 
-fn failed(doing: &'static str, link: &str, source: rtnetlink::Error) -> NetworkError {
+pub(super) fn failed(doing: &'static str, link: &str, source: rtnetlink::Error) -> NetworkError {
     NetworkError::Link {
         doing,
         link: link.to_owned(),
@@ -298,7 +300,7 @@ fn failed(doing: &'static str, link: &str, source: rtnetlink::Error) -> NetworkE
     }
 }
 
-fn errno(error: &rtnetlink::Error) -> Option<Errno> {
+pub(super) fn errno(error: &rtnetlink::Error) -> Option<Errno> {
     if let rtnetlink::Error::NetlinkError(message) = error {
         return message.code.map(|code| Errno::from_raw(-code.get()));
     }

@@ -5,14 +5,32 @@
 //! network, host end, container, broadcast. What lives outlasts this agent: links hang on the
 //! container's namespace, rules and elements on the host's, and the next agent takes both over.
 
+mod conntrack;
+#[cfg(test)]
+mod crowd;
 mod decode;
+mod difference;
+mod egress;
+mod element;
 mod error;
 mod foreign;
+#[cfg(test)]
+mod gap;
 mod link;
+mod look;
 mod nfnetlink;
+#[cfg(test)]
+mod outward;
 mod pool;
 mod program;
+#[cfg(test)]
+mod released;
 mod rules;
+#[cfg(test)]
+mod scale;
+#[cfg(test)]
+mod shaped;
+mod shaper;
 mod standing;
 mod subnet;
 mod sysctl;
@@ -21,10 +39,16 @@ mod table;
 mod testbed;
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod walls;
 mod watch;
 
+pub use egress::{EgressRule, Posture, Traffic};
 pub use error::NetworkError;
+pub use look::{dropping_chains, try_bandwidth, try_link, try_rules};
+pub use shaper::Bandwidth;
 pub use subnet::Lease;
+pub use table::{HostService, Transport};
 
 use super::blocking;
 use crate::random;
@@ -32,7 +56,7 @@ use link::{HostAddress, Links, Scope};
 use pool::Pool;
 use rules::Rules;
 use standing::{Kept, Standing};
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::error::Error;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::ops::RangeInclusive;
@@ -41,7 +65,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use subnet::Subnet;
-use table::HostAccess;
+use table::{HostAccess, Policy};
 use tracing::{debug, warn};
 use watch::{Changes, Watch};
 
@@ -64,8 +88,16 @@ pub struct NetworkConfig {
     pub port_quarantine: Duration,
     /// The address under which others reach this host; found out when `None`.
     pub local_ip: Option<Ipv4Addr>,
-    /// Whether containers may open connections to services of the host itself.
+    /// Whether containers may open connections to all services of the host itself.
     pub allow_host_access: bool,
+    /// To which, where not to all.
+    pub host_allow: Vec<HostService>,
+    /// What a container without rules may reach outside.
+    pub egress: Posture,
+    /// First and last addresses outside that all containers may reach.
+    pub allow: Vec<(Ipv4Addr, Ipv4Addr)>,
+    /// Those that none may reach without a rule of its own.
+    pub deny: Vec<(Ipv4Addr, Ipv4Addr)>,
     /// Where it is kept which address and port were given out last and which rest, so that the next agent
     /// does not give out what this one has just released; nowhere when `None`.
     pub standing: Option<PathBuf>,
@@ -82,6 +114,10 @@ impl Default for NetworkConfig {
             port_quarantine: Duration::from_secs(150),
             local_ip: None,
             allow_host_access: false,
+            host_allow: Vec::new(),
+            egress: Posture::Open,
+            allow: Vec::new(),
+            deny: Vec::new(),
             standing: None,
         }
     }
@@ -96,6 +132,23 @@ pub struct Attached {
     pub lease: Lease,
     /// Host port and container port of every mapping.
     pub ports: Vec<(u16, u16)>,
+    /// What it may reach outside.
+    pub egress: Vec<EgressRule>,
+    /// How much it may receive and send.
+    pub bandwidth: Bandwidth,
+}
+
+impl Attached {
+    /// A container without ports, rules and limits.
+    pub fn new(handle: &str, lease: Lease) -> Self {
+        Self {
+            handle: handle.to_owned(),
+            lease,
+            ports: Vec::new(),
+            egress: Vec::new(),
+            bandwidth: Bandwidth::default(),
+        }
+    }
 }
 
 /// The network of this host, in the network namespace in which it was opened.
@@ -103,7 +156,7 @@ pub struct Attached {
 pub struct Network {
     links: Links,
     rules: Arc<Rules>,
-    watch: Watch,
+    watch: Arc<Watch>,
     pools: Arc<Mutex<Pools>>,
     standing: Arc<Standing>,
     pool: Subnet,
@@ -142,15 +195,15 @@ impl Network {
             .local_ip
             .or_else(outgoing)
             .unwrap_or_else(|| first_global(&addresses));
-        let host_access = if config.allow_host_access {
-            HostAccess::Allowed
-        } else {
-            HostAccess::Refused
-        };
+        let ways = [Some(local_ip), outgoing()];
+        let uplinks = addresses
+            .iter()
+            .filter(|one| ways.contains(&Some(one.address)));
+        let policy = policy(config, uplinks.map(|one| one.link.clone()).collect());
         let ranges = config.clone();
         let (rules, watch, pools, standing) = blocking(move || {
             let changes = Changes::open()?;
-            let (rules, so) = Rules::open(host_access, &changes)?;
+            let (rules, so) = Rules::open(policy, &changes)?;
             let rules = Arc::new(rules);
             let kept = Arc::downgrade(&rules);
             let watch = Watch::start(changes, so, move |changes| {
@@ -163,7 +216,7 @@ impl Network {
         Ok(Self {
             links,
             rules,
-            watch,
+            watch: Arc::new(watch),
             pools: Arc::new(Mutex::new(pools)),
             standing: Arc::new(standing),
             pool,
@@ -206,6 +259,12 @@ impl Network {
                 Err(no_port(&pools))
             }
         }
+    }
+
+    /// Whether [`Self::reserve`] would have addresses and a port to take.
+    pub fn has_room(&self) -> bool {
+        let (pools, now) = (self.pools(), Instant::now());
+        pools.blocks.has_free(now) && pools.ports.has_free(now)
     }
 
     /// Takes back what [`Self::reserve`] gave and nobody ever used: it need not rest.
@@ -270,25 +329,58 @@ impl Network {
     }
 
     /// Links the namespace `netns` to this host: there is then a link `eth0` in it, down and without
-    /// an address, and the container may speak from the lease's address. Undone on failure, but not
-    /// when the future is dropped half-way.
+    /// an address, and the container may speak from the lease's address, go where its rules allow, and
+    /// receive and send as much as it may. Undone on failure, but not when the future is dropped half-way.
     ///
     /// # Errors
     /// When the kernel refuses, also when a link for this handle is there already.
     pub async fn attach(
         &self,
-        handle: &str,
+        container: Attached,
         netns: BorrowedFd<'_>,
-        lease: &Lease,
     ) -> Result<(), NetworkError> {
-        self.links.create(handle, netns, lease, self.mtu).await?;
-        let (to_attach, to) = (handle.to_owned(), lease.clone());
-        let added = self.with(move |rules| rules.attach(&to_attach, &to)).await;
+        let (handle, into) = (container.handle.clone(), container.bandwidth.into);
+        let link = link::name(&handle);
+        let lease = &container.lease;
+        self.links.create(&handle, netns, lease, self.mtu).await?;
+        let shaped = match into {
+            Some(rate) => self.links.shape(&link, Some(rate)).await,
+            None => Ok(()),
+        };
+        let added = match shaped {
+            Ok(()) => self.with(move |rules| rules.attach(container)).await,
+            refused => refused,
+        };
         if added.is_err() {
             // The first error is the one to tell.
-            let _ = self.links.delete(&link::name(handle)).await;
+            let _ = self.links.delete(&link).await;
         }
         added
+    }
+
+    /// Changes how much an attached container may receive and send, without a moment in which it may do
+    /// more than before and afterwards.
+    ///
+    /// # Errors
+    /// When the kernel refuses; it may receive as much as was asked for then.
+    pub async fn limit(&self, handle: &str, bandwidth: Bandwidth) -> Result<(), NetworkError> {
+        let link = link::name(handle);
+        self.links.shape(&link, bandwidth.into).await?;
+        let of = handle.to_owned();
+        self.with(move |rules| rules.set_rate(&of, bandwidth.out))
+            .await
+    }
+
+    /// How much a container may receive and send, as the kernel has it.
+    ///
+    /// # Errors
+    /// When its link is gone.
+    pub async fn bandwidth(&self, handle: &str, lease: &Lease) -> Result<Bandwidth, NetworkError> {
+        let container = lease.container;
+        Ok(Bandwidth {
+            into: self.links.shaped(&link::name(handle)).await?,
+            out: self.with(move |rules| rules.rate(container)).await?,
+        })
     }
 
     /// Leads a TCP port of every address of this host, 127.0.0.1 included, into a container: one
@@ -299,15 +391,13 @@ impl Network {
     pub async fn map_port(
         &self,
         handle: &str,
-        lease: &Lease,
         host_port: u16,
         container_port: u16,
     ) -> Result<(), NetworkError> {
         debug!(handle, host_port, container_port, "mapping a port");
-        let (handle, lease) = (handle.to_owned(), lease.clone());
+        let handle = handle.to_owned();
         let pair = (host_port, container_port);
-        self.with(move |rules| rules.map(&handle, &lease, pair))
-            .await
+        self.with(move |rules| rules.map(&handle, pair)).await
     }
 
     /// Where blocking is allowed.
@@ -316,14 +406,21 @@ impl Network {
         blocking(move || work(&rules)).await
     }
 
-    /// Takes away what [`Network::attach`] and [`Network::map_port`] added to the table; what is not
-    /// there is no error. The link dies with the container's namespace. One netlink message, or two
-    /// when something was absent. A refusal is logged, and what was left goes with a mending at once:
-    /// a port must not lead to the next one who gets the address.
-    pub async fn detach(&self, handle: &str, lease: &Lease, ports: &[(u16, u16)]) {
-        let (of, lease, ports) = (handle.to_owned(), lease.clone(), ports.to_vec());
-        let detached = self.with(move |rules| rules.detach(&of, &lease, &ports));
-        if let Err(error) = detached.await {
+    /// Takes away what [`Network::attach`] and [`Network::map_port`] added to the table, and what the
+    /// kernel remembers of its connections; what is not there is no error. The link dies with the
+    /// container's namespace. One netlink message, or two when something was absent, and some more for
+    /// many rules. A refusal is logged, and what was left goes with a mending at once: neither port nor
+    /// connection must lead to the next one who gets the address.
+    pub async fn detach(&self, container: &Attached) {
+        let handle = &container.handle;
+        let of = container.clone();
+        let detached = self.with(move |rules| {
+            let detached = rules.detach(&of);
+            // Afterwards: until then it may make new ones.
+            (detached, rules.forget(of.lease.container))
+        });
+        let (detached, forgotten) = detached.await;
+        if let Err(error) = detached {
             warn!(
                 handle,
                 error = &error as &dyn Error,
@@ -331,10 +428,17 @@ impl Network {
             );
             self.watch.wake();
         }
+        if let Err(error) = forgotten {
+            warn!(
+                handle,
+                error = &error as &dyn Error,
+                "connections of a container were not forgotten"
+            );
+        }
     }
 
-    /// Makes the table say exactly what it shall for the containers in `live`, in one transaction:
-    /// their connections go on, elements of all others are gone.
+    /// Makes the table say exactly what it shall for the containers in `live`: their connections go on,
+    /// elements of all others are gone. Where the table was missing, connections that it refuses end.
     ///
     /// # Errors
     /// When `nft` refuses.
@@ -373,14 +477,22 @@ impl Network {
     }
 
     /// Leaves the host as it was before the first agent came: no table, no accepts in others' chains,
-    /// forwarding off if it was and nobody came who needs it, no word of where the pools stand. Links go with their containers. What
-    /// is refused is logged, and the rest done.
+    /// forwarding off if it was and nobody came who needs it. Links go with their containers. Only of ports that
+    /// rest a word stays: routers do not forget them any sooner. What is refused is logged, and the rest done.
     pub async fn close(&self) {
+        let kept = {
+            let mut pools = self.pools();
+            // Routers may know a port whose container was removed without being asked (a shutdown without a bus).
+            pools.ports.release_all(Instant::now());
+            pools.kept(self.pool, self.first_port)
+        };
         let standing = Arc::clone(&self.standing);
-        if let Err(error) = blocking(move || standing.remove()).await {
-            warn!(%error, "where the pools stand was left");
+        if let Err(error) = blocking(move || standing.finish(&kept)).await {
+            warn!(%error, "where the pools stand was not kept, or left");
         }
         self.with(Rules::close).await;
+        let watch = Arc::clone(&self.watch);
+        blocking(move || watch.end()).await;
     }
 
     /// Keeps for the next agent what was given out last and what rests, in the background.
@@ -463,6 +575,20 @@ impl Pools {
     }
 }
 
+fn policy(config: &NetworkConfig, uplinks: BTreeSet<String>) -> Policy {
+    Policy {
+        host: if config.allow_host_access {
+            HostAccess::All
+        } else {
+            HostAccess::Only(config.host_allow.clone())
+        },
+        posture: config.egress,
+        allow: config.allow.clone(),
+        deny: config.deny.clone(),
+        uplinks,
+    }
+}
+
 fn nth_port(first: u16, number: u32) -> u16 {
     u16::try_from(number).map_or(u16::MAX, |number| first.wrapping_add(number))
 }
@@ -501,7 +627,7 @@ fn mtu_at(local_ip: Ipv4Addr, addresses: &[HostAddress]) -> u32 {
     let at = addresses
         .iter()
         .find(|candidate| candidate.address == local_ip);
-    // The loopback's 64 KiB are for the loopback alone.
-    at.filter(|found| !found.address.is_loopback())
+    // The loopback's 64 KiB are for the loopback alone, and more than a veth takes.
+    at.filter(|found| found.link != "lo")
         .map_or(link::ETHERNET_MTU, |found| found.mtu)
 }

@@ -97,6 +97,14 @@ impl Pool {
         Some(self.give(number))
     }
 
+    /// Whether [`Pool::take`] would give a number now.
+    pub(super) fn has_free(&self, now: Instant) -> bool {
+        let ahead = (self.size - self.passed) as usize;
+        let rested = self.resting.front().is_some_and(|&(ready, _)| ready <= now);
+        // Whatever is early is ahead.
+        ahead > self.early.len() || rested
+    }
+
     fn give(&mut self, number: u32) -> u32 {
         self.in_use.insert(number);
         self.last = number;
@@ -151,6 +159,14 @@ impl Pool {
         }
     }
 
+    /// Gives back all that are in use.
+    pub(super) fn release_all(&mut self, now: Instant) {
+        let in_use = std::mem::take(&mut self.in_use);
+        let inside = in_use.into_iter().filter(|number| *number < self.size);
+        self.resting
+            .extend(inside.map(|number| (now + self.rest, number)));
+    }
+
     pub(super) fn in_use(&self) -> usize {
         self.in_use.len()
     }
@@ -178,6 +194,37 @@ mod tests {
         assert_eq!(pool.take(later), Some(0));
         assert_eq!(pool.take(later), None);
         assert_eq!((pool.in_use(), pool.resting()), (3, 0));
+    }
+
+    /// Whatever happened to a pool, it says that it has a free number exactly if it gives one.
+    #[test]
+    fn a_pool_knows_whether_it_has_any() {
+        let begun = Instant::now();
+        let mut seed = 0x2545_f491_4f6c_dd1d_u64;
+        let mut random = move |below: u32| {
+            seed ^= seed << 13;
+            seed ^= seed >> 7;
+            seed ^= seed << 17;
+            u32::try_from(seed >> 33).unwrap() % below
+        };
+        for round in 0..200 {
+            let mut pool = Pool::new(1 + random(4), REST);
+            pool.begin_behind(random(4));
+            pool.let_rest(random(4), Duration::from_secs(u64::from(random(8))), begun);
+            let mut now = begun;
+            for step in 0..40 {
+                now += Duration::from_secs(u64::from(random(3)));
+                match random(4) {
+                    0 => pool.release(random(4), now),
+                    1 => pool.untake(random(4), now),
+                    2 => drop(pool.adopt(random(5))),
+                    _ => {
+                        let has = pool.has_free(now);
+                        assert_eq!(pool.take(now).is_some(), has, "{round} {step}: {pool:?}");
+                    }
+                }
+            }
+        }
     }
 
     #[test]
@@ -212,6 +259,19 @@ mod tests {
         pool.untake(1, now);
         assert_eq!((pool.take(now), pool.take(now)), (Some(1), None));
         assert_eq!((pool.in_use(), pool.resting()), (1, 1));
+    }
+
+    #[test]
+    fn what_is_given_back_at_once_rests_like_any_other() {
+        let now = Instant::now();
+        let mut pool = Pool::new(3, REST);
+        assert_eq!((pool.take(now), pool.take(now)), (Some(0), Some(1)));
+        pool.adopt(9).unwrap();
+        pool.release_all(now);
+        assert_eq!((pool.in_use(), pool.resting()), (0, 2));
+        assert_eq!((pool.take(now), pool.take(now)), (Some(2), None));
+        let later = now + REST;
+        assert!(pool.take(later).is_some() && pool.take(later).is_some());
     }
 
     #[test]

@@ -16,16 +16,21 @@ use std::time::{Duration, Instant};
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// How long one may take. Others' large transactions go first.
-const DEADLINE: Duration = Duration::from_secs(10);
+const DEADLINE: Duration = Duration::from_secs(30);
 
-/// Runs `program` to its end with `input` and gives back its standard output. Blocks, for 10 s at
-/// most. What it wrote to standard error is the detail of [`NetworkError::Program`].
+/// Bytes of input for which one gets a millisecond more.
+const PER_MILLISECOND: usize = 500;
+
+/// Runs `program` to its end with `input` and gives back its standard output. Blocks, for 30 s at
+/// most, and longer for megabytes of input. What it wrote to standard error is the detail of [`NetworkError::Program`].
 pub(super) fn run(
     program: &'static str,
     arguments: &[&str],
     input: &str,
 ) -> Result<String, NetworkError> {
-    run_within(DEADLINE, program, arguments, input)
+    let more = u64::try_from(input.len() / PER_MILLISECOND).unwrap_or(u64::MAX);
+    let deadline = DEADLINE.saturating_add(Duration::from_millis(more));
+    run_within(deadline, program, arguments, input)
 }
 
 #[expect(

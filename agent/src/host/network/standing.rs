@@ -69,11 +69,14 @@ impl Standing {
         }
     }
 
-    /// Removes the file, for good. None is fine. Blocks.
-    pub(super) fn remove(&self) -> io::Result<()> {
+    /// Writes the last word, for good: the file is gone unless ports rest. Blocks.
+    pub(super) fn finish(&self, kept: &Kept) -> io::Result<()> {
         let Some(path) = self.path().take() else {
             return Ok(());
         };
+        if !kept.ports.is_empty() {
+            return replace(&path, &kept.text());
+        }
         for path in [beside(&path), path] {
             match fs::remove_file(path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

@@ -1,6 +1,6 @@
 //! Hosts to test with: network namespaces of the test's own, joined by virtual cables.
 
-use super::{Lease, Network, NetworkConfig, program};
+use super::{Attached, Lease, Network, NetworkConfig, program};
 use nix::sched::{CloneFlags, setns, unshare};
 use std::fs::File;
 use std::future::Future;
@@ -48,6 +48,13 @@ pub(super) fn ip(arguments: &str) -> String {
 pub(super) fn run(program: &'static str, arguments: &str) -> String {
     let words: Vec<_> = arguments.split_whitespace().collect();
     program::run(program, &words, "").unwrap()
+}
+
+/// What `nft --stateless` lists, without what the kernel counts, and forgets in its own time.
+pub(super) fn listed(arguments: &str) -> String {
+    let counted = ["flush", "set", "inet", "ostler", "connections"];
+    let _no_table_yet = program::run("nft", &counted, "");
+    run("nft", &format!("--stateless {arguments}"))
 }
 
 /// Another network namespace; sockets made inside stay there.
@@ -111,11 +118,19 @@ pub(super) struct Container {
 
 impl Container {
     pub(super) async fn new(network: &Network, handle: &str) -> Self {
+        Self::with(network, handle, |_| {}).await
+    }
+
+    /// One that is attached in a special way.
+    pub(super) async fn with(
+        network: &Network,
+        handle: &str,
+        how: impl FnOnce(&mut Attached),
+    ) -> Self {
         let (namespace, lease) = (Namespace::new(), network.reserve().unwrap().0);
-        network
-            .attach(handle, namespace.0.as_fd(), &lease)
-            .await
-            .unwrap();
+        let mut attached = Attached::new(handle, lease.clone());
+        how(&mut attached);
+        network.attach(attached, namespace.0.as_fd()).await.unwrap();
         namespace.inside(|| {
             ip(&format!(
                 "addr add {}/{} dev eth0",
@@ -125,6 +140,14 @@ impl Container {
             ip(&format!("route add default via {}", lease.host));
         });
         Self { namespace, lease }
+    }
+}
+
+/// A container with ports, as a record has it.
+pub(super) fn attached(handle: &str, lease: &Lease, ports: &[(u16, u16)]) -> Attached {
+    Attached {
+        ports: ports.to_vec(),
+        ..Attached::new(handle, lease.clone())
     }
 }
 
@@ -181,4 +204,16 @@ pub(super) fn exchange(client: &mut TcpStream, server: &mut TcpStream) {
     server.write_all(b"pong").unwrap();
     client.read_exact(&mut word).unwrap();
     assert_eq!(&word, b"pong");
+}
+
+/// Without the chain that is tried, and whoever would mend it: shows that the packet would have come
+/// through.
+pub(super) fn without(network: Network, chain: &str) {
+    drop(network);
+    run("nft", &format!("flush chain inet ostler {chain}"));
+}
+
+/// What `reject with icmpx admin-prohibited` makes of a connect.
+pub(super) fn assert_rejected(outcome: io::Result<TcpStream>) {
+    assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::HostUnreachable);
 }

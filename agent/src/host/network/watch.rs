@@ -19,9 +19,11 @@ use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
 };
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::thread;
+use std::sync::{Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 const NFNL_SUBSYS_NFTABLES: u16 = 10;
@@ -117,6 +119,7 @@ fn heed(message: Message<'_>) -> Heed {
 pub(super) struct Watch {
     /// Hangs up when dropped; a byte wakes the thread.
     thread: UnixStream,
+    handle: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Watch {
@@ -132,10 +135,12 @@ impl Watch {
             for end in [&ours, &thread] {
                 end.set_nonblocking(true)?;
             }
-            thread::Builder::new()
-                .name("nftables".to_owned())
-                .spawn(move || watch(&changes, &ours, so, mend))?;
-            Ok(Self { thread })
+            let named = thread::Builder::new().name("nftables".to_owned());
+            let handle = named.spawn(move || watch(&changes, &ours, so, mend))?;
+            Ok(Self {
+                thread,
+                handle: Mutex::new(Some(handle)),
+            })
         };
         start().map_err(NetworkError::Watch)
     }
@@ -144,6 +149,16 @@ impl Watch {
     pub(super) fn wake(&self) {
         // Full: it will wake.
         let _ = (&self.thread).write(&[0]);
+    }
+
+    /// Ends it, and waits for the program that it may be running. Blocks.
+    pub(super) fn end(&self) {
+        // Its end hears of it; that cannot fail but for one that is gone.
+        let _ = self.thread.shutdown(Shutdown::Both);
+        let mut handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner);
+        if handle.take().is_some_and(|handle| handle.join().is_err()) {
+            tracing::warn!("who noticed changes of nftables had failed");
+        }
     }
 }
 

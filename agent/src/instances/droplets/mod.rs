@@ -17,11 +17,11 @@ mod error;
 mod fetch;
 mod meter;
 mod staging;
-mod stop;
+pub(crate) mod stop;
 pub(crate) mod tree;
-mod unpack;
-mod uri;
-mod yaml;
+pub(crate) mod unpack;
+pub(crate) mod uri;
+pub(crate) mod yaml;
 
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, DirBuilder, File, OpenOptions};
@@ -40,6 +40,7 @@ use tokio::sync::{Semaphore, oneshot, watch};
 pub use digest::Digest;
 pub use error::DropletError;
 pub use staging::{StagingInfo, staging_info, state_file};
+pub(crate) use uri::{base64, percent_decode};
 
 /// Downloads at the same time. More would only share the same network and disk, and each one may hold
 /// `max_bytes` of the disk.

@@ -40,7 +40,7 @@ const MAX_DEPTH: usize = 200;
 /// # Errors
 /// At the first entry that is not acceptable, at every bound of `options`, at a damaged or truncated
 /// archive, at a full disk. What was unpacked stays for the caller to remove.
-pub(super) fn unpack(
+pub(crate) fn unpack(
     archive: File,
     home: &Path,
     owner: Owner,

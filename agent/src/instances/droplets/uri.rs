@@ -11,9 +11,9 @@ use super::error::DropletError;
 
 /// A droplet URI that can be fetched.
 #[derive(PartialEq, Eq)]
-pub(super) struct Source {
+pub(crate) struct Source {
     /// The URI as errors and logs may show it: without userinfo, query and fragment.
-    pub(super) shown: String,
+    pub(crate) shown: String,
     pub(super) place: Place,
 }
 
@@ -36,7 +36,7 @@ pub(super) enum Place {
 /// # Errors
 /// [`DropletError::Uri`] if it is no http, https or file URI. Of such a text nothing but the scheme is
 /// shown: where a password ends cannot be told in what does not parse.
-pub(super) fn parse(uri: &str) -> Result<Source, DropletError> {
+pub(crate) fn parse(uri: &str) -> Result<Source, DropletError> {
     let parsed = match uri.strip_prefix("file://") {
         Some(rest) => file(rest),
         None => web(uri),
@@ -115,7 +115,7 @@ fn basic(userinfo: &str) -> String {
 }
 
 /// `%41` becomes `A`; a `%` that begins no escape stays.
-fn percent_decode(text: &str) -> Vec<u8> {
+pub(crate) fn percent_decode(text: &str) -> Vec<u8> {
     let mut decoded = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let Some((&byte, after)) = rest.split_first() {
@@ -139,7 +139,7 @@ fn hex(digit: u8) -> Option<u8> {
 }
 
 /// Base 64 with padding (RFC 4648, section 4).
-fn base64(bytes: &[u8]) -> String {
+pub(crate) fn base64(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
     for three in bytes.chunks(3) {

@@ -14,7 +14,7 @@ pub(super) type Unreadable = &'static str;
 ///
 /// # Errors
 /// If the key is there with a value that is no text, or one written in a way that is not understood.
-pub(super) fn text(document: &str, key: &str) -> Result<Option<String>, Unreadable> {
+pub(crate) fn text(document: &str, key: &str) -> Result<Option<String>, Unreadable> {
     let document = document.strip_prefix('\u{feff}').unwrap_or(document);
     if document.trim_start().starts_with('{') {
         return json(document, key);

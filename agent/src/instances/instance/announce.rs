@@ -1,4 +1,4 @@
-//! Says events until the bus has them, in order, beside the instance's own life.
+//! Says events until the bus has them, one after the other, beside the instance's own life.
 
 use crate::instances::outlet::{Message, Outlet};
 use crate::instances::record::Event;
@@ -8,17 +8,15 @@ use tokio::sync::mpsc;
 pub(super) struct Announcer {
     events: mpsc::UnboundedSender<Event>,
     confirmed: mpsc::UnboundedReceiver<()>,
+    /// Something is said and not confirmed yet.
+    speaks: bool,
 }
 
 impl Announcer {
-    /// Begins with what an earlier life left unsent. Unbounded in type; in fact an instance has one exit
-    /// and a few OOM events.
-    pub(super) fn start(outlet: Outlet, unsent: &[Event]) -> Self {
+    pub(super) fn start(outlet: Outlet) -> Self {
+        // Unbounded in type; in fact each holds one at most.
         let (events, mut to_say) = mpsc::unbounded_channel::<Event>();
         let (confirm, confirmed) = mpsc::unbounded_channel();
-        for event in unsent {
-            drop(events.send(event.clone()));
-        }
         tokio::spawn(async move {
             while let Some(event) = to_say.recv().await {
                 let message = Message::plain(event.subject, event.body.to_string().into_bytes());
@@ -32,15 +30,25 @@ impl Announcer {
                 }
             }
         });
-        Self { events, confirmed }
+        Self {
+            events,
+            confirmed,
+            speaks: false,
+        }
     }
 
-    pub(super) fn say(&self, event: Event) {
-        drop(self.events.send(event));
+    /// Says the oldest of these, unless something is being said: that is the oldest.
+    pub(super) fn say(&mut self, unsent: &[Event]) {
+        if let (false, Some(event)) = (self.speaks, unsent.first()) {
+            self.speaks = true;
+            drop(self.events.send(event.clone()));
+        }
     }
 
-    /// Resolves once for each event that the bus has, in order.
+    /// Resolves when the bus has what is being said.
     pub(super) async fn confirmed(&mut self) -> Option<()> {
-        self.confirmed.recv().await
+        let confirmed = self.confirmed.recv().await;
+        self.speaks = false;
+        confirmed
     }
 }

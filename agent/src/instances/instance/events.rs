@@ -1,23 +1,30 @@
 //! The messages about one instance: routes, exits, OOM kills.
 
 use super::View;
+use crate::config::ROUTER_FORGETS;
 use crate::engine::{Level, OomReport};
 use crate::instances::outlet::{Message, Outlet};
-use crate::instances::record::{Event, StopReason};
+use crate::instances::record::{Event, Record, StopReason};
 use crate::instances::world::{World, now};
+use messages::crash::Crash;
 use messages::outgoing::{DropletOom, Exited, OutputOffsets, Reason, Route, Victim};
 use messages::reply::Reply;
+use messages::start::StartRequest;
 use messages::subjects;
+use std::time::Duration;
 
-/// The route of an instance.
-pub(super) fn route(world: &World, view: &View) -> Route {
+/// What an agent may take to be replaced, in seconds.
+const STALE_AT_LEAST: u64 = 60;
+
+/// The route of an instance to a port.
+pub(super) fn route(world: &World, view: &View, port: u16) -> Route {
     let record = &view.record;
     Route {
         dea: world.id.clone(),
         app: view.droplet.clone(),
         uris: record.uris.clone(),
         host: world.engine.local_ip().to_string(),
-        port: record.port.unwrap_or_default(),
+        port,
         tags: [(
             "component".to_owned(),
             format!("dea-{}", world.config.index),
@@ -25,7 +32,16 @@ pub(super) fn route(world: &World, view: &View) -> Route {
         .into(),
         private_instance_id: record.private_instance.clone(),
         private_instance_index: view.index.to_string(),
+        stale_threshold_in_seconds: stale_after(world.config.intervals.router_register),
     }
+}
+
+/// Seconds after which routers may drop a route that is not said again: three repeats, and at least a
+/// minute, so that an agent which is replaced costs no route. `None`: the router's own time, which is not
+/// longer.
+fn stale_after(repeat: Duration) -> Option<u64> {
+    let wanted = repeat.as_secs().saturating_mul(3).max(STALE_AT_LEAST);
+    (wanted < ROUTER_FORGETS).then_some(wanted)
 }
 
 /// `droplet.exited` of an instance whose exit is recorded; `end` holds the final offsets.
@@ -35,6 +51,7 @@ pub(super) fn exited(view: &View, end: Option<(u64, u64)>) -> Event {
     let reason = match record.stopping.as_ref().map(|stopping| stopping.reason) {
         Some(StopReason::Stopped) => Reason::Stopped,
         Some(StopReason::Shutdown) => Reason::DeaShutdown,
+        Some(StopReason::Evacuation) => Reason::DeaEvacuation,
         None => Reason::Crashed,
     };
     let exited = Exited {
@@ -53,6 +70,26 @@ pub(super) fn exited(view: &View, end: Option<(u64, u64)>) -> Event {
         handle: Some(record.handle.clone()),
     };
     event(subjects::EXITED, &exited)
+}
+
+/// A crash whose exit is recorded; what is kept of it is not known yet.
+pub(super) fn crash(view: &View) -> Crash {
+    let record = &view.record;
+    let exit = record.exit.clone().unwrap_or_default();
+    Crash {
+        handle: record.handle.clone(),
+        droplet: view.droplet.clone(),
+        index: view.index,
+        instance: record.instance.clone(),
+        version: record.version.clone(),
+        time: record.state_timestamp,
+        exit_status: exit.status,
+        signal: exit.signal,
+        exit_description: exit.description,
+        oom: record.out_of_memory,
+        files: Vec::new(),
+        left_out: 0,
+    }
 }
 
 /// `droplet.exited` of a start that was refused: nothing of it is on this host. `None` if the message
@@ -85,15 +122,19 @@ pub(crate) fn deliver(outlet: Outlet, event: Event) {
     });
 }
 
-/// `droplet.oom`.
-pub(super) fn oom(world: &World, view: &View, report: &OomReport, survived: bool) -> Event {
-    let record = &view.record;
-    let oom = DropletOom {
+/// `droplet.oom` of a kill that was not survived, none missed.
+pub(super) fn oom(
+    world: &World,
+    record: &Record,
+    message: &StartRequest,
+    report: &OomReport,
+) -> DropletOom {
+    DropletOom {
         dea: world.id.clone(),
-        droplet: view.droplet.clone(),
+        droplet: message.droplet.to_string(),
         version: record.version.clone(),
         instance: record.instance.clone(),
-        index: view.index,
+        index: message.index,
         handle: record.handle.clone(),
         limit_bytes: report.limit_bytes,
         usage_bytes: report.usage_bytes,
@@ -103,10 +144,10 @@ pub(super) fn oom(world: &World, view: &View, report: &OomReport, survived: bool
             pid: report.victim.as_ref().map(|victim| victim.pid),
             comm: report.victim.as_ref().map(|victim| victim.comm.clone()),
         },
-        survived,
+        survived: false,
+        missed: 0,
         time: now(),
-    };
-    event(subjects::OOM, &oom)
+    }
 }
 
 fn level(level: Level) -> &'static str {
@@ -118,10 +159,23 @@ fn level(level: Level) -> &'static str {
     }
 }
 
-fn event(subject: &str, body: &impl serde::Serialize) -> Event {
+pub(super) fn event(subject: &str, body: &impl serde::Serialize) -> Event {
     // Plain structures of strings and numbers always become JSON.
     Event {
         subject: subject.into(),
         body: serde_json::to_value(body).unwrap_or_default(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::stale_after;
+    use std::time::Duration;
+
+    #[test]
+    fn a_route_outlives_three_repeats_and_an_agent_that_is_replaced() {
+        let after = |seconds| stale_after(Duration::from_secs(seconds));
+        let wanted = [Some(60), Some(60), Some(90), Some(117), None, None];
+        assert_eq!([1, 20, 30, 39, 40, u64::MAX].map(after), wanted);
     }
 }

@@ -1,16 +1,20 @@
 //! From whatever ended an instance to nothing left of it.
 //!
-//! Always in this order: the state and the routes; the processes; the job's last bytes and offsets;
-//! the one `droplet.exited`; and, when the bus has all of it, what is on disk.
+//! Always in this order: the routes and the state; the processes; the job's last bytes and offsets;
+//! kills that were not told; the one `droplet.exited`; of a crash, what is kept of it; and, when the bus has all of it,
+//! what is on disk.
 
-use super::{Event, Instance, events, job_is};
+use super::hooks::Hook;
+use super::kills::EndedBy;
+use super::{Event, Instance, events, job_is, start};
 use crate::engine::{Container, EngineError};
 use crate::instances::output::JobView;
-use crate::instances::record::Exit;
+use crate::instances::record::{Exit, StopReason};
 use crate::instances::state::Ask;
 use crate::instances::world::now;
 use container::status::Status;
 use messages::state::State;
+use std::pin::pin;
 use std::time::Duration;
 use tokio::time::{Instant, timeout, timeout_at};
 use tracing::{error, info, warn};
@@ -30,6 +34,9 @@ const DESTROY_PAUSE_MOST: Duration = Duration::from_secs(60);
 
 /// Most characters of a failure that `exit_description` repeats.
 const DESCRIPTION_MAX: usize = 500;
+
+/// Why an app is killed that does not open its port.
+pub(super) const UNHEALTHY: &str = "failed to accept connections within health check timeout";
 
 /// What ended it.
 #[derive(Debug)]
@@ -62,6 +69,9 @@ impl Instance {
                 self.crash(end).await;
             }
         }
+        if self.record.state == State::Crashed && !self.leaves_nothing() {
+            self.keep_last_words().await;
+        }
         self.settle().await;
         self.destroy().await;
         // An exit is small: it waits for the bus as long as it takes.
@@ -73,14 +83,17 @@ impl Instance {
     }
 
     async fn stop(&mut self) {
-        self.route.close();
+        self.close_route();
         self.enter(Ask::Stop).await;
+        self.tell_kills_as_survived().await;
         let grace = self
             .record
             .stopping
             .as_ref()
             .map_or(0.0, |stopping| stopping.grace);
         if let (Some(container), true) = (self.container.clone(), self.record.spawned) {
+            self.routers_hear().await;
+            self.stop_hook(Hook::BeforeStop).await;
             if let Err(error) = container.signal(nix::libc::SIGTERM).await {
                 warn!(handle = self.record.handle, %error, "TERM could not be sent");
             }
@@ -89,52 +102,49 @@ impl Instance {
                 info!(handle = self.record.handle, "killed after its grace");
                 self.kill_job().await;
             }
+            self.stop_hook(Hook::AfterStop).await;
         }
-        self.bury(None).await;
+        self.bury(None, EndedBy::Us).await;
         self.enter(Ask::Gone).await;
     }
 
     async fn crash(&mut self, end: End) {
-        self.report_late_kills().await;
-        let out_of_memory = matches!(end, End::OutOfMemory);
-        if out_of_memory {
-            // The kernel killed one; the rest goes with it, and the job's own status comes first.
-            self.kill_job().await;
-        }
-        self.route.close();
+        // First of all, so that nobody sends the router to a dead port, whatever is waited for.
+        self.close_route();
         let ask = match end {
             End::Failed(_) | End::Unhealthy => Ask::StartFailed,
             End::OutOfMemory => Ask::OutOfMemory,
             End::Stop | End::Ended | End::Died(_) | End::Known => Ask::Ended,
         };
-        if matches!(end, End::Unhealthy) {
-            self.kill_job().await;
-        }
+        let by = match end {
+            End::Ended | End::Died(_) => EndedBy::Itself,
+            End::Stop | End::OutOfMemory | End::Failed(_) | End::Unhealthy | End::Known => {
+                EndedBy::Us
+            }
+        };
+        // The rest goes with the one that the kernel killed; and the job's own status comes first.
+        let kills = matches!(end, End::OutOfMemory | End::Unhealthy);
         let words = match end {
             End::Failed(why) => Some(describe_failure(&why)),
-            End::Unhealthy => {
-                Some("failed to accept connections within health check timeout".to_owned())
-            }
+            End::Unhealthy => Some(UNHEALTHY.to_owned()),
             End::Died(reason) => reason,
             End::Stop | End::Ended | End::OutOfMemory | End::Known => None,
         };
-        self.bury_as(ask, words).await;
-    }
-
-    async fn bury_as(&mut self, ask: Ask, words: Option<String>) {
         self.record.failure = words.clone();
-        // Entered first, so that nobody sends the router to a dead port.
         self.enter(ask).await;
-        self.bury(words).await;
+        if kills {
+            self.kill_job().await;
+        }
+        self.bury(words, by).await;
     }
 
     /// Ends every process, learns the job's status and offsets, records and announces the exit.
-    async fn bury(&mut self, words: Option<String>) {
+    async fn bury(&mut self, words: Option<String>, by: EndedBy) {
         if let Some(container) = self.container.clone() {
             self.kill_all(&container).await;
             self.last_bytes().await;
-            self.report_late_kills().await;
         }
+        self.tell_last_kills(by).await;
         let job = self.job.borrow().clone();
         let exit = exit(&job, words, self.record.out_of_memory, now());
         self.record.exit = Some(exit);
@@ -145,24 +155,28 @@ impl Instance {
 
     /// Stays until every process is dead: nothing may be called stopped before.
     async fn kill_all(&mut self, container: &Container) {
-        while let Err(error) = container.kill().await {
+        while let Err(error) = self.hear_while(container.kill()).await {
             error!(handle = self.record.handle, %error, "not everything is dead");
             if !matches!(error, EngineError::Stuck { .. }) {
-                return;
+                break;
             }
+            // Whoever waits for the end is not kept waiting.
+            self.stuck = Some(error.to_string());
+            self.tell();
             self.hear_for(STUCK_PAUSE).await;
         }
+        self.stuck = None;
     }
 
     async fn job_ends_within(&mut self, limit: Duration) -> bool {
-        let container = self.container.clone();
-        let either = async {
+        let (mut job, container) = (self.job.clone(), self.container.clone());
+        let either = async move {
             tokio::select! {
-                () = job_is(&mut self.job, JobView::over) => {}
+                () = job_is(&mut job, JobView::over) => {}
                 () = super::died(container) => {}
             }
         };
-        timeout(limit, either).await.is_ok()
+        self.hear_while(timeout(limit, either)).await.is_ok()
     }
 
     /// KILL to every process of the job: its init lives on and tells the status.
@@ -177,22 +191,15 @@ impl Instance {
     }
 
     async fn last_bytes(&mut self) {
-        let ended = job_is(&mut self.job, |job| job.end.is_some() || job.lost.is_some());
-        if self.record.spawned && timeout(LAST_BYTES, ended).await.is_err() {
+        let mut job = self.job.clone();
+        let ended = async move {
+            job_is(&mut job, |job| job.end.is_some() || job.lost.is_some()).await;
+        };
+        if self.record.spawned && self.hear_while(timeout(LAST_BYTES, ended)).await.is_err() {
             warn!(
                 handle = self.record.handle,
                 "the end of the output is unknown"
             );
-        }
-    }
-
-    /// Kills that were counted but not told yet: they are the reason of the end that follows.
-    async fn report_late_kills(&mut self) {
-        let Some(container) = self.container.clone() else {
-            return;
-        };
-        for report in container.oom_now(self.record.oom_kills).await {
-            self.out_of_memory(report).await;
         }
     }
 
@@ -212,7 +219,7 @@ impl Instance {
     }
 
     async fn events_said(&mut self) {
-        while !self.record.unsent.is_empty() {
+        while !self.record.unsent.is_empty() || !self.unheard.is_empty() {
             let event = self.heard().await;
             self.see_to(event).await;
         }
@@ -220,6 +227,20 @@ impl Instance {
 
     fn output_said(&self) -> bool {
         !self.followed || self.container.is_none() || self.job.borrow().delivered
+    }
+
+    /// Sees to whatever comes until `work` is done.
+    pub(super) async fn hear_while<T>(&mut self, work: impl Future<Output = T>) -> T {
+        let mut work = pin!(work);
+        loop {
+            let event = tokio::select! {
+                // What is waited for first: what comes can be seen to later.
+                biased;
+                done = &mut work => return done,
+                event = self.heard() => event,
+            };
+            self.see_to(event).await;
+        }
     }
 
     /// Sees to whatever comes, for so long.
@@ -242,7 +263,9 @@ impl Instance {
     async fn heard(&mut self) -> Event {
         let undelivered = !self.output_said();
         tokio::select! {
+            Ok(()) = self.wants.changed() => Event::Wants,
             Some(()) = self.announcer.confirmed() => Event::Confirmed,
+            () = self.unheard.heard() => Event::Heard,
             () = job_is(&mut self.job, |job| job.delivered), if undelivered => Event::Wants,
             Some(query) = self.queries.recv() => Event::Query(query),
         }
@@ -251,8 +274,44 @@ impl Instance {
     async fn see_to(&mut self, event: Event) {
         match event {
             Event::Confirmed => self.confirmed().await,
+            Event::Heard => self.route_heard().await,
             Event::Query(query) => self.answer(query).await,
-            Event::Wants | Event::OutOfMemory(_) | Event::Ended => {}
+            // An update is for every state.
+            Event::Wants => self.apply_wants().await,
+            Event::OutOfMemory(_) | Event::Survived | Event::Ended => {}
+        }
+    }
+
+    /// Whether the host keeps nothing of it: it shuts down.
+    fn leaves_nothing(&self) -> bool {
+        let wants = self.wants.borrow();
+        let reason = wants.stop.as_ref().map(|stopping| stopping.reason);
+        reason.is_some_and(|reason| match reason {
+            StopReason::Shutdown | StopReason::Evacuation => true,
+            StopReason::Stopped => false,
+        })
+    }
+
+    /// Keeps the ends of what it wrote. A full disk, or one that hangs, keeps nothing else from being done.
+    async fn keep_last_words(&mut self) {
+        let Some(container) = self.container.clone().filter(|_| self.record.spawned) else {
+            return;
+        };
+        let saved = self.record.container.as_ref();
+        let clean = saved.is_some_and(|saved| saved.boot_id == self.world.boot_id);
+        let (crashes, crash) = (self.world.crashes.clone(), events::crash(&self.view()));
+        let mut keeping = pin!(crashes.keep(crash, &container, start::JOB, clean));
+        let kept = loop {
+            tokio::select! {
+                kept = &mut keeping => break kept,
+                event = self.heard() => self.see_to(event).await,
+            }
+        };
+        if let Err(why) = kept {
+            warn!(
+                handle = self.record.handle,
+                why, "what a crash left is not kept"
+            );
         }
     }
 
@@ -260,7 +319,7 @@ impl Instance {
         let mut pause = DESTROY_PAUSE;
         loop {
             let destroyed = match (self.container.clone(), self.record.container.clone()) {
-                (Some(container), _) => container.destroy().await,
+                (Some(container), _) => self.hear_while(container.destroy()).await,
                 (None, Some(saved)) => self.world.engine.destroy_handle(&saved).await,
                 (None, None) => return,
             };
@@ -287,8 +346,8 @@ impl Instance {
             .instance
             .crash_lifetime
             .saturating_sub(age);
-        let reaped = async { self.wants.wait_for(|wants| wants.reap).await.is_ok() };
-        drop(timeout(rest, reaped).await);
+        let deadline = Instant::now() + rest;
+        while !self.wants.borrow().reap && self.hear_until(deadline).await {}
     }
 
     /// The record goes last.

@@ -1,8 +1,9 @@
 //! Whether an app that was started serves: its port opens, or its state file says RUNNING.
 
+use crate::host::depot::disk::Disk;
 use crate::instances::droplets::tree::{Symlinks, read_text};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
 use tokio::time::{sleep, timeout};
@@ -25,8 +26,8 @@ pub(super) enum Check {
     Port(SocketAddr),
     /// This file, inside the container's writable layer, is JSON with state `RUNNING`.
     StateFile {
-        /// The writable layer on the host.
-        upper: PathBuf,
+        /// What holds the writable layer.
+        disk: Arc<Disk>,
         /// The file, relative to it.
         path: String,
     },
@@ -54,9 +55,10 @@ async fn looks_healthy(check: &Check) -> bool {
                 Ok(Ok(_))
             )
         }
-        Check::StateFile { upper, path } => {
-            let (upper, path) = (upper.clone(), path.clone());
-            let read = crate::host::blocking(move || read_text(&upper, &path, Symlinks::Refused));
+        Check::StateFile { disk, path } => {
+            let (disk, path) = (Arc::clone(disk), path.clone());
+            let read =
+                crate::host::blocking(move || read_text(&disk.upper(), &path, Symlinks::Refused));
             read.await
                 .is_ok_and(|bytes| bytes.is_some_and(|bytes| says_running(&bytes)))
         }

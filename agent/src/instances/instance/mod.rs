@@ -10,16 +10,16 @@ mod announce;
 pub(crate) mod events;
 mod finish;
 mod health;
+mod hooks;
+mod kills;
 mod route;
 mod start;
 
-pub use route::Route;
-
 use super::output::JobView;
 use super::record::{self, Limits, Record, Stopping};
-use super::state::{Act, Ask, admit};
+use super::state::{Act, Ask, admit, is_ending};
 use super::world::{World, now};
-use crate::engine::{Adopted, Container, OomReport, Place};
+use crate::engine::{Adopted, Container, DiskChange, DiskUsage, EngineError, OomReport, Place};
 use messages::start::StartRequest;
 use messages::state::State;
 use std::pin::pin;
@@ -33,10 +33,14 @@ use tracing::{error, info, warn};
 /// each state it enters or want it has applied.
 #[derive(Debug)]
 pub enum Change {
-    /// An instance as it is now.
+    /// An instance as it is now; its record is on disk.
     View(Box<View>),
+    /// A new one whose record could not be written, and why: it ends at once.
+    Unrecorded(String, String),
     /// It has no processes, no port, no record any more.
     Gone(String),
+    /// Of the templates to be kept, all up to this number are on disk.
+    Kept(u64),
 }
 
 /// What the outside may know of an instance.
@@ -56,6 +60,19 @@ pub struct View {
     pub stop_grace: Option<Duration>,
     /// The number of the newest wants that were applied and recorded.
     pub applied: u64,
+    /// Why the newest limits that it was asked to take were not, if so.
+    pub refusal: Option<Refusal>,
+    /// Its processes do not die, in words.
+    pub stuck: Option<String>,
+}
+
+/// Why new limits were not taken.
+#[derive(Debug, Clone)]
+pub struct Refusal {
+    /// In words.
+    pub message: String,
+    /// The smallest `limits.mem` that would have been, in MB, if that was the reason.
+    pub smallest_mem: Option<u64>,
 }
 
 /// What is wanted of an instance; see the module.
@@ -63,14 +80,27 @@ pub struct View {
 pub struct Wants {
     /// Stop it; the first to want it says how.
     pub stop: Option<Stopping>,
-    /// The URIs and version that it shall have.
-    pub update: Option<(Vec<String>, Option<String>)>,
+    /// What it shall be.
+    pub update: Option<Update>,
     /// The limits that it shall have, and the number of that wish: it is tried once.
     pub limits: Option<(u64, Limits)>,
+    /// Go on as EVACUATING, if it lives.
+    pub evacuate: bool,
     /// Forget it, if it has crashed.
     pub reap: bool,
     /// Counts the changes of this structure.
     pub number: u64,
+}
+
+/// What an instance shall be from now on, in whole: of several updates the last one holds what the others left.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Update {
+    /// Its URIs.
+    pub uris: Vec<String>,
+    /// Its version.
+    pub version: String,
+    /// Its id, a new one if the version is.
+    pub instance: String,
 }
 
 /// A question that only the task can answer.
@@ -80,13 +110,24 @@ pub enum Query {
     Usage(oneshot::Sender<Measured>),
 }
 
-/// Measured use of one instance.
+/// Measured use of one instance; `None`: it could not be read.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Measured {
     /// Fraction of one core, mean since the last question (at least a second).
-    pub cpu: f64,
+    pub cpu: Option<f64>,
     /// Bytes of memory, without inactive file cache.
-    pub memory_bytes: u64,
+    pub memory_bytes: Option<u64>,
+    /// The disk.
+    pub disk: Option<MeasuredDisk>,
+}
+
+/// Measured use of a disk.
+#[derive(Debug, Clone, Copy)]
+pub enum MeasuredDisk {
+    /// So much of what it may use.
+    Bounded(DiskUsage),
+    /// Nothing bounds it, and nothing counts.
+    Unbounded,
 }
 
 /// The stable's end of an instance.
@@ -94,10 +135,8 @@ pub struct Measured {
 pub struct Reins {
     /// What it shall do.
     pub wants: watch::Sender<Wants>,
-    /// What it shall answer. A full mailbox is silence for a query.
+    /// What it shall answer. Where the mailbox is full, that is left out of the answer.
     pub queries: mpsc::Sender<Query>,
-    /// To be repeated.
-    pub route: Arc<Route>,
 }
 
 /// Questions that may wait for one instance.
@@ -106,9 +145,11 @@ const QUERIES: usize = 32;
 /// What comes while an instance waits for something.
 enum Event {
     Wants,
+    Confirmed,
+    Heard,
     OutOfMemory(OomReport),
     Ended,
-    Confirmed,
+    Survived,
     Query(Query),
 }
 
@@ -137,11 +178,17 @@ pub struct Instance {
     /// Somebody brings the job's output to the bus.
     followed: bool,
     ooms: Option<mpsc::Receiver<OomReport>>,
+    untold: kills::Untold,
     instance_id: watch::Sender<String>,
-    route: Arc<Route>,
+    unheard: route::Unheard,
     announcer: announce::Announcer,
     cpu: Option<(Instant, u64, f64)>,
     applied: u64,
+    refusal: Option<Refusal>,
+    /// What does not die, in words.
+    stuck: Option<String>,
+    /// How many files its processes may have open; `None`: an earlier agent started them.
+    open_files: Option<u64>,
 }
 
 impl std::fmt::Debug for Instance {
@@ -189,10 +236,10 @@ pub fn instance(
     let (wants_in, wants) = watch::channel(Wants::default());
     let (queries_in, queries) = mpsc::channel(QUERIES);
     let (instance_id, _) = watch::channel(record.instance.clone());
-    let announcer = announce::Announcer::start(world.outlet.clone(), &record.unsent);
-    let route = Arc::new(Route::new(world.outlet.clone()));
-    let instance = Instance {
-        route: Arc::clone(&route),
+    let mut announcer = announce::Announcer::start(world.outlet.clone());
+    announcer.say(&record.unsent);
+    let mut instance = Instance {
+        unheard: route::Unheard::default(),
         world,
         record,
         message,
@@ -204,36 +251,36 @@ pub fn instance(
         job: watch::channel(JobView::default()).1,
         followed: false,
         ooms: None,
+        untold: kills::Untold::default(),
         instance_id,
         announcer,
         cpu: None,
         applied: 0,
+        refusal: None,
+        stuck: None,
+        open_files: None,
     };
-    if instance.record.state == State::Running {
-        let known = events::route(&instance.world, &instance.view());
-        route.known(known);
-    }
+    instance.know_route();
     (
         instance,
         Reins {
             wants: wants_in,
             queries: queries_in,
-            route,
         },
     )
 }
 
 impl Instance {
-    /// Lives the whole life. `accepted` is told once the record is on disk: a start may be answered
-    /// only then.
-    pub async fn live(mut self, accepted: oneshot::Sender<Result<(), String>>) {
+    /// Lives the whole life. The first thing that it tells is that its record is on disk, or why not: a
+    /// start may be answered only then.
+    pub async fn live(mut self) {
         let fresh = self.record.state == State::Born;
         if fresh && let Err(error) = self.save().await {
-            drop(accepted.send(Err(error)));
+            let unrecorded = Change::Unrecorded(self.record.handle.clone(), error);
+            drop(self.world.changes.send(unrecorded));
             self.gone().await;
             return;
         }
-        drop(accepted.send(Ok(())));
         self.tell();
         let end = if fresh {
             self.begin().await
@@ -253,14 +300,17 @@ impl Instance {
             }
             let container = self.container.clone();
             let event = tokio::select! {
-                // Wants first: a stop must not wait behind an app that answers questions quickly. OOM
-                // before the end of the job: it is the reason of that end.
+                // Wants first: a stop must not wait behind an app that answers questions quickly. What
+                // the bus has is given up before more is taken in. OOM before the end of the job: it is
+                // the reason of that end.
                 biased;
                 Ok(()) = self.wants.changed() => Event::Wants,
+                Some(()) = self.announcer.confirmed() => Event::Confirmed,
+                () = self.unheard.heard() => Event::Heard,
                 Some(report) = next(&mut self.ooms) => Event::OutOfMemory(report),
                 () = job_is(&mut self.job, JobView::over) => Event::Ended,
                 () = died(container) => Event::Ended,
-                Some(()) = self.announcer.confirmed() => Event::Confirmed,
+                () = self.untold.due() => Event::Survived,
                 Some(query) = self.queries.recv() => Event::Query(query),
                 done = &mut work => return Ok(done),
             };
@@ -272,27 +322,35 @@ impl Instance {
                     }
                 }
                 Event::Ended => return Err(Interrupt::Ended),
+                Event::Survived => self.tell_survived_kills().await,
                 Event::Confirmed => self.confirmed().await,
+                Event::Heard => self.route_heard().await,
                 Event::Query(query) => self.answer(query).await,
             }
         }
     }
 
-    /// Applies what is wanted, as far as the state allows.
+    /// Applies what is wanted, as far as the state allows: a dying container takes no new limits.
     async fn apply_wants(&mut self) {
         let wants = self.wants.borrow_and_update().clone();
         let mut changed = false;
-        if let Some((uris, version)) = wants.update {
-            changed |= self.update(uris, version);
+        if let Some(update) = wants.update {
+            changed |= self.update(update);
         }
-        if let Some((_, limits)) = wants.limits.filter(|(number, _)| *number > self.applied) {
-            changed |= self.limit(limits).await;
+        let limits = { wants.limits }.filter(|(number, _)| *number > self.applied);
+        if let (Some((_, limits)), false) = (limits, is_ending(self.record.state)) {
+            let taken = self.limit(limits).await;
+            changed |= matches!(taken, Ok(true));
+            self.refusal = taken.err();
         }
         if let (Some(stop), None) = (wants.stop, &self.record.stopping)
             && let Act::Enter(_) = admit(self.record.state, Ask::Stop)
         {
             self.record.stopping = Some(stop);
             changed = true;
+        }
+        if wants.evacuate && self.record.stopping.is_none() {
+            self.enter(Ask::Evacuate).await;
         }
         if changed {
             self.keep().await;
@@ -303,54 +361,95 @@ impl Instance {
         }
     }
 
-    fn update(&mut self, uris: Vec<String>, version: Option<String>) -> bool {
-        let version = version.unwrap_or_else(|| self.record.version.clone());
-        if self.record.uris == uris && self.record.version == version {
+    /// Whether it was anything else before.
+    fn update(&mut self, update: Update) -> bool {
+        let record = &mut self.record;
+        let is_new = record.instance != update.instance;
+        if record.uris == update.uris && record.version == update.version && !is_new {
             return false;
         }
-        self.record.uris = uris;
-        if self.record.version != version {
-            self.record.version = version;
-            self.record.instance = crate::random::hex(16);
-            self.instance_id.send_replace(self.record.instance.clone());
+        (record.uris, record.version) = (update.uris, update.version);
+        if is_new {
+            record.instance.clone_from(&update.instance);
+            self.instance_id.send_replace(update.instance);
         }
-        self.route.change(&self.record.uris);
+        self.change_route();
         true
     }
 
-    /// Takes on new limits, whole or not at all.
-    async fn limit(&mut self, limits: Limits) -> bool {
-        // A process keeps the number of open files with which it was started.
-        let fds = if self.record.spawned {
-            self.record.limits.fds
-        } else {
-            limits.fds
-        };
-        let limits = Limits { fds, ..limits };
-        if limits == self.record.limits {
-            return false;
+    /// Takes on new limits, whole or not at all; whether they are others.
+    async fn limit(&mut self, limits: Limits) -> Result<bool, Refusal> {
+        let old = self.record.limits;
+        if limits == old {
+            return Ok(false);
         }
-        if let Some(container) = &self.container {
-            let wanted = start::engine_limits(&self.world.config, limits);
-            if let Err(error) = container.limit(wanted).await {
-                warn!(handle = self.record.handle, %error, "new limits were refused");
-                return false;
-            }
+        if let Some(container) = self.container.clone()
+            && let Err(error) = self.limit_container(&container, old, limits).await
+        {
+            warn!(handle = self.record.handle, %error, "new limits were refused");
+            return Err(Refusal {
+                smallest_mem: error.smallest_memory().map(|bytes| bytes >> 20),
+                message: error.to_string(),
+            });
         }
         self.record.limits = limits;
-        true
+        Ok(true)
+    }
+
+    async fn limit_container(
+        &mut self,
+        container: &Container,
+        old: Limits,
+        new: Limits,
+    ) -> Result<(), EngineError> {
+        let limited = self.limit_each(container, old, new).await;
+        if limited.is_err() {
+            // What was given before the refusal is taken back; of the rest this changes nothing.
+            let disk = limit_disk(container, new.disk, old.disk).await;
+            let wanted = start::engine_limits(&self.world.config, old);
+            let rest = container.limit(wanted).await;
+            for error in [disk.err(), rest.err()].into_iter().flatten() {
+                warn!(handle = self.record.handle, %error, "old limits were not restored");
+            }
+        }
+        limited
+    }
+
+    /// One after the other, until one is refused.
+    async fn limit_each(
+        &mut self,
+        container: &Container,
+        old: Limits,
+        new: Limits,
+    ) -> Result<(), EngineError> {
+        limit_disk(container, old.disk, new.disk).await?;
+        let wanted = start::engine_limits(&self.world.config, new);
+        container.limit(wanted).await?;
+        // As long as it is not executed yet, `until_started` sees to it.
+        let runs = self.record.serves() || self.job.borrow().started;
+        if new.fds != old.fds && runs {
+            container.limit_open_files(old.fds, new.fds).await?;
+            self.open_files = Some(new.fds);
+        }
+        Ok(())
     }
 
     async fn answer(&mut self, query: Query) {
         let Query::Usage(answer) = query;
         let mut measured = Measured::default();
-        if let Some(container) = &self.container {
+        if let Some(container) = self.container.clone() {
             match container.usage().await {
                 Ok(usage) => {
-                    measured.memory_bytes = usage.memory_bytes;
-                    measured.cpu = self.cpu_since(usage.cpu_ns);
+                    measured.memory_bytes = Some(usage.memory_bytes);
+                    measured.cpu = Some(self.cpu_since(usage.cpu_ns));
                 }
                 Err(error) => warn!(handle = self.record.handle, %error, "usage is unknown"),
+            }
+            match container.disk_usage().await {
+                Ok(Some(usage)) => measured.disk = Some(MeasuredDisk::Bounded(usage)),
+                // Without its disk at hand, whether it is bounded is not known.
+                Ok(None) => measured.disk = container.disk().map(|_| MeasuredDisk::Unbounded),
+                Err(error) => warn!(handle = self.record.handle, %error, "disk usage is unknown"),
             }
         }
         let _gone = answer.send(measured);
@@ -373,22 +472,12 @@ impl Instance {
         }
     }
 
-    /// Reports a kill; `true` if it ends the instance.
-    async fn out_of_memory(&mut self, report: OomReport) -> bool {
-        let ends = self.message.oom_group.unwrap_or(true);
-        self.record.oom_kills = self.record.oom_kills.max(report.count);
-        self.record.out_of_memory |= ends;
-        info!(handle = self.record.handle, victim = ?report.victim, "out of memory");
-        let event = events::oom(&self.world, &self.view(), &report, !ends);
-        self.announce(event).await;
-        ends
-    }
-
     /// Enters `state` if the table says so; records and tells it.
     async fn enter(&mut self, ask: Ask) -> bool {
         let Act::Enter(state) = admit(self.record.state, ask) else {
             return false;
         };
+        self.record.healthy |= self.record.state == State::Running;
         self.record.state = state;
         self.record.state_timestamp = now();
         if state == State::Starting {
@@ -415,6 +504,8 @@ impl Instance {
             index: self.message.index,
             stop_grace: self.message.stop_grace.map(Duration::from_secs),
             applied: self.applied,
+            refusal: self.refusal.clone(),
+            stuck: self.stuck.clone(),
         }
     }
 
@@ -425,6 +516,8 @@ impl Instance {
     }
 
     async fn save(&self) -> Result<(), String> {
+        // Never closed.
+        let _turn = self.world.saves.acquire().await;
         let (records, record) = (self.world.records.clone(), self.record.clone());
         crate::host::blocking(move || records.save(&record))
             .await
@@ -443,9 +536,9 @@ impl Instance {
 
     /// Records an event and has it said until the bus has it.
     async fn announce(&mut self, event: record::Event) {
-        self.record.unsent.push(event.clone());
+        self.record.unsent.push(event);
         self.keep().await;
-        self.announcer.say(event);
+        self.announcer.say(&self.record.unsent);
     }
 
     /// The bus has the oldest unsent event.
@@ -453,8 +546,21 @@ impl Instance {
         if !self.record.unsent.is_empty() {
             self.record.unsent.remove(0);
             self.keep().await;
+            self.announcer.say(&self.record.unsent);
         }
     }
+}
+
+/// MB of disk, from `old` to `new`.
+async fn limit_disk(container: &Container, old: u64, new: u64) -> Result<(), EngineError> {
+    let change = DiskChange {
+        bytes: Some(new << 20),
+        inodes: None,
+    };
+    if old == new {
+        return Ok(());
+    }
+    container.limit_disk(change).await
 }
 
 /// Resolves when the job is so; never, if nobody follows it.

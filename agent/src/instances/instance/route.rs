@@ -1,154 +1,107 @@
-//! What the router is told of one instance. Only here: whoever else said a route could say it again
-//! after it was taken back, and then a router would send people to a dead port for two minutes.
+//! One instance's part in what routers are told, and what its record says of it. Who speaks are the
+//! [`Routes`](crate::instances::routes::Routes).
 
-use crate::instances::outlet::{Message, Outlet};
-use messages::outgoing::{Route as Body, ToBytes};
-use messages::subjects::{ROUTER_REGISTER, ROUTER_UNREGISTER};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use super::{Instance, events};
+use crate::instances::record::TakenBack;
+use crate::instances::routes::Heard;
+use messages::outgoing::Route;
+use std::collections::VecDeque;
+use std::time::Duration;
+use tokio::time::{Instant, timeout_at};
 
-/// The route of one instance: what was told is what stands here. Shared by the instance, which opens,
-/// changes and closes it, and the stable, which repeats it. Saying is not waiting, so the lock is short.
-#[derive(Debug)]
-pub struct Route {
-    outlet: Outlet,
-    told: Mutex<Option<Body>>,
-}
+/// How long an app that shall end is kept from its TERM, so that routers hear of it first.
+const HEARING: Duration = Duration::from_millis(100);
 
-impl Route {
-    /// One that nobody was told of.
-    pub(super) fn new(outlet: Outlet) -> Self {
-        Self {
-            outlet,
-            told: Mutex::default(),
+/// What was taken back and may not have been heard: one for each in the record, in that order.
+#[derive(Debug, Default)]
+pub(super) struct Unheard(VecDeque<Heard>);
+
+impl Unheard {
+    /// Resolves when the oldest was heard.
+    pub(super) async fn heard(&mut self) {
+        match self.0.front_mut() {
+            // What is no longer taken back need not be heard.
+            Some(heard) => drop(heard.await),
+            None => std::future::pending().await,
         }
+        self.0.pop_front();
     }
 
-    /// Routers were told by an earlier life of the agent.
-    pub(super) fn known(&self, route: Body) {
-        *self.told() = Some(route);
-    }
-
-    /// The instance serves.
-    pub(super) fn open(&self, route: Body) {
-        let mut told = self.told();
-        self.say(ROUTER_REGISTER, &route);
-        *told = Some(route);
-    }
-
-    /// It has these URIs now; the router is told the difference.
-    pub(super) fn change(&self, uris: &[String]) {
-        let mut told = self.told();
-        let Some(route) = told.as_mut() else { return };
-        let old = std::mem::replace(&mut route.uris, uris.to_vec());
-        for (subject, difference) in [
-            (ROUTER_REGISTER, without(uris, &old)),
-            (ROUTER_UNREGISTER, without(&old, uris)),
-        ] {
-            if !difference.is_empty() {
-                let part = Body {
-                    uris: difference,
-                    ..route.clone()
-                };
-                self.say(subject, &part);
-            }
-        }
-    }
-
-    /// It serves no longer.
-    pub(super) fn close(&self) {
-        let mut told = self.told();
-        if let Some(route) = told.take() {
-            self.say(ROUTER_UNREGISTER, &route);
-        }
-    }
-
-    /// Says it again, for routers forget.
-    pub fn repeat(&self) {
-        let told = self.told();
-        if let Some(route) = told.as_ref().filter(|route| !route.uris.is_empty()) {
-            self.say(ROUTER_REGISTER, route);
-        }
-    }
-
-    fn say(&self, subject: &str, route: &Body) {
-        self.outlet.offer(Message::plain(subject, route.to_bytes()));
-    }
-
-    fn told(&self) -> MutexGuard<'_, Option<Body>> {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 }
 
-fn without(some: &[String], others: &[String]) -> Vec<String> {
-    some.iter()
-        .filter(|one| !others.contains(one))
-        .cloned()
-        .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{Body, Route};
-    use crate::instances::outlet::{Inlet, Link, Request, outlet};
-    use std::collections::BTreeMap;
-
-    fn body(uris: &[&str]) -> Body {
-        Body {
-            dea: "d".into(),
-            app: "a".into(),
-            uris: uris.iter().map(|uri| (*uri).to_owned()).collect(),
-            host: "192.0.2.1".into(),
-            port: 61001,
-            tags: BTreeMap::new(),
-            private_instance_id: "p".into(),
-            private_instance_index: "0".into(),
+impl Instance {
+    /// What an earlier life of the agent told, or did not know to be told.
+    pub(super) fn know_route(&mut self) {
+        let view = self.view();
+        for taken_back in &self.record.taken_back {
+            let taken_back = taken_back.clone();
+            let heard = self.world.routes.take_back(Route {
+                host: taken_back.host,
+                uris: taken_back.uris,
+                ..events::route(&self.world, &view, taken_back.port)
+            });
+            self.unheard.0.push_back(heard);
+        }
+        if let (true, Some(port)) = (self.record.serves(), self.record.port) {
+            let route = events::route(&self.world, &view, port);
+            self.world.routes.known(route);
         }
     }
 
-    /// What was said: `+` or `-`, and the URIs.
-    fn said(inlet: &mut Inlet) -> Vec<String> {
-        let mut said = Vec::new();
-        while let Ok(Request::Publish(message)) = inlet.control.try_recv() {
-            let sign = if message.subject == "router.register" {
-                '+'
-            } else {
-                '-'
-            };
-            let body: serde_json::Value = serde_json::from_slice(&message.body).unwrap();
-            said.push(format!("{sign}{}", body["uris"]));
+    /// It serves.
+    pub(super) fn open_route(&self) {
+        if let Some(port) = self.record.port {
+            let route = events::route(&self.world, &self.view(), port);
+            self.world.routes.open(route);
         }
-        said
     }
 
-    #[test]
-    fn nothing_is_said_after_it_was_taken_back() {
-        let (outlet, mut inlet) = outlet();
-        inlet.link.send_replace(Link {
-            up: true,
-            connects: 1,
-            max_payload: 1 << 20,
-        });
-        let route = Route::new(outlet);
-        route.repeat();
-        route.change(&["x".into()]);
-        route.close();
-        assert_eq!(said(&mut inlet), Vec::<String>::new());
-        route.open(body(&["a", "b"]));
-        route.repeat();
-        route.change(&["b".into(), "c".into()]);
-        route.repeat();
-        route.close();
-        route.close();
-        route.repeat();
-        route.change(&["d".into()]);
-        let all = [
-            r#"+["a","b"]"#,
-            r#"+["a","b"]"#,
-            r#"+["c"]"#,
-            r#"-["a"]"#,
-            r#"+["b","c"]"#,
-            r#"-["b","c"]"#,
-        ];
-        assert_eq!(said(&mut inlet), all);
+    /// Its URIs have changed. The record is the caller's to save.
+    pub(super) fn change_route(&mut self) {
+        let Some(port) = self.record.port else { return };
+        let taken_back = self.world.routes.change(port, &self.record.uris);
+        self.note(taken_back);
+    }
+
+    /// It serves no longer. The record is the caller's to save.
+    pub(super) fn close_route(&mut self) {
+        let Some(port) = self.record.port else { return };
+        let taken_back = self.world.routes.close(port);
+        self.note(taken_back);
+    }
+
+    fn note(&mut self, taken_back: Option<(Route, Heard)>) {
+        if let Some((route, heard)) = taken_back {
+            self.unheard.0.push_back(heard);
+            self.record.taken_back.push(TakenBack {
+                host: route.host,
+                port: route.port,
+                uris: route.uris,
+            });
+        }
+    }
+
+    /// Waits until all that was taken back was heard, but not for long.
+    pub(super) async fn routers_hear(&mut self) {
+        let deadline = Instant::now() + HEARING;
+        let has_uris = |one: &TakenBack| !one.uris.is_empty();
+        while self.record.taken_back.iter().any(has_uris)
+            && timeout_at(deadline, self.unheard.heard()).await.is_ok()
+        {
+            self.record.taken_back.remove(0);
+        }
+    }
+
+    /// The oldest was heard. Where an event is unsent, its confirmation saves the record anyway.
+    pub(super) async fn route_heard(&mut self) {
+        if !self.record.taken_back.is_empty() {
+            self.record.taken_back.remove(0);
+        }
+        if self.record.unsent.is_empty() {
+            self.keep().await;
+        }
     }
 }

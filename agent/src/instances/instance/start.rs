@@ -1,10 +1,11 @@
 //! From an accepted start to RUNNING, and from a record back to where it was.
 
-use super::finish::End;
+use super::finish::{End, UNHEALTHY};
 use super::health::{self, Check};
-use super::{Instance, Interrupt, Remains, events, job_is};
+use super::hooks::Hook;
+use super::{Instance, Interrupt, Remains, job_is, limit_disk};
 use crate::config::Config;
-use crate::engine::{Container, REBOOTED, Spec};
+use crate::engine::{Container, DiskLimit, EgressRule, REBOOTED, Spec, Traffic};
 use crate::host::blocking;
 use crate::host::cgroups;
 use crate::host::depot::SeedFile;
@@ -18,13 +19,14 @@ use container::job::{JobRequest, Rlimit};
 use messages::state::State;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
-use tracing::error;
+use tracing::{error, warn};
 
 /// The job of an app in its container.
-const JOB: u32 = 1;
+pub(super) const JOB: u32 = 1;
 
 /// How long it may take at least until it is known that the job's program was executed. It takes
 /// milliseconds, on a host that is up to its ears in work perhaps seconds.
@@ -46,6 +48,7 @@ pub(super) fn engine_limits(config: &Config, limits: Limits) -> cgroups::Limits 
         memory_bytes: Some(limits.mem << 20),
         // The kernel's least is 2 (cgroup v1, cpu.shares).
         cpu_shares: Some(share.max(2)),
+        cpu_percent: Some(config.instance.max_cpu_percent.unwrap_or(u64::MAX)),
         pids: Some(config.instance.pids),
     }
 }
@@ -98,11 +101,18 @@ impl Instance {
         }
         if self.record.state == State::Crashed {
             // Cut off between the state and its exit.
-            return End::Died(self.record.failure.clone());
+            return match &self.record.failure {
+                _ if self.record.out_of_memory => End::OutOfMemory,
+                Some(words) if words == UNHEALTHY => End::Unhealthy,
+                failure => End::Died(failure.clone()),
+            };
         }
         match died {
             Some(reason) if self.record.spawned => self.already(End::Died(Some(reason))),
-            None if self.record.spawned && self.container.is_some() => self.carry_on().await,
+            None if self.record.spawned && self.container.is_some() => {
+                self.keep_to_bandwidth().await;
+                self.carry_on().await
+            }
             Some(_) | None => self.begin_again().await,
         }
     }
@@ -114,13 +124,39 @@ impl Instance {
         self.container = Some(container);
     }
 
-    /// Records what is wanted meanwhile, and does no more about it.
+    /// An adopted container may receive and send what is configured now.
+    async fn keep_to_bandwidth(&mut self) {
+        let wanted = self.world.config.instance.bandwidth;
+        let Some(container) = self.container.clone() else {
+            return;
+        };
+        if container
+            .bandwidth()
+            .await
+            .is_ok_and(|found| found == wanted)
+        {
+            return;
+        }
+        match container.limit_bandwidth(wanted).await {
+            Ok(()) => {
+                self.record.container = Some(container.saved());
+                self.keep().await;
+            }
+            Err(error) => warn!(
+                handle = self.record.handle,
+                %error, "an instance keeps the bandwidth that it had"
+            ),
+        }
+    }
+
+    /// Records what is wanted meanwhile, and does no more about it. It has no container to measure.
     async fn heed_for(&mut self, time: Duration) {
         let until = Instant::now() + time;
         loop {
             self.apply_wants().await;
             tokio::select! {
                 Ok(()) = self.wants.changed() => {}
+                Some(query) = self.queries.recv() => self.answer(query).await,
                 () = sleep_until(until) => return,
             }
         }
@@ -128,6 +164,7 @@ impl Instance {
 
     /// Accepted, and cut off before the app ran: nothing of it can be missed.
     async fn begin_again(&mut self) -> End {
+        self.tell_kills_as_survived().await;
         let destroyed = match (self.container.clone(), self.record.container.clone()) {
             (Some(container), _) => container.destroy().await,
             (None, Some(saved)) => self.world.engine.destroy_handle(&saved).await,
@@ -142,10 +179,18 @@ impl Instance {
         }
         (self.container, self.record.container) = (None, None);
         self.record.spawned = false;
+        if self.record.state == State::Evacuating {
+            // If the host is emptied still, that is wanted again.
+            self.record.state = State::Starting;
+        }
+        // The next container's counter begins at 0.
+        (self.record.oom_kills, self.record.out_of_memory) = (0, false);
         // What is known of the job that never ran, and its cursor, are none for the next.
         self.job = watch::channel(JobView::default()).1;
         self.followed = false;
         self.ooms = None;
+        self.keep().await;
+        self.tell();
         let cursor = self.cursor_path();
         blocking(move || drop(std::fs::remove_file(cursor))).await;
         if self.record.stopping.is_some() {
@@ -174,8 +219,12 @@ impl Instance {
             // The kill was told, and what follows it was cut off.
             return End::OutOfMemory;
         }
-        if self.record.state == State::Starting {
+        if !self.record.serves() {
             let started = self.until_started().await;
+            if matches!(started, Err(End::OutOfMemory)) {
+                // A stop and an end are seen again by what follows, a kill is told once.
+                return End::OutOfMemory;
+            }
             if started.is_err() && self.job.borrow().never_ran() {
                 return self.begin_again().await;
             }
@@ -192,6 +241,13 @@ impl Instance {
 
     /// RUNNING until something ends it.
     async fn run(&mut self) -> End {
+        if self.record.after_start {
+            if let Err(end) = self.start_hook(Hook::AfterStart).await {
+                return end;
+            }
+            self.record.after_start = false;
+            self.keep().await;
+        }
         match self.attend(std::future::pending::<()>()).await {
             Err(interrupt) => interrupt.into(),
             Ok(()) => End::Stop,
@@ -206,27 +262,41 @@ impl Instance {
             .await
             .map_err(failed)?;
         let command = startup::start_command(message_command.as_deref(), staging.as_ref());
-        let script = startup::script::startup(&command.map_err(failed)?);
+        let post_setup = self.world.config.hooks.post_setup.as_deref();
+        let script = startup::script::startup(&command.map_err(failed)?, post_setup);
+        let world = Arc::clone(&self.world);
+        // Never closed.
+        let turn = self.attend(world.starts.acquire()).await?;
         let made_with = self.record.limits;
         let container = self.create(layer.clone(), owner, script).await?;
         self.container = Some(container.clone());
         if self.record.limits != made_with {
             // They changed while it was made.
+            let disk = self.record.limits.disk;
+            let changed = limit_disk(&container, made_with.disk, disk).await;
+            changed.map_err(failed)?;
             let limits = engine_limits(&self.world.config, self.record.limits);
             container.limit(limits).await.map_err(failed)?;
         }
-        let (port, _) = container.map_port(None).await.map_err(failed)?;
+        let (port, _) = container.map_port(None, None).await.map_err(failed)?;
         self.record.port = Some(port);
         self.record.container = Some(container.saved());
         // Without this record the next agent would take the container for nobody's.
         self.save().await.map_err(failed)?;
+        // A hook may take as long as it may: that keeps nobody waiting.
+        drop(turn);
+        self.start_hook(Hook::BeforeStart).await?;
+        let turn = self.attend(world.starts.acquire()).await?;
         let request = self.job_request(port)?;
         let user = self.world.config.instance.user.clone();
+        self.open_files = Some(self.record.limits.fds);
         container.spawn(JOB, &user, request).await.map_err(failed)?;
         self.record.spawned = true;
         self.keep().await;
         self.follow().await?;
         self.until_started().await?;
+        // So may its app.
+        drop(turn);
         self.become_healthy(&layer).await
     }
 
@@ -283,10 +353,21 @@ impl Instance {
             layers: vec![layer],
             hostname: self.record.handle.clone(),
             limits: engine_limits(config, self.record.limits),
+            disk: DiskLimit {
+                bytes: self.record.limits.disk << 20,
+                inodes: config.instance.disk_inodes,
+            },
             tmpfs_bytes: SHM_BYTES,
             files: script.into_iter().collect(),
             dns: config.network.dns.iter().copied().map(IpAddr::V4).collect(),
-            binds: Vec::new(),
+            binds: config.bind_mounts.clone(),
+            egress: self
+                .message
+                .egress_network_rules
+                .iter()
+                .map(egress)
+                .collect(),
+            bandwidth: config.instance.bandwidth,
         };
         let created = self
             .attend(async move { engine.create(spec, place).await })
@@ -294,7 +375,7 @@ impl Instance {
         created.map_err(failed)
     }
 
-    fn job_request(&self, port: u16) -> Result<JobRequest, End> {
+    pub(super) fn job_request(&self, port: u16) -> Result<JobRequest, End> {
         let message = &self.message;
         let environment = startup::environment::build(&AppEnv {
             vcap_application: &message.vcap_application,
@@ -326,6 +407,7 @@ impl Instance {
             }],
             umask: Some(0o077),
             keep_readers: true,
+            copy: None,
         })
     }
 
@@ -379,7 +461,20 @@ impl Instance {
                 "nothing is known of the app after {limit:?}: its supervisor or linker does not work, see {}",
                 log.display()
             ))
-        })
+        })?;
+        self.open_as_many_files().await
+    }
+
+    /// Its number of open files may have changed since it was spawned, and by now it has its own.
+    async fn open_as_many_files(&mut self) -> Result<(), End> {
+        let fds = self.record.limits.fds;
+        if let Some(container) = &self.container
+            && self.open_files != Some(fds)
+        {
+            container.limit_open_files(0, fds).await.map_err(failed)?;
+            self.open_files = Some(fds);
+        }
+        Ok(())
     }
 
     /// How long its port may take to open.
@@ -395,9 +490,14 @@ impl Instance {
         if !self.attend(health::healthy(check, limit)).await? {
             return Err(End::Unhealthy);
         }
-        if self.enter(Ask::Healthy).await {
-            self.route.open(events::route(&self.world, &self.view()));
+        self.record.healthy = true;
+        self.record.after_start = self.world.config.hooks.after_start.is_some();
+        if !self.enter(Ask::Healthy).await {
+            // It stays EVACUATING, and serves from now on.
+            self.keep().await;
+            self.tell();
         }
+        self.open_route();
         Ok(())
     }
 
@@ -410,10 +510,10 @@ impl Instance {
         let Some(container) = &self.container else {
             return Ok((Check::None, limit));
         };
-        Ok(match (state_file, self.record.port) {
-            (Some(path), _) => {
+        Ok(match (state_file.zip(container.disk()), self.record.port) {
+            (Some((path, disk)), _) => {
                 let check = Check::StateFile {
-                    upper: container.path().join("upper"),
+                    disk,
                     path: format!("home/vcap/{path}"),
                 };
                 (check, health::STATE_FILE_TIMEOUT)
@@ -424,6 +524,23 @@ impl Instance {
             }
             (None, _) => (Check::None, limit),
         })
+    }
+}
+
+/// A rule of the message in the engine's words.
+fn egress(rule: &messages::start::EgressRule) -> EgressRule {
+    use messages::start::Traffic as Told;
+    // -1 is any; no other number is negative.
+    let any = |number: i16| u8::try_from(number).ok();
+    EgressRule {
+        destination: rule.destination,
+        traffic: match &rule.traffic {
+            Told::All => Traffic::All,
+            Told::Tcp(ports) => Traffic::Tcp(ports.clone()),
+            Told::Udp(ports) => Traffic::Udp(ports.clone()),
+            Told::Icmp(kind, code) => Traffic::Icmp(any(*kind), any(*code)),
+        },
+        log: rule.log,
     }
 }
 

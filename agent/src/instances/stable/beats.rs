@@ -1,18 +1,52 @@
 //! What the host says on its own: hello, heartbeats, advertisements, routes, goodbye.
 
-use super::{Greeting, Message, Stable, State};
+use super::{Duty, Greeting, Message, Pace, Stable, State};
+use crate::instances::ledger::Amount;
 use crate::instances::state::in_heartbeat;
 use messages::outgoing::{
     Advertise, Goodbye, Heartbeat, HeartbeatEntry, PlacementProperties, ToBytes,
 };
+use messages::service::Host;
 use messages::subjects;
 use std::collections::BTreeMap;
+use tokio::time::Instant;
 use tracing::warn;
 
+/// How this host stands.
+#[derive(Debug, Clone)]
+pub struct Standing {
+    /// What the services API tells of it.
+    pub host: Host,
+    /// How many instances are in each state.
+    pub states: [(State, u64); State::ALL.len()],
+    /// What all instances together may reserve, in MB.
+    pub capacity: Amount,
+}
+
 impl Stable {
+    /// Says what is due. What the bus is behind with is said again.
+    pub(super) fn speak(&mut self) {
+        let now = Instant::now();
+        if self.adverts.take(now) && !self.advertise() {
+            self.adverts.soon();
+        }
+        if self.heartbeats.take(now) && !self.heartbeat() {
+            self.heartbeats.soon();
+        }
+        if self.routes.take(now) && self.greeting != Greeting::TooEarly && self.link.up {
+            self.world.routes.repeat();
+        }
+    }
+
+    /// When something is to be said next.
+    pub(super) fn next_word(&self) -> Option<Instant> {
+        let paces = [&self.adverts, &self.heartbeats, &self.routes];
+        paces.into_iter().filter_map(Pace::next).min()
+    }
+
     /// The complete state of this host, never split. Admission sees to it that it fits; where a server
     /// takes less than the one before it did, those that live are told rather than nobody.
-    pub(super) fn heartbeat(&self) {
+    fn heartbeat(&self) -> bool {
         let whole = self.beat(in_heartbeat);
         let most = self.link.max_payload;
         if whole.len() <= most {
@@ -23,7 +57,7 @@ impl Stable {
             most, "too many instances for one heartbeat of this bus: crashed ones are left out"
         );
         let living = self.beat(|state| in_heartbeat(state) && state != State::Crashed);
-        self.say(Message::plain(subjects::HEARTBEAT, living));
+        self.say(Message::plain(subjects::HEARTBEAT, living))
     }
 
     fn beat(&self, told: impl Fn(State) -> bool) -> Vec<u8> {
@@ -50,10 +84,17 @@ impl Stable {
         heartbeat.to_bytes()
     }
 
+    /// MB that may still be reserved and that the depot really has; negative if too much is.
+    fn available_disk(&self) -> i64 {
+        let unreserved = difference(self.capacity().disk, self.reserved().disk);
+        let free = self.world.engine.disk_free().unwrap_or(u64::MAX);
+        unreserved.min(i64::try_from(free >> 20).unwrap_or(i64::MAX))
+    }
+
     /// What is free here, as long as somebody may ask for it.
-    pub(super) fn advertise(&self) {
-        if self.parting {
-            return;
+    fn advertise(&self) -> bool {
+        if self.duty != Duty::Serving {
+            return true;
         }
         let (capacity, reserved) = (self.capacity(), self.reserved());
         let config = &self.world.config;
@@ -61,14 +102,38 @@ impl Stable {
             id: self.world.id.clone(),
             stacks: config.stacks.keys().cloned().collect(),
             available_memory: difference(capacity.memory, reserved.memory),
-            available_disk: difference(capacity.disk, reserved.disk),
+            available_disk: self.available_disk(),
             app_id_to_count: self.app_id_to_count(),
             placement_properties: PlacementProperties {
                 zone: config.zone.clone(),
             },
             url: None,
         };
-        self.say(Message::plain(subjects::ADVERTISE, advertise.to_bytes()));
+        self.say(Message::plain(subjects::ADVERTISE, advertise.to_bytes()))
+    }
+
+    /// How this host stands, for whoever asks for it by itself.
+    pub(super) fn standing(&self) -> Standing {
+        let count = |state: State| {
+            let told = self.stalls.values().filter(|stall| !stall.leaves);
+            told.filter(|stall| stall.view.record.state == state)
+                .count() as u64
+        };
+        let states = State::ALL.map(|state| (state, count(state)));
+        let crashed = count(State::Crashed);
+        let (capacity, reserved) = (self.capacity(), self.reserved());
+        let host = Host {
+            instances: states.iter().map(|(_, count)| count).sum::<u64>() - crashed,
+            running: count(State::Running),
+            crashed,
+            available_memory: difference(capacity.memory, reserved.memory),
+            available_disk: self.available_disk(),
+        };
+        Standing {
+            host,
+            states,
+            capacity,
+        }
     }
 
     pub(super) fn app_id_to_count(&self) -> BTreeMap<String, u64> {
@@ -79,17 +144,7 @@ impl Stable {
         counts
     }
 
-    /// The routes of everything that serves.
-    pub(super) fn register_routes(&self) {
-        if self.greeting == Greeting::TooEarly {
-            return;
-        }
-        for stall in self.stalls.values() {
-            stall.reins.route.repeat();
-        }
-    }
-
-    /// This host takes no more commands.
+    /// This host takes no more starts.
     pub(super) fn goodbye(&self) {
         let goodbye = Goodbye {
             id: self.world.id.clone(),

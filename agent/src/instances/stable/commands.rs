@@ -1,12 +1,11 @@
 //! Commands: start, stop, update, scale. Each is answered once.
 
 use super::waiting::{Owed, Until};
-use super::{Stable, now};
+use super::{Duty, Stable, Stall, now};
 use crate::engine::Place;
-use crate::host::blocking;
-use crate::instances::instance::events;
+use crate::instances::instance::{Update, events};
 use crate::instances::ledger::{self, Amount, Entry, Room, Short};
-use crate::instances::record::{self, Limits, Record, StopReason, make_private, write_durably};
+use crate::instances::record::{self, Limits, Record, StopReason};
 use messages::command::{Command, UpdateRequest};
 use messages::filter::{Candidate, Filter};
 use messages::outgoing::{FindReply, Heartbeat, HeartbeatEntry, ToBytes};
@@ -14,42 +13,32 @@ use messages::reply::{ErrorCode, Reply};
 use messages::start::{StartRequest, Wait};
 use messages::state::State;
 use serde_json::{Value, json};
-use std::collections::{HashMap, HashSet};
-use std::path::Path;
 use tokio::sync::oneshot;
-use tracing::{info, warn};
+use tracing::info;
 
-/// Apps that are remembered for `scale`, those that have instances here not counted.
-const MOST_TEMPLATES: usize = 1000;
-
-/// An accepted start: its handle, and the word that its record is on disk.
+/// An accepted start; its record is on its way to the disk.
 pub(super) struct Accepted {
     pub(super) handle: String,
     pub(super) instance: String,
     pub(super) index: u64,
-    on_disk: oneshot::Receiver<Result<(), String>>,
 }
 
 impl Stable {
-    pub(super) async fn command(
-        &mut self,
-        command: Command,
-        raw: Value,
-        answer: oneshot::Sender<Reply>,
-    ) {
+    pub(super) fn command(&mut self, command: Command, raw: Value, answer: oneshot::Sender<Reply>) {
         match command {
-            Command::Start(request) => self.start(*request, raw, answer).await,
+            Command::Start(request) => self.start(*request, raw, answer),
             Command::Stop(request) => {
                 self.stop(&request.filter, request.wait, answer);
             }
             Command::Update(request) => {
-                self.update(&request, answer).await;
+                self.update(&request, answer);
             }
-            Command::Scale(request) => self.scale(&request, answer).await,
+            Command::Scale(request) => self.scale(&request, answer),
+            Command::Logs(request) => self.logs(request, answer),
             Command::FindHere(request) => {
                 let found: Vec<FindReply> = self
                     .matching(&request.filter)
-                    .map(|stall| self.find_reply(&stall.view))
+                    .map(|stall| self.find_reply(stall))
                     .collect();
                 let reply = Reply::ok(json!({
                     "dea": self.world.id, "matched": found.len(), "instances": found,
@@ -59,14 +48,14 @@ impl Stable {
         }
     }
 
-    async fn start(&mut self, request: StartRequest, raw: Value, answer: oneshot::Sender<Reply>) {
+    fn start(&mut self, request: StartRequest, raw: Value, answer: oneshot::Sender<Reply>) {
         let until = Until::of(request.wait);
         if let Some((handle, known)) = self.with_request_id(request.request_id.as_deref()) {
             self.answer_when(Owed::all(vec![(handle, 0)], until), known, answer);
             return;
         }
-        match self.accept_one(request, &raw).await {
-            Ok((asked, reply)) => self.answer_when(Owed::all(asked, until), reply, answer),
+        match self.accept_one(request, &raw) {
+            Ok((owed, reply)) => self.answer_when(owed, reply, answer),
             Err(refusal) => {
                 self.tell_refusal(&raw, &refusal);
                 drop(answer.send(refusal));
@@ -74,22 +63,24 @@ impl Stable {
         }
     }
 
-    async fn accept_one(
+    /// The answer, and what must come before it: what was accepted can be scaled, whatever happens to the
+    /// agent.
+    fn accept_one(
         &mut self,
         request: StartRequest,
         raw: &Value,
-    ) -> Result<(Asked, Reply), Reply> {
+    ) -> Result<(Vec<Owed>, Reply), Reply> {
         let place = self.admit_start(&request, 1, Amount::default())?.pop();
-        let droplet = request.droplet.to_string();
-        // First: what was accepted can be scaled, whatever happens to the agent.
-        self.keep_template(droplet.clone(), raw.clone()).await;
+        let (droplet, until) = (request.droplet.to_string(), Until::of(request.wait));
+        let template = self.keep_template(droplet.clone(), raw.clone());
         let accepted = self.accept(request, raw.clone(), place);
         let reply = Reply::ok(json!({
             "dea": self.world.id, "droplet": droplet, "index": accepted.index,
             "instance": accepted.instance, "handle": accepted.handle,
         }));
-        let asked = on_disk(vec![accepted]).await?;
-        Ok((asked, reply))
+        let mut owed = Owed::all(vec![(accepted.handle, 0)], until);
+        owed.push(template);
+        Ok((owed, reply))
     }
 
     /// Whoever only published a start learns of its refusal by an exit, as from the DEA.
@@ -120,7 +111,7 @@ impl Stable {
         count: usize,
         grown: Amount,
     ) -> Result<Vec<Place>, Reply> {
-        if self.parting {
+        if self.duty != Duty::Serving {
             return Err(super::shutting_down());
         }
         let stack = request.stack.as_deref().unwrap_or_default();
@@ -177,7 +168,9 @@ impl Stable {
             instances: self.world.config.resources.instances,
             bytes: self.link.max_payload.saturating_sub(empty.to_bytes().len()),
         };
-        let here = self.stalls.iter().filter(|(_, stall)| !stall.leaves);
+        // One that is STOPPED stands in no heartbeat: it only waits for the bus to hear of its end.
+        let counts = |stall: &Stall| !stall.leaves && stall.view.record.state != State::Stopped;
+        let here = self.stalls.iter().filter(|(_, stall)| counts(stall));
         let entries: Vec<Entry> = here
             .map(|(handle, stall)| {
                 let record = &stall.view.record;
@@ -222,7 +215,19 @@ impl Stable {
                     self.capacity().disk
                 ),
             ),
-        })
+        })?;
+        let needed = wanted.disk.saturating_mul(1 << 20);
+        match self.world.engine.disk_free() {
+            // Whoever wants nothing is not refused for what others have.
+            Some(free) if needed > free && needed > 0 => Err(Reply::error(
+                ErrorCode::NotEnoughDisk,
+                format!(
+                    "{needed} bytes of disk are needed and {free} are free in {}",
+                    self.world.config.base.display()
+                ),
+            )),
+            Some(_) | None => Ok(()),
+        }
     }
 
     pub(super) fn capacity(&self) -> Amount {
@@ -252,13 +257,11 @@ impl Stable {
         let (handle, instance) = (record.handle.clone(), record.instance.clone());
         let index = request.index;
         info!(handle, droplet = %request.droplet, index, "accepted a start");
-        let (accepted, on_disk) = oneshot::channel();
-        self.board(record, request, (None, place), accepted);
+        self.board(record, request, (None, place));
         Accepted {
             handle,
             instance,
             index,
-            on_disk,
         }
     }
 
@@ -290,52 +293,22 @@ impl Stable {
             spawned: false,
             oom_kills: 0,
             out_of_memory: false,
+            healthy: false,
+            after_start: false,
             stopping: None,
             failure: None,
             exit: None,
             unsent: Vec::new(),
+            taken_back: Vec::new(),
         }
     }
 
-    /// Awaited, so that of two starts the later one's message stays.
-    pub(super) async fn keep_template(&mut self, droplet: String, raw: Value) {
-        let bytes = raw.to_string().into_bytes();
-        self.templates.insert(droplet.clone(), raw);
-        self.forget_a_template();
-        let dir = self.world.config.base.join("templates");
-        let name = format!("{droplet}.json");
-        let kept =
-            blocking(move || make_private(&dir).and_then(|()| write_durably(&dir, &name, &bytes)));
-        if let Err(error) = kept.await {
-            warn!(droplet, %error, "after a restart this app cannot be scaled from 0");
-        }
-    }
-
-    /// Templates hold droplets on the disk: of apps that are not here only so many are remembered.
-    fn forget_a_template(&mut self) {
-        if self.templates.len() <= MOST_TEMPLATES {
-            return;
-        }
-        let here: HashSet<&str> = self
-            .stalls
-            .values()
-            .map(|stall| stall.view.droplet.as_str())
-            .collect();
-        let gone = self
-            .templates
-            .keys()
-            .find(|droplet| !here.contains(droplet.as_str()))
-            .cloned();
-        if let Some(droplet) = gone {
-            self.templates.remove(&droplet);
-            let path = self
-                .world
-                .config
-                .base
-                .join("templates")
-                .join(format!("{droplet}.json"));
-            crate::host::in_background(move || drop(std::fs::remove_file(path)));
-        }
+    /// Keeps a start message for `scale`; what an answer must wait for.
+    pub(super) fn keep_template(&mut self, droplet: String, raw: Value) -> Owed {
+        let stalls = self.stalls.values();
+        let here = stalls.map(|stall| stall.view.droplet.as_str()).collect();
+        let number = self.templates.keep(&droplet, raw, &here);
+        Owed::kept(number)
     }
 
     fn stop(&mut self, filter: &Filter, wait: Option<Wait>, answer: oneshot::Sender<Reply>) {
@@ -358,7 +331,7 @@ impl Stable {
         let instances: Vec<&str> = asked
             .iter()
             .filter_map(|(handle, _)| self.stalls.get(handle))
-            .map(|stall| stall.view.record.instance.as_str())
+            .map(|stall| stall.identity().1)
             .collect();
         let reply = Reply::ok(json!({
             "dea": self.world.id, "matched": instances.len(), "instances": instances,
@@ -366,33 +339,52 @@ impl Stable {
         self.answer_when(Owed::all(asked, Until::of(wait)), reply, answer);
     }
 
-    async fn update(&mut self, request: &UpdateRequest, answer: oneshot::Sender<Reply>) {
+    fn update(&mut self, request: &UpdateRequest, answer: oneshot::Sender<Reply>) {
         let matched: Vec<String> = self
             .stalls
             .iter()
             .filter(|(_, stall)| {
-                stall.view.droplet == request.droplet
-                    && !matches!(stall.view.record.state, State::Stopped | State::Crashed)
+                stall.view.droplet == request.droplet && stall.view.record.state != State::Stopped
             })
             .map(|(handle, _)| handle.clone())
             .collect();
         let asked: Vec<(String, u64)> = matched
             .into_iter()
             .map(|handle| {
-                let update = (request.uris.clone(), request.version.clone());
-                let number = self.want(&handle, |wants| wants.update = Some(update));
+                let number = self.want_update(&handle, request);
                 (handle, number)
             })
             .collect();
+        let reply = Reply::ok(json!({"dea": self.world.id, "matched": asked.len()}));
+        let mut owed = Owed::all(asked, Until::Applied);
         if let Some(mut template) = self.templates.get(&request.droplet).cloned() {
             set(&mut template, "uris", json!(request.uris));
             if let Some(version) = &request.version {
                 set(&mut template, "version", json!(version));
             }
-            self.keep_template(request.droplet.clone(), template).await;
+            owed.push(self.keep_template(request.droplet.clone(), template));
         }
-        let reply = Reply::ok(json!({"dea": self.world.id, "matched": asked.len()}));
-        self.answer_when(Owed::all(asked, Until::Recorded), reply, answer);
+        self.answer_when(owed, reply, answer);
+    }
+
+    /// Tells an instance what it shall be; a new version makes a new id. Whatever is asked next is asked of
+    /// what it shall be, so that commands take effect in their sender's order.
+    fn want_update(&mut self, handle: &str, request: &UpdateRequest) -> u64 {
+        let Some(stall) = self.stalls.get_mut(handle) else {
+            return 0;
+        };
+        let (version, instance) = stall.identity();
+        let (version, instance) = match &request.version {
+            Some(new) if new != version => (new.clone(), crate::random::hex(16)),
+            Some(_) | None => (version.to_owned(), instance.to_owned()),
+        };
+        let update = Update {
+            uris: request.uris.clone(),
+            version,
+            instance,
+        };
+        stall.updated = Some(update.clone());
+        self.want(handle, |wants| wants.update = Some(update))
     }
 }
 
@@ -408,26 +400,6 @@ pub(super) fn heartbeat_bytes(request: &StartRequest) -> usize {
 /// Instances, each with the number of what it was asked.
 pub(super) type Asked = Vec<(String, u64)>;
 
-/// Waits until every record is on disk; a fraction of a millisecond each, and other commands wait as
-/// long, so that nothing is answered out of order.
-pub(super) async fn on_disk(accepted: Vec<Accepted>) -> Result<Asked, Reply> {
-    let mut handles = Vec::new();
-    for one in accepted {
-        let kept = one
-            .on_disk
-            .await
-            .unwrap_or_else(|_| Err("its task ended".into()));
-        kept.map_err(|why| {
-            Reply::error(
-                ErrorCode::Internal,
-                format!("the start could not be recorded: {why}"),
-            )
-        })?;
-        handles.push((one.handle, 0));
-    }
-    Ok(handles)
-}
-
 pub(super) fn set(message: &mut Value, key: &str, value: Value) {
     if let Some(object) = message.as_object_mut() {
         object.insert(key.to_owned(), value);
@@ -436,31 +408,12 @@ pub(super) fn set(message: &mut Value, key: &str, value: Value) {
 
 /// What a filter looks at.
 pub(super) fn candidate(stall: &super::Stall) -> Candidate<'_> {
-    let view = &stall.view;
+    let (view, (version, instance)) = (&stall.view, stall.identity());
     Candidate {
         droplet: &view.droplet,
-        version: &view.record.version,
-        instance: &view.record.instance,
+        version,
+        instance,
         index: view.index,
         state: view.record.state,
     }
-}
-
-/// The newest accepted start of each app, as earlier lives kept them.
-pub(super) async fn load_templates(base: &Path) -> HashMap<String, Value> {
-    let dir = base.join("templates");
-    blocking(move || {
-        let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-        entries
-            .filter_map(|entry| {
-                let name = entry.file_name().into_string().ok()?;
-                let droplet = name.strip_suffix(".json")?.to_owned();
-                Some((
-                    droplet,
-                    serde_json::from_slice(&std::fs::read(entry.path()).ok()?).ok()?,
-                ))
-            })
-            .collect()
-    })
-    .await
 }

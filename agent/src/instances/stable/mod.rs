@@ -2,16 +2,23 @@
 //!
 //! One task with one mailbox owns the list. It admits starts (atomically: what does not fit is refused
 //! whole), hands wants to the instances, answers queries from what the instances told, and speaks for
-//! the host: heartbeats, advertisements, routes. It never blocks and never waits for an instance.
+//! the host: heartbeats, advertisements, routes. It never blocks, and never waits for an instance or a disk.
 
 mod beats;
 mod commands;
+mod duty;
+mod logs;
+mod pace;
 mod queries;
 mod scaling;
+mod templates;
 mod waiting;
 
+pub use beats::Standing;
+pub use duty::{Duty, Farewell, KEPT};
+
 use super::droplets::Digest;
-use super::instance::{Change, Instance, Query, Reins, Remains, View, Wants, instance};
+use super::instance::{Change, Instance, Query, Reins, Remains, Update, View, Wants, instance};
 use super::outlet::{Link, Message};
 use super::record::{Limits, Record, StopReason, Stopping, Unread};
 use super::world::{World, now};
@@ -21,14 +28,16 @@ use messages::command::{Command, Trigger};
 use messages::reply::{ErrorCode, Reply};
 use messages::start::StartRequest;
 use messages::state::State;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use pace::Pace;
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot, watch};
+use templates::Templates;
+use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout_at};
+use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_until, timeout_at};
 use tracing::{error, info, warn};
-use waiting::Waiting;
+use waiting::Waitings;
 
 /// Asks that may wait for the stable; a start beyond is answered `busy` by the bus.
 pub const MAILBOX: usize = 1024;
@@ -39,7 +48,7 @@ const REAPER: Duration = Duration::from_secs(10);
 /// Between two looks for droplets that nobody uses (DEA: 60 s).
 const DROPLET_REAPER: Duration = Duration::from_secs(60);
 
-/// What a shutdown may take beyond the longest grace: kill, last bytes, last events.
+/// What a shutdown may take beyond the hooks and the longest grace: kill, last bytes, last events.
 const SHUTDOWN_REST: Duration = Duration::from_secs(15);
 
 /// What the agent's leaving waits for what was asked before it, and for its being recorded.
@@ -47,15 +56,6 @@ const LAST_ASKS: Duration = Duration::from_secs(2);
 
 /// What a shutdown waits for a bus that is away, once every process is dead.
 const SHUTDOWN_WITHOUT_BUS: Duration = Duration::from_secs(2);
-
-/// How the agent goes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Farewell {
-    /// Apps are stopped, nothing stays.
-    Shutdown,
-    /// Apps run on for the next agent.
-    Leave,
-}
 
 /// What the bus asks of the stable.
 #[derive(Debug)]
@@ -77,6 +77,8 @@ pub enum Ask {
         /// by the number of instances.
         answers: mpsc::UnboundedSender<Vec<u8>>,
     },
+    /// How this host stands.
+    Host(oneshot::Sender<Standing>),
     /// Say something again.
     Trigger(Trigger),
     /// All subjects are subscribed to: this host can be asked.
@@ -88,8 +90,12 @@ pub enum Ask {
 struct Stall {
     view: View,
     reins: Reins,
+    /// Its record is on disk.
+    recorded: bool,
     /// Most bytes that it takes in a heartbeat.
     heartbeat_bytes: usize,
+    /// What it was told to be last, if an update came since it has a stall.
+    updated: Option<Update>,
     /// It crashed, and makes room for another one: it is counted and told no more.
     leaves: bool,
     /// The number of the newest limits that it was asked to take, and the largest of those since it had
@@ -98,6 +104,15 @@ struct Stall {
 }
 
 impl Stall {
+    /// Its version and its id, as everything that was asked so far leaves them.
+    fn identity(&self) -> (&str, &str) {
+        let record = &self.view.record;
+        match &self.updated {
+            Some(update) => (&update.version, &update.instance),
+            None => (&record.version, &record.instance),
+        }
+    }
+
     /// The limits that it has or, as long as it has not answered to them, may get: the larger of each.
     fn promised(&self) -> Limits {
         let has = self.view.record.limits;
@@ -128,17 +143,27 @@ enum Greeting {
 pub struct Stable {
     world: Arc<World>,
     stalls: BTreeMap<String, Stall>,
-    /// The newest accepted start message of each app, for `scale`.
-    templates: HashMap<String, serde_json::Value>,
+    templates: Templates,
     changed: mpsc::UnboundedReceiver<Change>,
     tasks: JoinSet<()>,
-    waiting: Vec<Waiting>,
+    waiting: Waitings,
     link: Link,
     greeting: Greeting,
-    /// The goodbye is said: no more starts.
-    parting: bool,
+    /// What this host still does.
+    duty: Duty,
+    /// When an evacuation must be over; `None` once it is.
+    bail_out: Option<Instant>,
+    /// The heartbeat that tells of an evacuation is not said yet.
+    evacuation_untold: bool,
+    heartbeats: Pace,
+    adverts: Pace,
+    routes: Pace,
     /// What runs, but by records of another agent's: their addresses and ports are not given away.
     _kept: Vec<Container>,
+    /// The handles of records that this agent cannot use: what bears them is not nobody's.
+    unread: Vec<String>,
+    /// What is perhaps nobody's. Whoever looks for it has it.
+    sighted: Arc<Mutex<BTreeSet<String>>>,
 }
 
 impl std::fmt::Debug for Stable {
@@ -197,38 +222,63 @@ impl Stable {
         let again = again.filter(|handle| !known.contains(handle)).collect();
         world.engine.sweep_beside(&known, &again).await;
         info!(adopted = adopted.len(), "took over what was here");
-        let templates = commands::load_templates(&world.config.base).await;
-        let mut stable = Self {
+        let unread = found.unread.into_iter().map(|unread| unread.handle);
+        let mut stable = Self::new(world, changed, (kept, unread.collect())).await;
+        for (record, remains) in adopted {
+            stable.take_in(record, remains);
+        }
+        stable.go_on_evacuating().await;
+        Ok(stable)
+    }
+
+    /// One without instances, with whoever writes and speaks for it.
+    async fn new(
+        world: Arc<World>,
+        changed: mpsc::UnboundedReceiver<Change>,
+        (kept, unread): (Vec<Container>, Vec<String>),
+    ) -> Self {
+        let told = world.changes.clone();
+        let (templates, writer) = Templates::open(&world.config.base, told).await;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(writer);
+        let speaker = Arc::clone(&world);
+        tasks.spawn(async move { speaker.routes.speak().await });
+        let now = Instant::now();
+        Self {
             world,
             stalls: BTreeMap::new(),
             templates,
             changed,
-            tasks: JoinSet::new(),
-            waiting: Vec::new(),
+            tasks,
+            waiting: Waitings::default(),
             link: Link {
                 max_payload: 1 << 20,
                 ..Link::default()
             },
             greeting: Greeting::TooEarly,
-            parting: false,
+            heartbeats: Pace::new(now),
+            adverts: Pace::new(now),
+            routes: Pace::new(now),
+            duty: Duty::Serving,
+            bail_out: None,
+            evacuation_untold: false,
             _kept: kept,
-        };
-        for (record, remains) in adopted {
-            stable.take_in(record, remains);
+            unread,
+            sighted: Arc::default(),
         }
-        Ok(stable)
     }
 
     fn take_in(&mut self, record: Record, remains: Option<Remains>) {
         match StartRequest::from_value(&record.start) {
             Ok(message) => {
-                let (accepted, _) = oneshot::channel();
                 // Accepted, and without a container yet: its place is kept before others can ask for one.
-                let waits = matches!(record.state, State::Born | State::Starting)
-                    && record.container.is_none()
+                let waits = matches!(
+                    record.state,
+                    State::Born | State::Starting | State::Evacuating
+                ) && record.container.is_none()
                     && record.stopping.is_none();
                 let place = waits.then(|| self.world.engine.reserve().ok()).flatten();
-                self.board(record, message, (remains, place), accepted);
+                self.board(record, message, (remains, place));
             }
             Err(why) => {
                 error!(handle = record.handle, %why, "a kept start message is not understood");
@@ -242,92 +292,106 @@ impl Stable {
         record: Record,
         message: StartRequest,
         begins_with: (Option<Remains>, Option<Place>),
-        accepted: oneshot::Sender<Result<(), String>>,
     ) {
         let handle = record.handle.clone();
         let heartbeat_bytes = commands::heartbeat_bytes(&message);
         let (instance, reins): (Instance, Reins) =
             instance(Arc::clone(&self.world), record, message, begins_with);
         let stall = Stall {
+            recorded: false,
             view: instance.view(),
             reins,
             heartbeat_bytes,
+            updated: None,
             leaves: false,
             promise: None,
         };
-        self.tasks.spawn(instance.live(accepted));
+        self.tasks.spawn(instance.live());
         self.stalls.insert(handle, stall);
     }
 
-    /// Serves until the agent goes.
+    /// Does what is `ordered` until that is the parting. `relief` is told when an evacuation is over.
     pub async fn run(
         mut self,
         mut inbox: mpsc::Receiver<Ask>,
         mut link: watch::Receiver<Link>,
-        mut farewell: oneshot::Receiver<Farewell>,
+        mut ordered: watch::Receiver<Duty>,
+        relief: mpsc::Sender<()>,
     ) {
         let intervals = self.world.config.intervals.clone();
-        let mut heartbeat = ticks(intervals.heartbeat);
+        let mut heartbeat = self.beats();
         let mut advertise = ticks(intervals.advertise);
         let mut routes = ticks(intervals.router_register);
-        let mut reaper = ticks(REAPER);
-        let mut droplet_reaper = ticks(DROPLET_REAPER);
-        let mut parting = None;
+        let mut chores = Chores::every(intervals.orphans);
+        let mut farewell = None;
         let mut deadline = Instant::now();
         // At the end all that was asked is heard, so that nobody waits for an answer in vain.
         let mut asked_out = false;
-        while parting.is_none() || !asked_out {
+        while farewell.is_none() || !asked_out {
+            let next_word = self.next_word();
             tokio::select! {
-                // What the instances told first: every answer is made from it. Then the parting, which
+                // What the instances told first: every answer is made from it. Then what is ordered, which
                 // must not wait behind a flood of asks.
                 biased;
                 Some(change) = self.changed.recv() => self.change(change),
-                how = &mut farewell, if parting.is_none() => {
-                    parting = Some(how.unwrap_or(Farewell::Leave));
-                    deadline = Instant::now() + LAST_ASKS;
-                    self.goodbye();
-                    self.parting = true;
+                changed = ordered.changed(), if farewell.is_none() => {
+                    let leave = Duty::Parting(Farewell::Leave);
+                    let duty = changed.map_or(leave, |()| *ordered.borrow_and_update());
+                    if self.duty < duty {
+                        self.take_up(duty).await;
+                        heartbeat = self.beats();
+                    }
+                    if let Duty::Parting(how) = duty {
+                        farewell = Some(how);
+                        deadline = Instant::now() + LAST_ASKS;
+                    }
                 }
-                () = sleep_until(deadline), if parting.is_some() => break,
+                () = sleep_until(deadline), if farewell.is_some() => break,
                 Ok(()) = link.changed() => {
                     let now = *link.borrow_and_update();
                     self.link(now);
                 }
                 Some(_) = self.tasks.join_next() => {}
-                _ = heartbeat.tick() => self.heartbeat(),
-                _ = advertise.tick() => self.advertise(),
-                _ = routes.tick() => self.register_routes(),
-                _ = reaper.tick() => self.reap(),
-                _ = droplet_reaper.tick() => self.reap_droplets(),
+                () = at(next_word) => {}
+                _ = heartbeat.tick() => self.heartbeats.soon(),
+                _ = advertise.tick() => self.adverts.soon(),
+                _ = routes.tick() => self.routes.soon(),
+                chore = chores.next() => self.tidy(chore),
+                () = at(self.bail_out) => self.bail_out(),
                 ask = inbox.recv(), if !asked_out => match ask {
-                    Some(ask) => self.hear(ask).await,
+                    Some(ask) => self.hear(ask),
                     None => asked_out = true,
                 },
             }
+            if self.is_evacuated() {
+                // Once is enough.
+                let _told = relief.try_send(());
+            }
+            self.speak();
         }
         inbox.close();
         while let Ok(ask) = inbox.try_recv() {
             self.turn_away(ask);
         }
         self.until_recorded(deadline).await;
-        if parting == Some(Farewell::Shutdown) {
-            self.shut_down(link).await;
-        } else {
-            self.dismiss_waiting();
+        match farewell.and_then(Farewell::stops) {
+            Some(reason) => self.shut_down(reason, link, heartbeat).await,
+            None => self.dismiss_waiting(),
         }
     }
 
-    async fn hear(&mut self, ask: Ask) {
+    fn hear(&mut self, ask: Ask) {
         match ask {
             Ask::Command {
                 command,
                 raw,
                 answer,
-            } => self.command(command, raw, answer).await,
+            } => self.command(command, raw, answer),
             Ask::Query { query, answers } => self.query(query, answers),
-            Ask::Trigger(Trigger::Locate) => self.advertise(),
-            Ask::Trigger(Trigger::HealthmanagerStart) => self.heartbeat(),
-            Ask::Trigger(Trigger::RouterStart) => self.register_routes(),
+            Ask::Host(answer) => drop(answer.send(self.standing())),
+            Ask::Trigger(Trigger::Locate) => self.adverts.soon(),
+            Ask::Trigger(Trigger::HealthmanagerStart) => self.heartbeats.soon(),
+            Ask::Trigger(Trigger::RouterStart) => self.routes.soon(),
             Ask::Ready => {
                 self.greeting = Greeting::Owed;
                 self.link(self.link);
@@ -359,9 +423,14 @@ impl Stable {
                 self.greeting = Greeting::Said;
                 self.say_hello();
             }
-            self.advertise();
-            self.heartbeat();
-            self.register_routes();
+            let now = Instant::now();
+            match self.duty {
+                Duty::Serving => self.adverts.at_once(now),
+                Duty::Drained | Duty::Evacuating | Duty::Parting(_) => self.goodbye(),
+            }
+            self.heartbeats.at_once(now);
+            self.routes.at_once(now);
+            self.speak();
         }
     }
 
@@ -372,6 +441,7 @@ impl Stable {
                 let Some(stall) = self.stalls.get_mut(&handle) else {
                     return;
                 };
+                stall.recorded = true;
                 let old = std::mem::replace(&mut stall.view, *view);
                 let (old, new) = (&old.record, &stall.view.record);
                 let beat = old.state != new.state && new.state == State::Running
@@ -379,22 +449,38 @@ impl Stable {
                     || old.uris != new.uris;
                 let reserve = old.state != new.state || old.limits != new.limits;
                 self.tell_waiting(&handle);
+                self.tell_evacuation();
                 if beat {
-                    self.heartbeat();
+                    self.heartbeats.soon();
                 }
                 if reserve {
-                    self.advertise();
+                    self.adverts.soon();
                 }
             }
+            Change::Unrecorded(handle, why) => self.tell_unrecorded(&handle, &why),
             Change::Gone(handle) => {
                 self.stalls.remove(&handle);
                 self.tell_waiting(&handle);
-                self.advertise();
+                self.tell_evacuation();
+                self.adverts.soon();
+            }
+            Change::Kept(number) => {
+                self.templates.note(number);
+                self.tell_waiting(waiting::TEMPLATE);
             }
         }
     }
 
-    /// Of each app only the newest crash is kept; the instance itself knows when that is old.
+    fn tidy(&mut self, chore: Chore) {
+        match chore {
+            Chore::Crashes => self.reap(),
+            Chore::Droplets => self.reap_droplets(),
+            Chore::Orphans => self.reap_orphans(),
+        }
+    }
+
+    /// Of each app only the newest crash is told; the instance itself knows when that is old. What crashes left
+    /// has bounds of its own.
     fn reap(&mut self) {
         let mut newest: HashMap<&str, (f64, &str)> = HashMap::new();
         let mut old = Vec::new();
@@ -416,13 +502,14 @@ impl Stable {
         for handle in old {
             self.want(&handle, |wants| wants.reap = true);
         }
+        self.world.crashes.reap();
     }
 
     /// Keeps the droplets of what is here and of what may be scaled up again.
     fn reap_droplets(&self) {
         let starts = self.stalls.values().map(|stall| &stall.view.record.start);
         let in_use: HashSet<String> = starts
-            .chain(self.templates.values())
+            .chain(self.templates.all())
             .filter_map(|start| StartRequest::from_value(start).ok())
             .filter_map(|start| start.sha256.or(start.sha1))
             .filter_map(|hex| Digest::from_hex(&hex).ok())
@@ -434,6 +521,20 @@ impl Stable {
             if removed > 0 {
                 info!(removed, "removed droplets that nobody uses");
             }
+        });
+    }
+
+    /// Removes what is in no record, once two looks have seen it: what is on its way into one, or out of it,
+    /// is nobody's for a moment.
+    fn reap_orphans(&mut self) {
+        let Ok(mut sighted) = Arc::clone(&self.sighted).try_lock_owned() else {
+            // The last look has found something that resists.
+            return;
+        };
+        let known = self.stalls.keys().chain(&self.unread).cloned().collect();
+        let engine = self.world.engine.clone();
+        self.tasks.spawn(async move {
+            *sighted = engine.sweep_orphans(&known, sighted.clone()).await;
         });
     }
 
@@ -467,8 +568,14 @@ impl Stable {
         own.unwrap_or(self.world.config.instance.stop_grace)
     }
 
-    /// Stops everything and waits until it is gone, with a deadline for all together.
-    async fn shut_down(mut self, mut link: watch::Receiver<Link>) {
+    /// Stops everything and waits until it is gone, with a deadline for all together. Heartbeats go on: a
+    /// grace may be longer than what a health manager waits for one.
+    async fn shut_down(
+        mut self,
+        reason: StopReason,
+        mut link: watch::Receiver<Link>,
+        mut heartbeat: Interval,
+    ) {
         let handles: Vec<String> = self.stalls.keys().cloned().collect();
         let longest = handles
             .iter()
@@ -476,10 +583,11 @@ impl Stable {
             .max()
             .unwrap_or_default();
         for handle in &handles {
-            self.want_stop(handle, StopReason::Shutdown);
+            self.want_stop(handle, reason);
             self.want(handle, |wants| wants.reap = true);
         }
-        let deadline = Instant::now() + longest + SHUTDOWN_REST;
+        let hooks = self.world.config.hooks.longest_stop();
+        let deadline = Instant::now() + hooks + longest + SHUTDOWN_REST;
         let mut until = deadline;
         while !self.stalls.is_empty() {
             let dead =
@@ -487,13 +595,24 @@ impl Stable {
             if !link.borrow().up && until == deadline && self.stalls.values().all(dead) {
                 until = deadline.min(Instant::now() + SHUTDOWN_WITHOUT_BUS);
             }
+            let next_word = self.next_word();
             tokio::select! {
                 change = timeout_at(until, self.changed.recv()) => match change {
                     Ok(Some(change)) => self.change(change),
                     Ok(None) | Err(_) => break,
                 },
-                Ok(()) = link.changed() => {}
+                () = at(next_word) => {}
+                Ok(()) = link.changed() => {
+                    let now = *link.borrow_and_update();
+                    if now.up {
+                        // What is left can be said after all.
+                        until = deadline;
+                    }
+                    self.link(now);
+                }
+                _ = heartbeat.tick() => self.heartbeats.soon(),
             }
+            self.speak();
         }
         if !self.stalls.is_empty() {
             warn!(
@@ -513,11 +632,9 @@ impl Stable {
     }
 
     /// Never waits: what the host says on its own, it says again. Nothing is said before it can be
-    /// asked: whoever hears of this host may send it a command at once.
-    fn say(&self, message: Message) {
-        if self.greeting != Greeting::TooEarly {
-            self.world.outlet.offer(message);
-        }
+    /// asked: whoever hears of this host may send it a command at once. `false`: the bus is behind.
+    fn say(&self, message: Message) -> bool {
+        self.greeting == Greeting::TooEarly || self.world.outlet.offer(message)
     }
 }
 
@@ -549,8 +666,52 @@ pub fn shutting_down() -> Reply {
     )
 }
 
-fn ticks(period: Duration) -> tokio::time::Interval {
-    let mut ticks = interval(period);
+fn ticks(period: Duration) -> Interval {
+    ticks_from(Instant::now(), period)
+}
+
+fn ticks_from(first: Instant, period: Duration) -> Interval {
+    let mut ticks = interval_at(first, period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks
+}
+
+/// What is looked for from time to time, to be removed.
+#[derive(Debug, Clone, Copy)]
+enum Chore {
+    Crashes,
+    Droplets,
+    Orphans,
+}
+
+/// When each chore is due.
+struct Chores {
+    crashes: Interval,
+    droplets: Interval,
+    orphans: Interval,
+}
+
+impl Chores {
+    fn every(orphans: Duration) -> Self {
+        Self {
+            crashes: ticks(REAPER),
+            droplets: ticks(DROPLET_REAPER),
+            orphans: ticks(orphans),
+        }
+    }
+
+    async fn next(&mut self) -> Chore {
+        tokio::select! {
+            _ = self.crashes.tick() => Chore::Crashes,
+            _ = self.droplets.tick() => Chore::Droplets,
+            _ = self.orphans.tick() => Chore::Orphans,
+        }
+    }
+}
+
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
+    }
 }

@@ -1,16 +1,18 @@
 //! Queries: answered as the protocol says, zero, one or many times, never with an error object.
 
 use super::commands::candidate;
-use super::{Duration, Instant, Query, Stable, Stall, now, timeout_at};
-use crate::instances::instance::{Measured, View};
+use super::{Duration, Duty, Instant, Query, Stable, Stall, now, timeout_at};
+use crate::instances::instance::{Measured, MeasuredDisk, View};
 use crate::instances::ledger::Room;
 use messages::command::{DiscoverRequest, Query as Asked, discover_delay_ms};
 use messages::filter::Filter;
 use messages::outgoing::{
-    DropletStatus, FindReply, HeartbeatEntry, Hello, Stats, StatusReply, ToBytes, Usage, usage_time,
+    DiskUse, DropletStatus, FindReply, HeartbeatEntry, Hello, Stats, StatusReply, ToBytes, Usage,
+    usage_time,
 };
 use messages::state::State;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
 
 /// How long a measurement may take; the DEA's callers wait 2 s for all answers.
 const MEASURE: Duration = Duration::from_secs(1);
@@ -35,40 +37,42 @@ impl Stable {
             .filter(move |stall| filter.matches(&candidate(stall)))
     }
 
-    /// Answers for one instance; with stats, after its task has measured.
+    /// Answers for one instance; with stats, after its task has measured. If it is too busy to measure in
+    /// time, its use is left out, and where the bus does not take so much all its stats; never the answer.
     fn found(&self, stall: &Stall, include_stats: bool, answers: mpsc::UnboundedSender<Vec<u8>>) {
-        let reply = self.find_reply(&stall.view);
+        let reply = self.find_reply(stall);
         if !include_stats || stall.view.record.state != State::Running {
             drop(answers.send(reply.to_bytes()));
             return;
         }
-        // A full mailbox: silence, as the protocol has no other word.
-        let Some(measured) = measure(stall) else {
-            return;
-        };
+        let measured = measure(stall);
         let (view, host) = (stall.view.clone(), self.world.engine.local_ip().to_string());
+        let most = self.link.max_payload;
         tokio::spawn(async move {
-            let Ok(Ok(measured)) = timeout_at(Instant::now() + MEASURE, measured).await else {
-                return;
+            let measured = match measured {
+                Some(told) => timeout(MEASURE, told).await.ok().and_then(Result::ok),
+                None => None,
             };
-            let reply = FindReply {
-                stats: Some(stats(&view, host, measured)),
-                ..reply
+            let whole = FindReply {
+                stats: Some(stats(&view, host, measured.unwrap_or_default())),
+                ..reply.clone()
             };
-            drop(answers.send(reply.to_bytes()));
+            let whole = Some(whole.to_bytes()).filter(|body| body.len() <= most);
+            drop(answers.send(whole.unwrap_or_else(|| reply.to_bytes())));
         });
     }
 
-    pub(super) fn find_reply(&self, view: &View) -> FindReply {
+    pub(super) fn find_reply(&self, stall: &Stall) -> FindReply {
+        let (view, (version, instance)) = (&stall.view, stall.identity());
         FindReply {
             dea: self.world.id.clone(),
             droplet: view.droplet.clone(),
-            version: view.record.version.clone(),
-            instance: view.record.instance.clone(),
+            version: version.to_owned(),
+            instance: instance.to_owned(),
             index: view.index,
             state: view.record.state,
             state_timestamp: view.record.state_timestamp,
-            staged: format!("/{}", view.record.instance),
+            staged: format!("/{instance}"),
             stats: None,
         }
     }
@@ -88,7 +92,7 @@ impl Stable {
         self.say(super::Message::plain(messages::subjects::HELLO, body));
     }
 
-    /// Answers once every instance has measured, or not in time.
+    /// Answers once every instance has measured, or not in time: the sum is of those that could.
     fn status(&self, answers: mpsc::UnboundedSender<Vec<u8>>) {
         let mut reply = StatusReply {
             hello: self.hello(),
@@ -103,7 +107,7 @@ impl Stable {
             let mut bytes = 0;
             for measured in measured {
                 if let Ok(Ok(measured)) = timeout_at(deadline, measured).await {
-                    bytes += measured.memory_bytes;
+                    bytes += measured.memory_bytes.unwrap_or_default();
                 }
             }
             reply.used_memory = bytes >> 20;
@@ -129,7 +133,7 @@ impl Stable {
             memory: request.memory,
             disk: request.disk,
         };
-        if self.parting {
+        if self.duty != Duty::Serving {
             return;
         }
         let (capacity, reserved) = (self.capacity(), self.reserved());
@@ -137,9 +141,10 @@ impl Stable {
             instances: 1,
             bytes: HeartbeatEntry::bytes_at_most(&request.droplet, "default", 0),
         };
-        if crate::instances::ledger::admit(capacity, reserved, wanted).is_err()
+        let full = self.admit_amount(wanted).is_err()
             || self.room_for(room).is_err()
-        {
+            || !self.world.engine.has_place();
+        if full {
             return;
         }
         let of_app = self
@@ -158,7 +163,7 @@ impl Stable {
 /// Asks a running instance to measure.
 fn measure(stall: &Stall) -> Option<oneshot::Receiver<Measured>> {
     let (tell, told) = oneshot::channel();
-    let runs = stall.view.record.state == State::Running;
+    let runs = stall.view.record.serves();
     (runs && stall.reins.queries.try_send(Query::Usage(tell)).is_ok()).then_some(told)
 }
 
@@ -172,13 +177,19 @@ fn stats(view: &View, host: String, measured: Measured) -> Stats {
         port: record.port.unwrap_or_default(),
         uptime: crate::instances::world::whole_seconds(now - record.started_at),
         mem_quota: record.limits.mem << 20,
-        disk_quota: record.limits.disk << 20,
+        disk_quota: match measured.disk {
+            Some(MeasuredDisk::Unbounded) => None,
+            Some(MeasuredDisk::Bounded(_)) | None => Some(record.limits.disk << 20),
+        },
         fds_quota: record.limits.fds,
         usage: Usage {
             time: usage_time(crate::instances::world::whole_seconds(now)),
             cpu: measured.cpu,
             mem: measured.memory_bytes,
-            disk: 0,
+            disk: measured.disk.map(|disk| match disk {
+                MeasuredDisk::Bounded(disk) => DiskUse::Bytes(disk.bytes),
+                MeasuredDisk::Unbounded => DiskUse::Uncounted,
+            }),
         },
     }
 }

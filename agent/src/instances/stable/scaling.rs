@@ -1,7 +1,7 @@
 //! `dea.<id>.scale`: this host converges an app to so many instances of its own, all or nothing.
 
 use super::Stable;
-use super::commands::{Accepted, Asked, on_disk, set};
+use super::commands::{Accepted, Asked, set};
 use super::waiting::{Owed, Until};
 use crate::instances::ledger::Amount;
 use crate::instances::record::{Limits, StopReason};
@@ -14,16 +14,15 @@ use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
 impl Stable {
-    pub(super) async fn scale(&mut self, request: &ScaleRequest, answer: oneshot::Sender<Reply>) {
-        let reply = self.scaled(request).await;
-        match reply {
+    pub(super) fn scale(&mut self, request: &ScaleRequest, answer: oneshot::Sender<Reply>) {
+        match self.scaled(request) {
             Ok((reply, owed)) => self.answer_when(owed, reply, answer),
             Err(refusal) => drop(answer.send(refusal)),
         }
     }
 
     /// Converges; the answer, and what must come before it.
-    async fn scaled(&mut self, request: &ScaleRequest) -> Result<(Reply, Vec<Owed>), Reply> {
+    fn scaled(&mut self, request: &ScaleRequest) -> Result<(Reply, Vec<Owed>), Reply> {
         let droplet = request.droplet.to_string();
         let template = self.templates.get(&droplet).cloned().ok_or_else(|| {
             Reply::error(
@@ -63,7 +62,7 @@ impl Stable {
                 kept.into_iter()
                     .map(|handle| self.want_limits(handle, limits)),
             );
-            self.keep_template(droplet.clone(), template).await;
+            limited.push(self.keep_template(droplet.clone(), template));
         }
         let new: Vec<Value> = started
             .iter()
@@ -77,7 +76,8 @@ impl Stable {
             Some(wanted) if wanted == wait => Until::of(Some(wait)),
             Some(_) | None => Until::Recorded,
         };
-        let mut owed = Owed::all(on_disk(started).await?, until(Wait::Running));
+        let started = started.into_iter().map(|one| (one.handle, 0)).collect();
+        let mut owed = Owed::all(started, until(Wait::Running));
         owed.extend(Owed::all(stopped, until(Wait::Stopped)));
         owed.extend(limited);
         Ok((reply, owed))
@@ -103,7 +103,7 @@ impl Stable {
             handle,
             number,
             until: Until::Recorded,
-            limits: new.map(|new| (new.mem, new.disk)),
+            limits: new,
         }
     }
 
@@ -129,7 +129,7 @@ impl Stable {
                 stall.view.droplet == droplet
                     && matches!(
                         stall.view.record.state,
-                        State::Born | State::Starting | State::Running
+                        State::Born | State::Starting | State::Running | State::Evacuating
                     )
                     && stall.reins.wants.borrow().stop.is_none()
                     && stall.view.record.stopping.is_none()

@@ -49,7 +49,7 @@ pub fn lookup(stack: &Path, user: &str) -> Result<Owner, PasswdError> {
     })
 }
 
-fn find(passwd: &[u8], user: &str) -> Option<Owner> {
+pub(crate) fn find(passwd: &[u8], user: &str) -> Option<Owner> {
     let text = String::from_utf8_lossy(passwd);
     let listed = |wanted: &dyn Fn(&str, u32) -> bool| {
         let mut entries = text.lines().filter_map(entry);

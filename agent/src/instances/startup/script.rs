@@ -27,15 +27,17 @@ pub const JOB: [&str; 3] = [
     "trap 'set -- 143' TERM INT QUIT; umask 077; [ $1 ] && exit $1; ./startup; exit $?",
 ];
 
-/// The text of the script, or `None` for a droplet that brings its own.
+/// The text of the script, or `None` for a droplet that brings its own. `post_setup` is shell text of the
+/// host's operator, for the app's environment.
 ///
 /// It expects `/home/vcap` as its working directory and the environment as it shall be. What happens
 /// before the app starts is not guarded against TERM: a stop ends it at once, before there is an app.
-pub fn startup(start: &StartCommand) -> Option<String> {
+pub fn startup(start: &StartCommand, post_setup: Option<&str>) -> Option<String> {
     let StartCommand::Command(command) = start else {
         return None;
     };
     let command = quote(command);
+    let post_setup = post_setup.unwrap_or_default();
     Some(format!(
         r#"#!/bin/bash
 umask 077
@@ -48,6 +50,7 @@ for ostler_script in "$ostler_home"/app/.profile.d/*.sh; do
     . "$ostler_script"
   fi
 done
+{post_setup}
 export DROPLET_BASE_DIR=$ostler_home
 unset ostler_home ostler_script
 cd "$DROPLET_BASE_DIR/app" || exit

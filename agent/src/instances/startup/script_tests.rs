@@ -28,7 +28,7 @@ impl Home {
         let name = format!("ostler startup '{}-{number}", std::process::id());
         let home = Self(std::env::temp_dir().join(name));
         fs::create_dir_all(home.path("app/.profile.d")).unwrap();
-        let script = startup(&StartCommand::Command(command.to_owned())).unwrap();
+        let script = startup(&StartCommand::Command(command.to_owned()), None).unwrap();
         home.write("startup", &script, 0o755);
         home
     }
@@ -189,7 +189,7 @@ fn an_app_that_handles_term_takes_its_time_and_its_own_code() {
     nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
     let app = "trap 'echo stopping; read line < ../fifo; echo $line; exit 42' TERM; \
                echo ready; while :; do sleep 60 & wait; kill $!; done";
-    let script = startup(&StartCommand::Command(app.to_owned())).unwrap();
+    let script = startup(&StartCommand::Command(app.to_owned()), None).unwrap();
     home.write("startup", &script, 0o755);
     let mut run = home.start();
     assert_eq!(run.line(), "ready");
@@ -274,7 +274,7 @@ fn profile_scripts_are_sourced_in_order() {
         ended(0, &format!("a:b:c\n{}/app\n", home.0.display()), "")
     );
     // With `set -e` from above the code still comes through.
-    let script = startup(&StartCommand::Command("exit 9".to_owned())).unwrap();
+    let script = startup(&StartCommand::Command("exit 9".to_owned()), None).unwrap();
     home.write("startup", &script, 0o755);
     assert_eq!(home.run(), ended(9, "", ""));
 }
@@ -326,7 +326,7 @@ fn a_droplet_without_an_app_directory_says_so() {
 
 #[test]
 fn an_old_droplet_runs_its_own_script() {
-    assert_eq!(startup(&StartCommand::OwnStartup), None);
+    assert_eq!(startup(&StartCommand::OwnStartup, None), None);
     let home = Home::new("");
     home.write(
         "startup",

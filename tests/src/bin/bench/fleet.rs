@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tests::{Droplet, Host};
 
+use crate::message;
 use crate::peers::APP;
 use crate::report::{figure, milliseconds, percentile, progress};
 
@@ -15,7 +16,7 @@ const HELPERS: [&str; 5] = ["wshd", "wsh", "iomux-spawn", "iomux-link", "oom"];
 /// Memory of the helpers and of the agent, and the adoption of 50 instances.
 pub async fn figures(host: &mut Host, rounds: usize) {
     progress("50 instances: memory, adoption");
-    let mut message = host.message("fleet", &Droplet::shell(APP));
+    let mut message = message(host, "fleet", &Droplet::shell(APP));
     message["limits"]["mem"] = json!(32);
     host.run(message).await;
     figure("agent_rss_1", "KiB", agent_rss(host), None, 1);
@@ -43,7 +44,8 @@ pub async fn figures(host: &mut Host, rounds: usize) {
     host.stop("fleet").await;
 }
 
-async fn scale(host: &Host, instances: usize) {
+/// Makes the app `fleet` have so many instances, which run when this returns.
+pub async fn scale(host: &Host, instances: usize) {
     let message = json!({"droplet": "fleet", "instances": instances, "wait": "running"});
     let answer = host.request(&host.subject("scale"), &message).await;
     assert_eq!(answer["ok"], true, "{answer}\n{}", host.log());

@@ -1,9 +1,9 @@
 //! `make bench`: one JSON line per figure on stdout, progress on stderr.
 //!
-//! Everything is measured on one host of the harness, in its network namespace, and beside peers in the
-//! same run, in turns: `runc` (a bundle of the same stack with the same command), `bwrap`, plain
-//! fork+exec, a plain pipe. `ratio` is ours divided by theirs. `BENCH_N` (20) says how many starts are
-//! measured; the other figures follow it.
+//! Everything is measured on hosts of the harness (one for the bus, before it one for the rest), in their
+//! network namespaces, and beside peers in the same run, in turns: `runc` (a bundle of the same stack with
+//! the same command), `bwrap`, plain fork+exec, a plain pipe, a responder on the bus. `ratio` is ours
+//! divided by theirs. `BENCH_N` (20) says how many starts are measured; the other figures follow it.
 //!
 //! Two processes: a failure ends the measuring one on the spot (release programs abort), and the other
 //! one then removes what it has left.
@@ -15,7 +15,9 @@
     reason = "a bench fails by panicking, and it starts and ends the peers' processes"
 )]
 
+mod bus;
 mod fleet;
+mod network;
 mod output;
 mod peers;
 mod report;
@@ -25,7 +27,8 @@ mod tidy;
 use std::process::{Child, Command, ExitCode};
 use std::{env, io, process};
 
-use tests::{Host, Setup};
+use serde_json::{Value, json};
+use tests::{Droplet, Host, Setup};
 use tokio::runtime::Builder;
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -105,7 +108,19 @@ async fn measure() {
     starts::figures(&host, &peers, rounds).await;
     starts::rates(&host, &peers, rounds).await;
     output::throughput(&host, &peers, rounds).await;
+    output::by_hand(&host, &peers, rounds).await;
     output::line_latency(&host, &peers).await;
     output::oom_latency(&host, &peers, rounds).await;
+    network::figures(&host, rounds.div_ceil(2)).await;
     report::progress("ending the agent and looking for leftovers");
+    drop(host);
+    bus::figures(rounds).await;
+    report::progress("that was all; no leftovers");
+}
+
+/// The harness's start message without egress rules: what the peers run is not filtered, either.
+fn message(host: &Host, droplet: &str, package: &Droplet) -> Value {
+    let mut message = host.message(droplet, package);
+    message["egress_network_rules"] = json!([]);
+    message
 }

@@ -1,7 +1,8 @@
 //! What comes from an app: how much per second, and how soon. And how soon a memory kill is told.
 
+use std::fs;
 use std::io::{BufRead, BufReader, Read};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use async_nats::{Message, Subscriber};
@@ -10,6 +11,7 @@ use serde_json::{Value, json};
 use tests::{Droplet, Host, patience};
 use tokio::time::timeout;
 
+use crate::message;
 use crate::peers::{HOG, HOG_MB, Peers};
 use crate::report::{figure, percentile, progress};
 
@@ -20,24 +22,27 @@ const LINES: usize = 300;
 /// Megabytes per second of an app that writes as fast as it can, from the first to the last byte.
 pub async fn throughput(host: &Host, peers: &Peers, rounds: usize) {
     progress("output: 100 MB");
-    // Lines, as output is cut at their ends.
-    let writer = format!(
-        "perl -e 'my $block = (\"x\" x 127 . \"\\n\") x 512; syswrite STDOUT, $block for 1 .. {BLOCKS}'"
-    );
     let (mut ours, mut theirs) = (vec![], vec![]);
     for round in 0..rounds.div_ceil(7) {
         let droplet = format!("pour{round}");
         let mut output = subscribe(host, &droplet).await;
-        let script = format!("{writer}; sleep infinity");
-        host.run(host.message(&droplet, &Droplet::shell(&script)))
+        let script = format!("{}; sleep infinity", writer());
+        host.run(message(host, &droplet, &Droplet::shell(&script)))
             .await;
         ours.push(received(&mut output).await);
         host.stop(&droplet).await;
-        theirs.push(piped(peers, &format!("{writer} | cat")));
+        theirs.push(piped(peers, &format!("{} | cat", writer())));
     }
     let peer = Some(("pipe", percentile(&theirs, 50)));
     let n = ours.len();
     figure("output_throughput", "MB/s", percentile(&ours, 50), peer, n);
+}
+
+/// A script that writes lines, as output is cut at their ends.
+fn writer() -> String {
+    format!(
+        "perl -e 'my $block = (\"x\" x 127 . \"\\n\") x 512; syswrite STDOUT, $block for 1 .. {BLOCKS}'"
+    )
 }
 
 async fn received(output: &mut Subscriber) -> f64 {
@@ -56,9 +61,58 @@ async fn received(output: &mut Subscriber) -> f64 {
     rate(begin.expect("at least one message"))
 }
 
+/// Megabytes per second of a job through its supervisor and a linker, without the agent and the bus.
+pub async fn by_hand(host: &Host, peers: &Peers, rounds: usize) {
+    progress("output: 100 MB through supervisor and linker");
+    let (mut ours, mut theirs) = (vec![], vec![]);
+    let answer = host
+        .run(message(
+            host,
+            "hand",
+            &Droplet::shell("exec sleep infinity"),
+        ))
+        .await;
+    let handle = answer["handle"].as_str().expect("a handle");
+    let container = host.base.join("containers").join(handle);
+    let helpers = tests::path("OSTLER_HELPERS", "target/x86_64-unknown-linux-gnu/helpers");
+    for round in 0..rounds.div_ceil(7) {
+        let job = container.join(format!("jobs/{}", 900 + round));
+        fs::create_dir(&job).expect("nobody has it");
+        let mut supervisor = Command::new(helpers.join("iomux-spawn"))
+            .env("IOMUX_SPOOL_BYTES", (256 << 20).to_string())
+            .arg(&job)
+            .arg(helpers.join("wsh"))
+            .arg("--socket")
+            .arg(container.join("run/wshd.sock"))
+            .args(["--user", "vcap", "bash", "-c", &writer()])
+            .stdout(Stdio::null())
+            .spawn()
+            .expect("a helper");
+        while !job.join("link.sock").exists() {
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        ours.push(poured(Command::new(helpers.join("iomux-link")).arg(&job)));
+        supervisor.wait().expect("our child");
+        theirs.push(piped(peers, &format!("{} | cat", writer())));
+    }
+    host.stop("hand").await;
+    let peer = Some(("pipe", percentile(&theirs, 50)));
+    let n = ours.len();
+    figure(
+        "supervisor_linker_throughput",
+        "MB/s",
+        percentile(&ours, 50),
+        peer,
+        n,
+    );
+}
+
 fn piped(peers: &Peers, script: &str) -> f64 {
-    let mut command = peers.plain(script);
-    let mut child = command.stdout(Stdio::piped()).spawn().expect("bash runs");
+    poured(&mut peers.plain(script))
+}
+
+fn poured(command: &mut Command) -> f64 {
+    let mut child = command.stdout(Stdio::piped()).spawn().expect("it runs");
     let mut reader = child.stdout.take().expect("a pipe");
     let (mut bytes, mut begin, mut buffer) = (0, None, vec![0; 65536]);
     loop {
@@ -89,7 +143,7 @@ pub async fn line_latency(host: &Host, peers: &Peers) {
     );
     let mut output = subscribe(host, "clock").await;
     let script = format!("{writer}; sleep infinity");
-    host.run(host.message("clock", &Droplet::shell(&script)))
+    host.run(message(host, "clock", &Droplet::shell(&script)))
         .await;
     let (mut ours, mut rest) = (vec![], String::new());
     while ours.len() < LINES {
@@ -133,7 +187,7 @@ pub async fn oom_latency(host: &Host, peers: &Peers, rounds: usize) {
         let droplet = format!("hog{round}");
         let mut output = host.output(&droplet).await;
         let mut exits = host.watch("droplet.exited").await;
-        let mut message = host.message(&droplet, &Droplet::shell(HOG));
+        let mut message = message(host, &droplet, &Droplet::shell(HOG));
         message["limits"]["mem"] = json!(HOG_MB);
         host.publish(&host.subject("start"), &message).await;
         let event = next(&mut events).await;

@@ -59,6 +59,11 @@ pub fn percentile<T: Copy + PartialOrd>(values: &[T], share: usize) -> T {
     *sorted.get(rank - 1).expect("at least one value")
 }
 
+/// A count, to calculate with.
+pub fn as_f64(count: usize) -> f64 {
+    u32::try_from(count).expect("a small number").into()
+}
+
 /// In milliseconds, as figures have it.
 pub fn milliseconds(time: Duration) -> f64 {
     time.as_secs_f64() * 1e3

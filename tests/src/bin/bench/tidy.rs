@@ -10,18 +10,16 @@ use tests::{Tree, patience};
 
 use crate::peers;
 
+/// How many hosts the measuring process has, one after the other.
+const HOSTS: usize = 2;
+
 /// Removes what the measuring process `pid` has left; gives what could not be removed.
 pub fn after(pid: u32) -> Vec<String> {
-    // As the harness names the first host of a process.
-    let host = format!("ostler-test-{pid}-0");
-    let directory = Path::new("/tmp").join(&host);
-    // A new agent could not clean beside the old one.
-    let mut left = end(&host, |comm| comm == "ostler");
-    let config = directory.join("agent.toml");
-    if config.exists() {
-        left.extend(clean(&config).err());
+    // As the harness names the hosts of a process.
+    let mut left = Vec::new();
+    for number in 0..HOSTS {
+        left.extend(after_host(&format!("ostler-test-{pid}-{number}")));
     }
-    left.extend(end(&host, |_| true));
     let peers = peers::mark(pid);
     let state = peers::directory(&peers);
     for container in fs::read_dir(state.join("state"))
@@ -36,14 +34,28 @@ pub fn after(pid: u32) -> Vec<String> {
         left.extend(run(&mut delete).err());
     }
     left.extend(end(&peers, |_| true));
-    for directory in [directory, state] {
-        if let Err(error) = fs::remove_dir_all(&directory)
-            && directory.exists()
-        {
-            left.push(format!("{}: {error}", directory.display()));
-        }
-    }
+    left.extend(remove(&state));
     left
+}
+
+fn after_host(host: &str) -> Vec<String> {
+    let directory = Path::new("/tmp").join(host);
+    // A new agent could not clean beside the old one.
+    let mut left = end(host, |comm| comm == "ostler");
+    let config = directory.join("agent.toml");
+    if config.exists() {
+        left.extend(clean(&config).err());
+    }
+    left.extend(end(host, |_| true));
+    left.extend(remove(&directory));
+    left
+}
+
+fn remove(directory: &Path) -> Option<String> {
+    let error = fs::remove_dir_all(directory).err()?;
+    directory
+        .exists()
+        .then(|| format!("{}: {error}", directory.display()))
 }
 
 /// Kills all processes with `mark` whose name is `wanted`; gives those that do not end.

@@ -1,0 +1,87 @@
+//! What was asked of this host, counted for the services API.
+
+use crate::instances::world::{World, now, whole_seconds};
+use messages::reply::Reply;
+use messages::service::{Counts, Identity, NAME};
+use messages::subjects::Incoming;
+use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
+use tokio::time::Instant;
+
+/// A request from its arrival to its answer.
+#[derive(Debug)]
+pub(super) struct Call {
+    pub(super) incoming: Incoming,
+    pub(super) begun: Instant,
+    pub(super) reply_to: Option<String>,
+}
+
+/// Counts since the agent began.
+#[derive(Debug)]
+pub struct Tally {
+    /// Seconds since the epoch.
+    pub since: u64,
+    counts: Mutex<Vec<(Incoming, Counts)>>,
+}
+
+impl Tally {
+    /// From now on.
+    #[must_use]
+    pub fn begin() -> Self {
+        let none = |incoming| (incoming, Counts::default());
+        Self {
+            since: whole_seconds(now()),
+            counts: Mutex::new(Incoming::answered().map(none).collect()),
+        }
+    }
+
+    /// Counts a request as answered. A query is never answered by an error, but one that was not understood is
+    /// counted as one.
+    pub(super) fn count(&self, call: &Call, reply: Option<&Reply>) {
+        let took = u64::try_from(call.begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let error = match reply {
+            Some(Reply::Error { code, message }) => Some(format!("{}: {message}", code.facts().0)),
+            Some(Reply::Ok(_)) | None => None,
+        };
+        let mut all = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let this = all
+            .iter_mut()
+            .find(|(incoming, _)| *incoming == call.incoming);
+        if let Some((_, counts)) = this {
+            counts.num_requests += 1;
+            counts.processing_time = counts.processing_time.saturating_add(took);
+            if let Some(error) = error {
+                counts.num_errors += 1;
+                counts.last_error = error;
+            }
+        }
+    }
+
+    /// In the order of [`Incoming::answered`].
+    #[must_use]
+    pub fn counts(&self) -> Vec<Counts> {
+        let all = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().map(|(_, counts)| counts.clone()).collect()
+    }
+}
+
+/// Who this host is, for whoever asks all services.
+pub(super) fn identity(world: &World) -> Identity {
+    let mut metadata = BTreeMap::from([
+        ("zone", world.config.zone.clone()),
+        ("arch", std::env::consts::ARCH.to_owned()),
+        ("ip", world.engine.local_ip().to_string()),
+    ]);
+    let read = |name: &str| std::fs::read_to_string(format!("/proc/sys/kernel/{name}")).ok();
+    for (key, name) in [("kernel", "osrelease"), ("hostname", "hostname")] {
+        if let Some(text) = read(name) {
+            metadata.insert(key, text.trim().to_owned());
+        }
+    }
+    Identity {
+        name: NAME,
+        id: world.id.clone(),
+        version: crate::VERSION,
+        metadata,
+    }
+}

@@ -1,0 +1,90 @@
+//! `ostler doctor`: what this machine has and lacks.
+
+use super::Outcome;
+use crate::config::{self, Config, Overrides};
+use crate::daemon::host_memory_mb;
+use crate::host::probe::{self, Finding, Level, Wanted};
+use std::path::Path;
+use std::process::ExitCode;
+
+/// Prints the report: one line for each finding, or JSON. The exit code is 1 if something is missing.
+///
+/// # Errors
+/// Not root.
+pub fn doctor(path: &Path, overrides: Overrides, json: bool) -> Outcome<ExitCode> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(
+            "must be run as root, as the agent: what others may not do says nothing".into(),
+        );
+    }
+    let (config, wrong) = match config::load(path, overrides.clone(), host_memory_mb()) {
+        Ok(config) => (config, None),
+        // Whoever has none yet wants to know what the machine is good for.
+        Err(error) => (config::defaults(overrides, host_memory_mb())?, Some(error)),
+    };
+    let mut found: Vec<Finding> = wrong
+        .map(|error| configuration(&error))
+        .into_iter()
+        .collect();
+    found.extend(probe::all(&wanted(&config)));
+    let missing = found.iter().any(|finding| finding.level == Level::Missing);
+    if json {
+        let report = serde_json::json!({ "ok": !missing, "findings": found });
+        println!("{report}");
+    } else {
+        found
+            .iter()
+            .for_each(|finding| println!("{:<8} {finding}", word(finding.level)));
+    }
+    Ok(if missing {
+        ExitCode::FAILURE
+    } else {
+        ExitCode::SUCCESS
+    })
+}
+
+fn configuration(error: &config::ConfigError) -> Finding {
+    Finding {
+        name: "configuration".to_owned(),
+        level: Level::Missing,
+        meaning: format!("{error}; what follows is of the defaults"),
+        advice: "Name a file with --config, or correct this one".to_owned(),
+    }
+}
+
+/// What the agent refuses to start without.
+///
+/// # Errors
+/// What is missing, in the words of the report.
+pub fn refuse_weaker(config: &Config) -> Outcome<()> {
+    let found = probe::required(&wanted(config));
+    let missing = found
+        .iter()
+        .filter(|finding| finding.level == Level::Missing);
+    let lines: Vec<String> = missing.map(Finding::to_string).collect();
+    if lines.is_empty() {
+        return Ok(());
+    }
+    let lines = lines.join("\n  ");
+    Err(format!("this host lacks what containers need (see `ostler doctor`):\n  {lines}").into())
+}
+
+fn wanted(config: &Config) -> Wanted<'_> {
+    let stacks = config.stacks.iter();
+    Wanted {
+        base: &config.base,
+        stacks: stacks.map(|(name, path)| (&**name, &**path)).collect(),
+        cgroup_parent: &config.cgroup_parent,
+        ports: config.network.ports.clone(),
+        disk: config.instance.disk,
+        helpers: &config.helpers,
+    }
+}
+
+fn word(level: Level) -> &'static str {
+    match level {
+        Level::Ok => "ok",
+        Level::Warn => "warn",
+        Level::Missing => "missing",
+    }
+}

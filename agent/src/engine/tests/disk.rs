@@ -1,0 +1,421 @@
+//! What a writable layer may hold: images here, project quotas where the kernel has them.
+
+use super::world::{World, create, fresh_handle, job, run, world, world_within};
+use crate::engine::{Adopted, Container, DiskChange, DiskUsage, DiskWay, Engine, EngineError};
+use crate::host::depot::disk::{DiskError, Disks, Space};
+use container::status::Status;
+use container::sys::quota::{self, Quota};
+use nix::sched::{CloneFlags, unshare};
+use std::fs::{self, File};
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::Duration;
+
+/// In the virtual machine, which alone has these quotas, everything takes its time.
+const SLOW: Duration = Duration::from_secs(150);
+
+const MB: u64 = 1 << 20;
+
+async fn engine(world: &World, disk: DiskWay) -> Engine {
+    let mut config = world.config();
+    config.disk = disk;
+    Engine::open(config).await.unwrap()
+}
+
+async fn usage(container: &Container) -> DiskUsage {
+    container.disk_usage().await.unwrap().unwrap()
+}
+
+async fn change(container: &Container, bytes: u64) -> Result<(), DiskError> {
+    let change = DiskChange {
+        bytes: Some(bytes),
+        inodes: None,
+    };
+    match container.limit_disk(change).await {
+        Err(EngineError::Disk(error)) => Err(error),
+        other => {
+            other.unwrap();
+            Ok(())
+        }
+    }
+}
+
+/// Jobs are numbered through.
+struct Jobs<'a>(&'a Container, u32);
+
+impl Jobs<'_> {
+    /// Runs a script that must end well, and gives back what it printed.
+    async fn run(&mut self, script: &str) -> String {
+        self.1 += 1;
+        let told = job(self.0, self.1, script).await;
+        assert_eq!(told.status, Some(Status::Exited(0)), "{script}: {told:?}");
+        told.out().to_owned()
+    }
+}
+
+/// Writes until nothing more fits, and says what the kernel said.
+const FILL: &str = "cd; dd if=/dev/zero of=fill bs=64k count=1000 2>&1; \
+                    dd if=/dev/zero of=last bs=64k count=1 2>&1; ls";
+
+/// Makes files until none can be made, and says what the kernel said.
+const FILES: &str = "cd; i=0; while echo -n 2>/dev/null >e$i && [ $i -lt 9000 ]; do i=$((i+1)); done; \
+                     touch one-more 2>&1; ls | tail -1";
+
+#[test]
+fn images_limit_bytes_and_inodes_and_neighbours_are_unharmed() {
+    world(|world| async move {
+        let engine = engine(&world, DiskWay::Image).await;
+        limits_hold(&world, &engine, "No space left on device").await;
+        engine.close().await;
+    });
+}
+
+/// One fills its bytes, one its inodes; a third, and whoever looks, see nothing of it.
+async fn limits_hold(world: &World, engine: &Engine, full: &str) {
+    let handles = [fresh_handle(), fresh_handle(), fresh_handle()];
+    let [bytes, files, neighbour] = &handles.each_ref().map(|handle| world.spec(handle));
+    let [bytes, files, neighbour] = [
+        create(engine, bytes.clone()).await.unwrap(),
+        create(engine, files.clone()).await.unwrap(),
+        create(engine, neighbour.clone()).await.unwrap(),
+    ];
+    let fresh = usage(&bytes).await;
+    assert!((1..MB).contains(&fresh.bytes), "{fresh:?}");
+    assert_eq!(fresh.limit.bytes, 16 * MB);
+    let (most, exact) = (fresh.limit.inodes, 1000);
+    assert!((exact..exact + exact / 4).contains(&most), "{fresh:?}");
+
+    let said = Jobs(&bytes, 0).run(FILL).await;
+    assert_eq!(said.matches(full).count(), 2, "{said}");
+    let used = usage(&bytes).await;
+    assert!((15 * MB..=16 * MB).contains(&used.bytes), "{used:?}");
+    let said = Jobs(&files, 0).run(FILES).await;
+    assert!(said.contains(full), "{said}");
+    let used = usage(&files).await;
+    assert!(used.inodes + 8 > most && used.bytes < 4 * MB, "{used:?}");
+
+    let script = "cd; dd if=/dev/zero of=x bs=1M count=8 2>&1; touch a b c d; ls";
+    let said = Jobs(&neighbour, 0).run(script).await;
+    assert!(said.ends_with("a\nb\nc\nd\nx\n"), "{said}");
+    let used = usage(&neighbour).await;
+    assert!((8 * MB..9 * MB).contains(&used.bytes), "{used:?}");
+    for container in [bytes, files, neighbour] {
+        container.destroy().await.unwrap();
+    }
+    for handle in &handles {
+        world.nothing_left(handle).await;
+    }
+}
+
+#[test]
+fn an_image_grows_and_shrinks_while_it_is_used_and_an_adopted_one_too() {
+    world(|world| async move {
+        let first = engine(&world, DiskWay::Image).await;
+        let container = create(&first, world.spec(&world.handle)).await.unwrap();
+        limits_change(&container, 0, "No space left on device").await;
+        let image = world
+            .base
+            .join("containers")
+            .join(&world.handle)
+            .join("disk.img");
+        let taken = || fs::metadata(&image).unwrap().blocks() * 512;
+        assert!((8 * MB..11 * MB).contains(&taken()), "{}", taken());
+        let saved = container.saved();
+        drop((container, first));
+
+        let second = engine(&world, DiskWay::Image).await;
+        let Adopted::Alive(container) = second.adopt(&saved).await.unwrap() else {
+            panic!("dead");
+        };
+        limits_change(&container, 100, "No space left on device").await;
+        assert!((8 * MB..11 * MB).contains(&taken()), "{}", taken());
+        let beyond = change(&container, 1 << 40).await.unwrap_err();
+        assert!(matches!(beyond, DiskError::Beyond { .. }), "{beyond}");
+        container.destroy().await.unwrap();
+        world.nothing_left(&world.handle).await;
+        second.close().await;
+    });
+}
+
+/// Begins and ends with 8 MB or 16 MB, and few of them used.
+async fn limits_change(container: &Container, first_job: u32, full: &str) {
+    let mut jobs = Jobs(container, first_job);
+    change(container, 24 * MB).await.unwrap();
+    assert_eq!(usage(container).await.limit.bytes, 24 * MB);
+    let said = jobs
+        .run("cd; dd if=/dev/zero of=a bs=1M count=20 2>&1")
+        .await;
+    assert!(!said.contains(full), "{said}");
+
+    // What does not fit changes nothing, and what is said to be safe is.
+    let error = change(container, 8 * MB).await.unwrap_err();
+    let DiskError::InUse { smallest } = error else {
+        panic!("{error}");
+    };
+    assert_eq!(smallest.bytes, 21 * MB);
+    assert_eq!(usage(container).await.limit.bytes, 24 * MB);
+    change(container, smallest.bytes).await.unwrap();
+    let said = jobs
+        .run("cd; dd if=/dev/zero of=b bs=1M count=20 2>&1; :")
+        .await;
+    assert!(said.contains(full), "{said}");
+    assert!(usage(container).await.bytes <= smallest.bytes);
+
+    // Not while it is full: the last block may be gone.
+    jobs.run("cd; rm b; echo kept >c; sync; rm a").await;
+    change(container, 8 * MB).await.unwrap();
+    let said = jobs
+        .run("cd; cat c; dd if=/dev/zero of=a bs=1M count=20 2>&1; rm a")
+        .await;
+    assert!(said.contains(full) && said.starts_with("kept\n"), "{said}");
+    assert_eq!(usage(container).await.limit.bytes, 8 * MB);
+}
+
+/// Mounts a file system of its own there, in this thread's own mount namespace: what is free does not change with
+/// what others do. The path as text.
+fn mount_depot(base: &Path, size: &str) -> String {
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    run(&["mount", "--make-rprivate", "/"]);
+    let image = base.with_file_name("depot.img").display().to_string();
+    let base = base.display().to_string();
+    run(&["truncate", "-s", size, &image]);
+    run(&["mkfs.ext4", "-q", "-m", "0", &image]);
+    run(&["mount", "-o", "loop", &image, &base]);
+    base
+}
+
+#[test]
+fn what_the_depot_does_not_have_is_promised_to_nobody() {
+    world(|world| async move {
+        let base = mount_depot(&world.base, "1G");
+        let engine = engine(&world, DiskWay::Image).await;
+        let free = engine.disk_free().unwrap();
+        let mut spec = world.spec(&world.handle);
+        spec.disk.bytes = free + MB;
+        let error = create(&engine, spec).await.unwrap_err();
+        let EngineError::Disk(DiskError::NotEnough { needed, .. }) = error else {
+            panic!("{error}");
+        };
+        assert_eq!(needed, free + MB);
+        world.nothing_left(&world.handle).await;
+
+        // A promise is kept: all of it is taken at once.
+        let mut spec = world.spec(&world.handle);
+        spec.disk.bytes = 512 * MB;
+        let container = create(&engine, spec).await.unwrap();
+        let image = world
+            .base
+            .join("containers")
+            .join(&world.handle)
+            .join("disk.img");
+        let taken = fs::metadata(&image).unwrap().blocks() * 512;
+        assert!((512 * MB..540 * MB).contains(&taken), "{taken}");
+        container.destroy().await.unwrap();
+        world.nothing_left(&world.handle).await;
+        engine.close().await;
+        run(&["umount", &base]);
+    });
+}
+
+#[test]
+fn what_the_kernel_takes_out_of_an_image_stays_promised() {
+    world(|world| async move {
+        let base = mount_depot(&world.base, "512M");
+        let engine = engine(&world, DiskWay::Image).await;
+        let mut spec = world.spec(&world.handle);
+        spec.disk.bytes = 256 * MB;
+        let container = create(&engine, spec).await.unwrap();
+        // As the loop driver does where ext4 has zeros to write: an app that fills its disk and writes into
+        // preallocated files can make it do so.
+        let image = format!("{base}/containers/{}/disk.img", world.handle);
+        let before = engine.disk_free().unwrap();
+        // Records and output have their own part.
+        let space = nix::sys::statvfs::statvfs(&world.base).unwrap();
+        let available = space.blocks_available() * space.fragment_size();
+        let spools = 2 * world.config().spool_bytes;
+        assert_eq!(before, available - 64 * MB - spools, "with one more");
+        run(&[
+            "fallocate",
+            "--punch-hole",
+            "--offset",
+            "64MiB",
+            "--length",
+            "8GiB",
+            &image,
+        ]);
+        let free = engine.disk_free().unwrap();
+        assert!(free > before + 64 * MB, "{before} {free}");
+
+        let mut other = world.spec(&fresh_handle());
+        other.disk.bytes = free - 48 * MB;
+        let error = create(&engine, other.clone()).await.unwrap_err();
+        assert!(
+            matches!(error, EngineError::Disk(DiskError::NotEnough { .. })),
+            "{error}"
+        );
+        other.disk.bytes = 32 * MB;
+        let other = create(&engine, other).await.unwrap();
+        let error = change(&other, free - 48 * MB).await.unwrap_err();
+        assert!(matches!(error, DiskError::NotEnough { .. }), "{error}");
+        change(&other, 48 * MB).await.unwrap();
+        other.destroy().await.unwrap();
+        container.destroy().await.unwrap();
+        engine.close().await;
+        run(&["umount", &base]);
+    });
+}
+
+/// Mounts a file system with project quotas there, in this thread's own mount namespace. False where the
+/// kernel has none.
+fn mount_with_projects(base: &Path) -> bool {
+    unshare(CloneFlags::CLONE_NEWNS).unwrap();
+    run(&["mount", "--make-rprivate", "/"]);
+    let image = base.with_file_name("depot.img").display().to_string();
+    run(&["truncate", "-s", "256M", &image]);
+    run(&["mkfs.ext4", "-q", "-O", "quota,project", &image]);
+    let config = "CONFIG_QFMT_V2 is not set";
+    if run(&["sh", "-c", "zcat /proc/config.gz 2>/dev/null || true"]).contains(config) {
+        return false;
+    }
+    let base = base.display().to_string();
+    run(&["mount", "-t", "ext4", "-o", "loop,prjquota", &image, &base]);
+    true
+}
+
+#[test]
+fn project_quotas_limit_bytes_and_inodes_where_the_kernel_has_them() {
+    world_within(SLOW, |world| async move {
+        if !mount_with_projects(&world.base) {
+            let mut config = world.config();
+            config.disk = DiskWay::Quota;
+            let error = Engine::open(config).await.unwrap_err().to_string();
+            assert!(error.contains("does not work in"), "{error}");
+            let engine = engine(&world, DiskWay::Auto).await;
+            assert_eq!(engine.shared.disks.describe(), "images");
+            return engine.close().await;
+        }
+        let engine = engine(&world, DiskWay::Auto).await;
+        assert_eq!(engine.shared.disks.describe(), "project quotas");
+        limits_hold(&world, &engine, "Disk quota exceeded").await;
+        engine.close().await;
+        run(&["umount", &world.base.display().to_string()]);
+    });
+}
+
+#[test]
+fn a_project_quota_changes_and_is_adopted_and_promises_are_counted() {
+    world_within(SLOW, |world| async move {
+        if !mount_with_projects(&world.base) {
+            assert!(Disks::quota(Space::new(&world.base, 0)).is_err());
+            return;
+        }
+        let first = engine(&world, DiskWay::Quota).await;
+        let container = create(&first, world.spec(&world.handle)).await.unwrap();
+        limits_change(&container, 0, "Disk quota exceeded").await;
+        let saved = container.saved();
+        drop((container, first));
+        let second = engine(&world, DiskWay::Quota).await;
+        let Adopted::Alive(container) = second.adopt(&saved).await.unwrap() else {
+            panic!("dead");
+        };
+        change(&container, 16 * MB).await.unwrap();
+        fewer_inodes(&container).await;
+        promises_are_counted(&world, &second, &container).await;
+        let number = project_of(&world, &world.handle).unwrap();
+        assert_eq!(quota_of(&world, number).most_bytes, 16 * MB);
+        container.destroy().await.unwrap();
+        world.nothing_left(&world.handle).await;
+        second.close().await;
+        assert_eq!(quota_of(&world, number), Quota::default());
+        run(&["umount", &world.base.display().to_string()]);
+    });
+}
+
+#[test]
+fn an_operators_project_is_no_containers() {
+    world_within(SLOW, |world| async move {
+        if !mount_with_projects(&world.base) {
+            assert!(Disks::quota(Space::new(&world.base, 0)).is_err());
+            return;
+        }
+        let number = 42;
+        let base = fs::File::open(&world.base).unwrap();
+        quota::set_quota(base.as_fd(), number, 64 * MB, 10_000).unwrap();
+        quota::set_project(base.as_fd(), number).unwrap();
+        let engine = engine(&world, DiskWay::Unlimited).await;
+        let container = create(&engine, world.spec(&world.handle)).await.unwrap();
+        assert_eq!(container.disk_usage().await.unwrap(), None);
+        container.destroy().await.unwrap();
+        engine.close().await;
+        assert_eq!(quota_of(&world, number).most_bytes, 64 * MB);
+        drop(base);
+        run(&["umount", &world.base.display().to_string()]);
+    });
+}
+
+async fn fewer_inodes(container: &Container) {
+    let used = usage(container).await.inodes;
+    let inodes = |inodes| DiskChange {
+        bytes: None,
+        inodes: Some(inodes),
+    };
+    let error = container.limit_disk(inodes(used - 1)).await.unwrap_err();
+    let EngineError::Disk(DiskError::InUse { smallest }) = error else {
+        panic!("{error}");
+    };
+    assert_eq!(smallest.inodes, used);
+    container.limit_disk(inodes(used + 2)).await.unwrap();
+    let said = Jobs(container, 200).run(FILES).await;
+    assert!(said.contains("Disk quota exceeded"), "{said}");
+    assert_eq!(usage(container).await.inodes, used + 2);
+}
+
+/// What others were promised is not free, used or not.
+async fn promises_are_counted(world: &World, engine: &Engine, container: &Container) {
+    let free = engine.disk_free().unwrap();
+    let most = usage(container).await;
+    let promised = most.limit.bytes - most.bytes;
+    let mut spec = world.spec(&fresh_handle());
+    spec.disk.bytes = free - promised / 2;
+    let error = create(engine, spec.clone()).await.unwrap_err();
+    assert!(
+        matches!(error, EngineError::Disk(DiskError::NotEnough { .. })),
+        "{error}"
+    );
+    let error = change(container, most.limit.bytes + free)
+        .await
+        .unwrap_err();
+    assert!(matches!(error, DiskError::NotEnough { .. }), "{error}");
+    spec.disk.bytes = free - promised - MB;
+    create(engine, spec).await.unwrap().destroy().await.unwrap();
+}
+
+fn project_of(world: &World, handle: &str) -> Option<u32> {
+    let directory = world.base.join("containers").join(handle).join("disk");
+    quota::project(File::open(directory).unwrap().as_fd()).unwrap()
+}
+
+fn quota_of(world: &World, number: u32) -> Quota {
+    quota::quota(File::open(&world.base).unwrap().as_fd(), number).unwrap()
+}
+
+#[test]
+fn a_depot_that_is_too_small_is_no_depot_without_bounds() {
+    world_within(SLOW, |world| async move {
+        let base = mount_depot(&world.base, "48M");
+        let engine = engine(&world, DiskWay::Auto).await;
+        assert_eq!(engine.shared.disks.describe(), "images");
+        let error = create(&engine, world.spec(&world.handle)).await;
+        let error = error.unwrap_err();
+        assert!(
+            matches!(
+                error,
+                EngineError::Disk(DiskError::NotEnough { free: 0, .. })
+            ),
+            "{error}"
+        );
+        engine.close().await;
+        run(&["umount", &base]);
+    });
+}

@@ -1,0 +1,141 @@
+//! Many containers in a row: whatever one of them leaves behind is there many times.
+
+use super::world::{World, create, fresh_handle, processes, run, shell, world_within};
+use crate::engine::Engine;
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::{Duration, Instant};
+
+/// How many at a time.
+const AT_ONCE: usize = 5;
+
+#[test]
+fn a_hundred_containers_leave_every_count_as_it_was() {
+    let rounds = std::env::var("OSTLER_ROUNDS").map_or(3, |rounds| rounds.parse().unwrap());
+    let patience = Duration::from_secs(60) * (rounds / 5 + 1);
+    world_within(patience, move |world| async move {
+        let mut config = world.config();
+        // Fewer than will be asked for: each must come back.
+        config.network.ports = 61_001..=61_010;
+        config.network.port_quarantine = Duration::ZERO;
+        let engine = Engine::open(config).await.unwrap();
+        // The first ones open what stays open, and charge what is shared to their groups.
+        for _ in 0..3 {
+            batch(&world, &engine).await;
+        }
+        settled(&world, &engine, &BTreeMap::new()).await;
+        let (before, memory) = (counts(&world, &engine).await, memory_groups());
+        for _ in 0..rounds {
+            batch(&world, &engine).await;
+        }
+        settled(&world, &engine, &before).await;
+        // Others make and remove groups, too; but not as many as were made here.
+        let most = memory + 40 + AT_ONCE * rounds as usize / 4;
+        assert!(
+            memory_groups() <= most,
+            "{} memory groups, {memory} before",
+            memory_groups()
+        );
+        engine.close().await;
+    });
+}
+
+/// Makes some containers with a job and a port each, and takes them away.
+async fn batch(world: &World, engine: &Engine) {
+    let lives = (0..AT_ONCE).map(|_| async {
+        let container = create(engine, world.spec(&fresh_handle())).await.unwrap();
+        container.map_port(None, None).await.unwrap();
+        let script =
+            "echo x > /tmp/x; dd if=/dev/zero of=/dev/shm/x bs=64k count=4 2>/dev/null; sleep 1000";
+        container.spawn(1, "vcap", shell(script)).await.unwrap();
+        container.destroy().await.unwrap();
+        container.destroy().await.expect("once more is fine");
+    });
+    futures_util::future::join_all(lives).await;
+}
+
+/// Waits until every count is what it was (or, without any before, does not change any more): the kernel
+/// takes links and groups away in its own time.
+async fn settled(world: &World, engine: &Engine, before: &BTreeMap<&'static str, usize>) {
+    let began = Instant::now();
+    let mut last = counts(world, engine).await;
+    loop {
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let now = counts(world, engine).await;
+        if (before.is_empty() && now == last) || now == *before {
+            return;
+        }
+        let waited = began.elapsed();
+        assert!(
+            waited < Duration::from_secs(30),
+            "before {before:?}, now {now:?}"
+        );
+        last = now;
+    }
+}
+
+/// v2: groups without a directory that something still holds, `nr_dying_descendants`.
+fn dying(parent: &str) -> usize {
+    let stats = ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"].map(|mount| {
+        fs::read_to_string(format!("{mount}/{parent}/cgroup.stat")).unwrap_or_default()
+    });
+    let number = |line: &str| {
+        line.strip_prefix("nr_dying_descendants ")?
+            .parse::<usize>()
+            .ok()
+    };
+    stats
+        .iter()
+        .flat_map(|stat| stat.lines())
+        .filter_map(number)
+        .sum()
+}
+
+/// Memory groups of the whole machine, dying ones included (`/proc/cgroups`); v1 tells no other number.
+fn memory_groups() -> usize {
+    let all = fs::read_to_string("/proc/cgroups").unwrap_or_default();
+    let line = all.lines().find(|line| line.starts_with("memory"));
+    line.map_or(0, |line| {
+        line.split_whitespace().nth(2).unwrap().parse().unwrap()
+    })
+}
+
+async fn counts(world: &World, engine: &Engine) -> BTreeMap<&'static str, usize> {
+    let home = world.base.parent().unwrap().display().to_string();
+    let lines = |text: String, what: &str| text.lines().filter(|line| line.contains(what)).count();
+    let file = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let entries = |path: &str| fs::read_dir(path).map_or(0, Iterator::count);
+    let loops = fs::read_dir("/sys/block").unwrap().flatten();
+    let backing = loops.map(|device| fs::read_to_string(device.path().join("loop/backing_file")));
+    let shared = &engine.shared;
+    let (depot, groups) = (shared.depot.clone(), shared.cgroups.clone());
+    BTreeMap::from([
+        ("mounts", lines(file("/proc/self/mountinfo"), &home)),
+        ("control groups", groups.list().unwrap().len()),
+        ("groups that are dying (v2)", dying(&world.parent)),
+        ("links", lines(file("/proc/thread-self/net/dev"), ":")),
+        (
+            "rules and elements",
+            run(&["nft", "list", "ruleset"]).split([',', '\n']).count(),
+        ),
+        (
+            "loop devices",
+            backing
+                .flatten()
+                .filter(|file| file.contains(&home))
+                .count(),
+        ),
+        ("ranges of ids", depot.ranges_taken()),
+        ("descriptors", entries("/proc/self/fd")),
+        (
+            "processes",
+            processes(&home).len()
+                + processes("wshd: ")
+                    .iter()
+                    .filter(|(_, title)| title.contains(&world.handle))
+                    .count(),
+        ),
+        ("directories", entries(&format!("{home}/base/containers"))),
+        ("trash", entries(&format!("{home}/base/trash"))),
+    ])
+}

@@ -1,0 +1,195 @@
+//! Project quotas (ext4 with the feature `project`, XFS; mounted with `prjquota`).
+
+use super::{Change, DiskError, Limit, Usage, open_directory, whole_mb};
+use crate::host::depot::Directory;
+use container::fault::{Context, SysError};
+use container::sys::quota::{self, Quota};
+use nix::errno::Errno;
+use nix::sys::statvfs::fstatvfs;
+use std::fs;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+/// Projects for containers. Which numbers are in use the kernel knows: a project with files or limits.
+#[derive(Debug)]
+pub(super) struct Projects {
+    /// The number to be tried next.
+    next: Mutex<u32>,
+}
+
+/// The project of one container.
+#[derive(Debug)]
+pub(super) struct Project {
+    directory: OwnedFd,
+    number: u32,
+}
+
+impl Projects {
+    /// Tries whether a directory in `base` can be bounded; why not, if it cannot.
+    pub(super) fn probe(base: &Path) -> Result<Self, String> {
+        /// Enough for a directory.
+        const LIMIT: Limit = Limit {
+            bytes: 1 << 20,
+            inodes: 16,
+        };
+        let mut seed = [0; 4];
+        getrandom::fill(&mut seed).map_err(|error| error.to_string())?;
+        let projects = Self {
+            next: Mutex::new(u32::from_ne_bytes(seed)),
+        };
+        // Killed here, the agent leaves something that the next one throws away.
+        let path = base.join("trash/probe");
+        let tried = || {
+            match fs::create_dir(&path) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                other => other.context("mkdir", path.display())?,
+            }
+            let project = projects.assign(&path, LIMIT)?;
+            // The kernel shows a limit here if it also holds it (ext4_statfs_project,
+            // xfs_qm_statvfs), and not if it merely counts.
+            let shown = fstatvfs(&project.directory).context("fstatvfs", path.display());
+            project.release()?;
+            shown
+        };
+        let shown = tried();
+        let _gone = fs::remove_dir(&path);
+        let shown = shown.map_err(|error| error.to_string())?;
+        if shown.blocks().saturating_mul(shown.fragment_size()) == LIMIT.bytes {
+            Ok(projects)
+        } else {
+            Err("the file system counts for projects but does not limit them: mount it with prjquota".into())
+        }
+    }
+
+    /// Bounds a fresh, empty directory.
+    pub(super) fn give(&self, path: &Path, limit: Limit) -> Result<(), SysError> {
+        self.assign(path, limit).map(drop)
+    }
+
+    /// Takes a number that nobody has, limits it, and gives the directory to it: from then on it shows as
+    /// taken.
+    fn assign(&self, path: &Path, limit: Limit) -> Result<Project, SysError> {
+        let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
+        let directory = open_directory(path)?;
+        loop {
+            *next = next.wrapping_add(1).max(1);
+            let number = *next;
+            let on = || format!("project {number} of {}", path.display());
+            let taken = quota::quota(directory.as_fd(), number).context("quotactl_fd", on())?;
+            if taken != Quota::default() {
+                continue;
+            }
+            quota::set_quota(directory.as_fd(), number, limit.bytes, limit.inodes)
+                .context("quotactl_fd", on())?;
+            let project = Project { directory, number };
+            return match quota::set_project(project.directory.as_fd(), number) {
+                Ok(()) => Ok(project),
+                Err(errno) => {
+                    project.release()?;
+                    Err(errno).context("FS_IOC_FSSETXATTR", on())
+                }
+            };
+        }
+    }
+}
+
+/// What a container was promised and has not used.
+pub(super) fn owed(directory: &Directory) -> Result<u64, SysError> {
+    let Some(project) = Project::find(&directory.disk())? else {
+        return Ok(0);
+    };
+    let quota = project.quota()?;
+    Ok(quota.most_bytes.saturating_sub(quota.bytes))
+}
+
+impl Project {
+    /// The project of a directory; `None` if it has none of its own, or is gone. What the directory above it
+    /// has, too, is the operator's, who bounds the depot.
+    pub(super) fn find(path: &Path) -> Result<Option<Self>, SysError> {
+        let Some(found) = Self::of(path)? else {
+            return Ok(None);
+        };
+        let above = path.parent().map_or(Ok(None), Self::of)?;
+        let its_own = above.is_none_or(|above| above.number != found.number);
+        Ok(its_own.then_some(found))
+    }
+
+    /// The project that a directory's files count for.
+    fn of(path: &Path) -> Result<Option<Self>, SysError> {
+        let directory = match open_directory(path) {
+            Err(SysError {
+                errno: Errno::ENOENT,
+                ..
+            }) => return Ok(None),
+            other => other?,
+        };
+        match quota::project(directory.as_fd()) {
+            // Nothing here counts.
+            Err(Errno::ENOTTY | Errno::EOPNOTSUPP | Errno::ENOSYS) | Ok(None | Some(0)) => Ok(None),
+            Err(errno) => Err(errno).context("FS_IOC_FSGETXATTR", path.display()),
+            Ok(Some(number)) => Ok(Some(Self { directory, number })),
+        }
+    }
+
+    /// How much more it would be promised.
+    pub(super) fn growth(&self, change: Change) -> Result<u64, SysError> {
+        let bytes = change.bytes.unwrap_or(0);
+        Ok(bytes.saturating_sub(self.quota()?.most_bytes))
+    }
+
+    fn quota(&self) -> Result<Quota, SysError> {
+        quota::quota(self.directory.as_fd(), self.number)
+            .context("quotactl_fd", format_args!("project {}", self.number))
+    }
+
+    pub(super) fn usage(&self) -> Result<Usage, SysError> {
+        let quota = self.quota()?;
+        Ok(Usage {
+            bytes: quota.bytes,
+            inodes: quota.inodes,
+            limit: Limit {
+                bytes: quota.most_bytes,
+                inodes: quota.most_inodes,
+            },
+        })
+    }
+
+    /// Changes the limits; what is there must fit. (What is written between the look and the change may
+    /// stand above the new limit; nothing can be added to it then.)
+    pub(super) fn limit(&self, change: Change) -> Result<(), DiskError> {
+        let quota = self.quota()?;
+        let limit = Limit {
+            bytes: change.bytes.unwrap_or(quota.most_bytes),
+            inodes: change.inodes.unwrap_or(quota.most_inodes),
+        };
+        if quota.bytes > limit.bytes || quota.inodes > limit.inodes {
+            return Err(DiskError::InUse {
+                smallest: Limit {
+                    bytes: whole_mb(quota.bytes),
+                    inodes: quota.inodes,
+                },
+            });
+        }
+        Ok(self.set(limit)?)
+    }
+
+    /// Lifts the limits: with its last file, the kernel forgets the project.
+    pub(super) fn release(&self) -> Result<(), SysError> {
+        self.set(Limit {
+            bytes: 0,
+            inodes: 0,
+        })
+    }
+
+    fn set(&self, limit: Limit) -> Result<(), SysError> {
+        quota::set_quota(
+            self.directory.as_fd(),
+            self.number,
+            limit.bytes,
+            limit.inodes,
+        )
+        .context("quotactl_fd", format_args!("project {}", self.number))
+    }
+}

@@ -1,0 +1,130 @@
+//! What an app that opens connections without end does to the host and to its neighbours.
+
+use super::table::CONNECTIONS_MAX;
+use super::testbed::{
+    Container, HOST, OUTSIDE, assert_rejected, converse, datagrams, on_host, open, open_hospitable,
+    outside, received, run, without,
+};
+
+const ONE: &str = "0000000000a";
+const TWO: &str = "0000000000b";
+
+/// How many connections the kernel remembers in the namespace of the calling thread.
+fn remembered() -> u32 {
+    let path = "/proc/sys/net/netfilter/nf_conntrack_count";
+    let count = std::fs::read_to_string(path).unwrap();
+    count.trim().parse().unwrap()
+}
+
+/// Begins so many, each from a port of its own to the same service; a refusal is told to a later one.
+fn flood(container: &Container, to: std::net::Ipv4Addr, count: u16) {
+    let flooder = container
+        .namespace
+        .datagrams(container.lease.container, 20_000);
+    for port in 0..count {
+        let _refused = flooder.send_to(b"x", (to, 10_000 + port));
+    }
+}
+
+#[test]
+fn a_flooder_has_its_connections_and_a_neighbour_has_its_own() {
+    on_host(|| async {
+        let (outside, network) = (outside(), open().await);
+        let one = Container::new(&network, ONE).await;
+        let two = Container::new(&network, TWO).await;
+        let listener = outside.listen(80);
+        // Nobody hears the rest, and nobody says so.
+        outside.inside(|| {
+            run("nft", "add table ip deaf");
+            let hook = "{ type filter hook input priority 0 ; }";
+            run("nft", &format!("add chain ip deaf input {hook}"));
+            run("nft", "add rule ip deaf input udp dport != 80 drop");
+        });
+        flood(&one, OUTSIDE, 6000);
+        let count = remembered();
+        assert!(
+            (CONNECTIONS_MAX..CONNECTIONS_MAX + 50).contains(&count),
+            "{count}"
+        );
+        assert_rejected(one.namespace.connect(OUTSIDE, 80));
+        converse(&listener, &mut two.namespace.connect(OUTSIDE, 80).unwrap());
+        let crowded = run("nft", "list chain inet ostler crowded");
+        assert!(!crowded.contains("packets 0 "), "{crowded}");
+        // What is open goes on, and what others began is not the flooder's.
+        let inner = one.namespace.listen(8080);
+        network.map_port(ONE, 61_001, 8080).await.unwrap();
+        converse(&inner, &mut outside.connect(HOST, 61_001).unwrap());
+        without(network, "admitted");
+        flood(&one, OUTSIDE, 6000);
+        assert!(remembered() >= 6000);
+    });
+}
+
+#[test]
+fn connections_to_the_host_count_too() {
+    on_host(|| async {
+        let (_outside, network) = (outside(), open_hospitable().await);
+        let one = Container::new(&network, ONE).await;
+        let _deaf = datagrams(HOST, 9);
+        run("nft", "add table ip deaf");
+        let hook = "{ type filter hook input priority 100 ; }";
+        run("nft", &format!("add chain ip deaf input {hook}"));
+        flood(&one, HOST, 6000);
+        assert!(remembered() < CONNECTIONS_MAX + 50, "{}", remembered());
+    });
+}
+
+/// An app that asks for names again and again has not all of its questions open.
+#[test]
+fn what_was_asked_of_a_name_server_is_soon_forgotten() {
+    on_host(|| async {
+        let (outside, network) = (outside(), open().await);
+        let one = Container::new(&network, ONE).await;
+        let asker = one.namespace.datagrams(one.lease.container, 20_000);
+        let left = [53, 54].map(|port| {
+            let server = outside.datagrams(OUTSIDE, port);
+            asker.send_to(b"?", (OUTSIDE, port)).unwrap();
+            let (_, from) = received(&server);
+            server.send_to(b"!", from).unwrap();
+            received(&asker);
+            let text = std::fs::read_to_string("/proc/thread-self/net/nf_conntrack").unwrap();
+            let mut lines = text.lines();
+            let line = lines.find(|line| line.contains(&format!("dport={port} ")));
+            // ipv4 2 udp 17 <seconds left> src=…
+            let seconds = line.unwrap().split_whitespace().nth(4).unwrap();
+            seconds.parse::<u32>().unwrap()
+        });
+        assert!(left[0] <= 10 && left[1] > 10, "{left:?}");
+    });
+}
+
+#[test]
+fn what_is_closed_is_soon_forgotten() {
+    on_host(|| async {
+        let (outside, network) = (outside(), open().await);
+        let one = Container::new(&network, ONE).await;
+        let open_and_close = |port| {
+            let listener = outside.listen(port);
+            let mut client = one.namespace.connect(OUTSIDE, port).unwrap();
+            drop(converse(&listener, &mut client));
+        };
+        open_and_close(81);
+        // Once both sides have heard of the end. The line: ipv4 2 tcp 6 <seconds left> TIME_WAIT …
+        let seconds_left = |port: u16| loop {
+            let text = std::fs::read_to_string("/proc/thread-self/net/nf_conntrack").unwrap();
+            let mut lines = text.lines();
+            let line = lines.find(|line| line.contains(&format!("dport={port} ")));
+            let fields: Vec<&str> = line.unwrap().split_whitespace().collect();
+            if fields[5] == "TIME_WAIT" {
+                return fields[4].parse::<u32>().unwrap();
+            }
+            std::thread::yield_now();
+        };
+        let left = seconds_left(81);
+        assert!(left <= 5, "{left}");
+        without(network, "admitted");
+        open_and_close(82);
+        let left = seconds_left(82);
+        assert!(left > 5, "{left}");
+    });
+}

@@ -1,0 +1,122 @@
+//! What a person is told of this host's firewall. Nothing of the host's own is changed.
+
+use super::table::{self, Policy};
+use super::{NetworkError, program};
+use rtnetlink::LinkVeth;
+use std::collections::BTreeSet;
+use std::time::Duration;
+use tokio::time::timeout;
+
+/// How long the kernel may take to answer.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Loads our table into this thread's network namespace, which must be a throw-away one. Blocks.
+///
+/// # Errors
+/// `nft` is missing, or the kernel lacks something that the rules use.
+pub fn try_rules() -> Result<(), NetworkError> {
+    let script = table::script(&Policy::default(), &BTreeSet::new(), &[]);
+    program::run("nft", &["-f", "-"], &script).map(drop)
+}
+
+/// Makes a pair of links in this thread's network namespace, which must be a throw-away one. Blocks.
+///
+/// # Errors
+/// What the kernel says.
+pub fn try_link() -> Result<(), String> {
+    let words = |error: &dyn std::error::Error| error.to_string();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|error| words(&error))?;
+    runtime.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection().map_err(|error| words(&error))?;
+        let connection = tokio::spawn(connection);
+        let pair = LinkVeth::new("os-probe-0", "os-probe-1").build();
+        let made = timeout(DEADLINE, handle.link().add(pair).execute()).await;
+        connection.abort();
+        match made {
+            Ok(made) => made.map_err(|error| words(&error)),
+            Err(_) => Err("the kernel does not answer".to_owned()),
+        }
+    })
+}
+
+/// Limits the bandwidth of `lo` in this thread's network namespace, which must be a throw-away one: in one
+/// direction by a token bucket, in the other by a rule. Blocks.
+///
+/// # Errors
+/// `tc` or `nft` is missing, or the kernel lacks one of the two.
+pub fn try_bandwidth() -> Result<(), NetworkError> {
+    let rule = "add table inet probe\n\
+                add chain inet probe in { type filter hook prerouting priority raw; }\n\
+                add rule inet probe in limit rate over 1 mbytes/second drop\n";
+    program::run("nft", &["-f", "-"], rule)?;
+    let bucket = "qdisc add dev lo root tbf rate 1mbit burst 10kb latency 25ms";
+    program::run("tc", &bucket.split(' ').collect::<Vec<_>>(), "").map(drop)
+}
+
+/// Others' chains that drop what is forwarded unless a rule of theirs accepts it, as `ip filter FORWARD`.
+/// Blocks.
+///
+/// # Errors
+/// `nft` is missing or failed.
+pub fn dropping_chains() -> Result<Vec<String>, NetworkError> {
+    program::run("nft", &["list", "chains"], "").map(|listing| dropping(&listing))
+}
+
+fn dropping(listing: &str) -> Vec<String> {
+    let (mut table, mut chain, mut found) = (String::new(), String::new(), Vec::new());
+    for line in listing.lines().map(str::trim) {
+        if let Some(name) = line.strip_prefix("table ") {
+            name.trim_end_matches(" {").clone_into(&mut table);
+        } else if let Some(name) = line.strip_prefix("chain ") {
+            name.trim_end_matches(" {").clone_into(&mut chain);
+        } else if line.contains(" hook forward ") && line.contains("policy drop") {
+            found.push(format!("{table} {chain}"));
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testbed::{on_host, run};
+    use super::{dropping_chains, try_bandwidth, try_link, try_rules};
+
+    #[test]
+    fn links_and_their_bandwidth_are_tried_in_the_namespace_of_the_thread() {
+        on_host(|| async {
+            let tried = std::thread::spawn(|| {
+                nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+                (
+                    try_link(),
+                    try_link(),
+                    try_bandwidth().map_err(|error| error.to_string()),
+                )
+            });
+            let (first, second, bandwidth) = tried.join().unwrap();
+            assert_eq!((first, bandwidth), (Ok(()), Ok(())));
+            assert!(
+                second.unwrap_err().contains("File exists"),
+                "it really was made"
+            );
+            assert!(!run("ip", "link").contains("os-probe"));
+        });
+    }
+
+    #[test]
+    fn only_chains_that_drop_what_is_forwarded_are_named() {
+        on_host(|| async {
+            assert_eq!(dropping_chains().unwrap(), Vec::<String>::new());
+            run("nft", "add table inet others");
+            for (chain, hook) in [("in", "input"), ("passing", "forward"), ("fine", "forward")] {
+                let policy = if chain == "fine" { "accept" } else { "drop" };
+                let what = format!("{{ type filter hook {hook} priority 10 ; policy {policy} ; }}");
+                run("nft", &format!("add chain inet others {chain} {what}"));
+            }
+            try_rules().unwrap();
+            assert_eq!(dropping_chains().unwrap(), ["inet others passing"]);
+        });
+    }
+}

@@ -1,0 +1,710 @@
+//! What this machine must have for containers, and what it should have: asked of the kernel, once.
+//!
+//! Everything is tried in throw-away namespaces and child processes, and nothing of it stays. What a container
+//! cannot do without is [`required`]: the agent refuses to start without it, in the same words in which
+//! `ostler doctor` tells it (but for the network's rules, which it tries by loading them). To be called while
+//! the process has one thread: it forks.
+
+use super::cgroups::Cgroups;
+use super::depot::disk;
+use super::network;
+use container::launch::Ids;
+use container::sys::clone::{Side, into_namespaces};
+use container::sys::mount::cover_idmapped;
+use container::sys::{pidfd, process};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl, open};
+use nix::mount::{MsFlags, mount};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::stat::Mode;
+use nix::unistd::{pipe2, read};
+use serde::Serialize;
+use std::fs;
+use std::ops::RangeInclusive;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+/// How long one child may take; mounts take milliseconds.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// What a finding means for the agent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Level {
+    /// It is as it should be.
+    Ok,
+    /// The agent works without it; something is weaker or will not be reached.
+    Warn,
+    /// The agent does not start without it.
+    Missing,
+}
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// What.
+    pub name: String,
+    /// How it is.
+    pub level: Level,
+    /// What was found, and what it means.
+    pub meaning: String,
+    /// What to do about it; empty if nothing.
+    pub advice: String,
+}
+
+impl std::fmt::Display for Finding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.name, self.meaning)?;
+        if !self.advice.is_empty() {
+            write!(f, ". {}", self.advice)?;
+        }
+        Ok(())
+    }
+}
+
+/// What is looked at.
+#[derive(Debug, Clone)]
+pub struct Wanted<'a> {
+    /// Where containers and droplets are kept; it need not exist.
+    pub base: &'a Path,
+    /// The stacks, by name.
+    pub stacks: Vec<(&'a str, &'a Path)>,
+    /// The parent of all control groups.
+    pub cgroup_parent: &'a str,
+    /// The ports that are mapped.
+    pub ports: RangeInclusive<u16>,
+    /// How writable layers are to be bounded.
+    pub disk: disk::Wanted,
+    /// Where the helpers are.
+    pub helpers: &'a Path,
+}
+
+fn ok(name: &str, meaning: impl Into<String>) -> Finding {
+    finding(name, Level::Ok, meaning, "")
+}
+
+fn finding(name: &str, level: Level, meaning: impl Into<String>, advice: &str) -> Finding {
+    Finding {
+        name: name.to_owned(),
+        level,
+        meaning: meaning.into(),
+        advice: advice.to_owned(),
+    }
+}
+
+/// What containers cannot do without.
+#[must_use]
+pub fn required(wanted: &Wanted<'_>) -> Vec<Finding> {
+    let mut found = vec![kernel(), users(), namespaces(), seccomp(), memory_files()];
+    found.extend(layers(wanted));
+    found.extend(cgroups(wanted.cgroup_parent));
+    found.extend([links(), helpers(wanted.helpers)]);
+    found
+}
+
+/// All that there is to say: first what is required.
+#[must_use]
+pub fn all(wanted: &Wanted<'_>) -> Vec<Finding> {
+    let mut found = required(wanted);
+    found.extend([disk(wanted), rules(), bandwidth()]);
+    found.extend(foreign_chains());
+    found.push(conntrack());
+    found.push(ports(&wanted.ports));
+    found.push(terminals());
+    found
+}
+
+/// The oldest kernel on which everything was tried (Debian 12).
+const FLOOR: (u32, u32) = (6, 1);
+
+fn kernel() -> Finding {
+    let name = "kernel";
+    let release = read_trimmed("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let mut numbers = release
+        .split(['.', '-'])
+        .map_while(|part| part.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    if version >= FLOOR {
+        return ok(name, format!("Linux {release}"));
+    }
+    let meaning = format!("Linux {release} is too old");
+    finding(name, Level::Missing, meaning, "Boot Linux 6.1 or newer")
+}
+
+fn users() -> Finding {
+    let name = "user namespaces";
+    match clone_into(CloneFlags::CLONE_NEWUSER) {
+        Ok(()) => ok(name, "every container has users of its own"),
+        Err(errno) => {
+            let advice = if matches!(errno, Errno::ENOSPC | Errno::EUSERS) {
+                "Set user.max_user_namespaces to 10000 or more, by sysctl"
+            } else if errno == Errno::EPERM {
+                "Run it as root of the host, with CAP_SYS_ADMIN, outside of sandboxes that forbid clone3"
+            } else {
+                "Boot a kernel with CONFIG_USER_NS"
+            };
+            let meaning = format!("cannot be made ({})", errno.desc());
+            finding(name, Level::Missing, meaning, advice)
+        }
+    }
+}
+
+fn namespaces() -> Finding {
+    let name = "other namespaces";
+    let all = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWPID
+        | CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWCGROUP;
+    match clone_into(all) {
+        Ok(()) => ok(name, "mount, pid, net, ipc, uts, cgroup; held by pidfd"),
+        Err(errno) => {
+            let meaning = format!("cannot be made ({})", errno.desc());
+            let advice = "Run it as root with CAP_SYS_ADMIN; see /proc/sys/user/max_*_namespaces";
+            finding(name, Level::Missing, meaning, advice)
+        }
+    }
+}
+
+fn seccomp() -> Finding {
+    let name = "seccomp filters";
+    let actions = read_trimmed("/proc/sys/kernel/seccomp/actions_avail").unwrap_or_default();
+    if actions.split(' ').any(|action| action == "errno") {
+        return ok(
+            name,
+            "apps may make the system calls of a list, and no others",
+        );
+    }
+    let advice = "Boot a kernel with CONFIG_SECCOMP_FILTER";
+    finding(name, Level::Missing, "the kernel has none", advice)
+}
+
+fn memory_files() -> Finding {
+    let name = "sealed memory files";
+    // vm.memfd_noexec of Linux 6.3; 2 forbids what can be executed.
+    if read_trimmed("/proc/sys/vm/memfd_noexec").is_some_and(|value| value == "2") {
+        let advice = "Set vm.memfd_noexec to 0 or 1, by sysctl";
+        let meaning = "those of programs are forbidden, and a container's init is one";
+        return finding(name, Level::Missing, meaning, advice);
+    }
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let sealed = memfd_create(c"ostler", flags)
+        .and_then(|file| fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)));
+    match sealed {
+        Ok(_) => ok(name, "no container can rewrite the program of its init"),
+        Err(errno) => {
+            let meaning = format!("cannot be made ({})", errno.desc());
+            finding(
+                name,
+                Level::Missing,
+                meaning,
+                "Boot a kernel with CONFIG_MEMFD_CREATE",
+            )
+        }
+    }
+}
+
+/// Overlays from mapped layers, as a container's root is made.
+fn layers(wanted: &Wanted<'_>) -> Vec<Finding> {
+    let on = |path: &Path| format!("\"{}\"", path.display());
+    let desk = match Desk::new(wanted.base) {
+        Ok(desk) => desk,
+        Err(error) => {
+            let meaning = format!("{} cannot be written ({error})", on(wanted.base));
+            let advice = "Choose another `base`, or mount it for writing";
+            return vec![finding("base directory", Level::Missing, meaning, advice)];
+        }
+    };
+    let users = match user_namespace() {
+        Ok(users) => users,
+        Err(errno) => {
+            let meaning = format!("none can get ids of its own ({})", errno.desc());
+            let advice = "Give the agent CAP_SETUID and CAP_SETGID of the host; in a user namespace it cannot work";
+            return vec![finding("user namespaces", Level::Missing, meaning, advice)];
+        }
+    };
+    let lower = desk.path.join("lower");
+    let droplets = ("base directory".to_owned(), &*lower, wanted.base);
+    let stacks = wanted
+        .stacks
+        .iter()
+        .map(|(name, path)| (format!("stack {name}"), *path, *path));
+    let mut found = Vec::new();
+    for (name, layer, shown) in std::iter::once(droplets).chain(stacks) {
+        let made = in_child(|| {
+            unshare(CloneFlags::CLONE_NEWNS)?;
+            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+            mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+            map_layer(layer, &users)
+        });
+        if let Err(errno) = made {
+            let meaning = format!(
+                "{} lies on a file system that cannot be mapped to a container's users ({})",
+                on(shown),
+                errno.desc()
+            );
+            let advice = "Put it on ext4, xfs, btrfs or tmpfs; overlay, 9p, FUSE and most network file systems cannot";
+            found.push(finding(&name, Level::Missing, meaning, advice));
+            continue;
+        }
+        let made = in_child(|| desk.overlay(layer, &users));
+        found.push(match made {
+            Ok(()) => ok(&name, format!("{} can be a layer of containers", on(shown))),
+            Err(errno) => {
+                let meaning = format!(
+                    "no overlay can be made of {} with its changes in {} ({})",
+                    on(shown),
+                    on(wanted.base),
+                    errno.desc()
+                );
+                let advice = "Load the module overlay, and put `base` on ext4, xfs or btrfs";
+                finding(&name, Level::Missing, meaning, advice)
+            }
+        });
+    }
+    found
+}
+
+fn map_layer(layer: &Path, users: &OwnedFd) -> Result<(), Errno> {
+    let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let directory = open(layer, flags, Mode::empty())?;
+    let mapped = cover_idmapped(directory.as_fd(), users.as_fd(), "layer");
+    mapped.map(drop).map_err(|error| error.errno)
+}
+
+/// A directory beside or below the base, for as long as this lives.
+struct Desk {
+    path: PathBuf,
+}
+
+impl Desk {
+    fn new(base: &Path) -> std::io::Result<Self> {
+        let there = base.ancestors().find(|path| path.is_dir()).unwrap_or(base);
+        let path = there.join(format!(".ostler-probe-{}", std::process::id()));
+        if let Err(error) = fs::create_dir(&path) {
+            if error.kind() != std::io::ErrorKind::AlreadyExists {
+                return Err(error);
+            }
+            // Of one that was killed: the number is ours now.
+            fs::remove_dir_all(&path)?;
+            fs::create_dir(&path)?;
+        }
+        let desk = Self { path };
+        for name in ["lower", "upper", "work", "root"] {
+            fs::create_dir(desk.path.join(name))?;
+        }
+        Ok(desk)
+    }
+
+    /// In a child: the mounts go with its namespace.
+    fn overlay(&self, layer: &Path, users: &OwnedFd) -> Result<(), Errno> {
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+        mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+        map_layer(layer, users)?;
+        // By descriptors, as paths may hold what mount options cannot.
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let open = |path: &Path| open(path, flags, Mode::empty());
+        let (upper, work) = (self.path.join("upper"), self.path.join("work"));
+        let (lower, upper, work) = (open(layer)?, open(&upper)?, open(&work)?);
+        let number = |fd: &OwnedFd| format!("/proc/self/fd/{}", fd.as_raw_fd());
+        let [lowers, uppers, works] = [&lower, &upper, &work].map(number);
+        let options = format!("lowerdir={lowers},upperdir={uppers},workdir={works}");
+        let root = self.path.join("root");
+        mount(
+            Some("overlay"),
+            &root,
+            Some("overlay"),
+            MsFlags::empty(),
+            Some(&*options),
+        )
+    }
+}
+
+impl Drop for Desk {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_dir_all(&self.path) {
+            tracing::warn!(path = %self.path.display(), %error, "a probe's directory stays");
+        }
+    }
+}
+
+/// Whether a process can be made in such namespaces.
+fn clone_into(namespaces: CloneFlags) -> Result<(), Errno> {
+    match into_namespaces(namespaces, None).map_err(|error| error.errno)? {
+        Side::Child => process::exit_now(0),
+        Side::Parent { pidfd, .. } => ended(&pidfd).map(drop),
+    }
+}
+
+/// A user namespace with ids of its own.
+fn user_namespace() -> Result<OwnedFd, Errno> {
+    /// Any that are not the host's own.
+    const FIRST: u32 = 0x1000_0000;
+    let (held, hold) = pipe2(OFlag::O_CLOEXEC)?;
+    let side = into_namespaces(CloneFlags::CLONE_NEWUSER, None).map_err(|error| error.errno)?;
+    let Side::Parent { pidfd, pid } = side else {
+        drop(hold);
+        let _hung_up = read(&held, &mut [0]);
+        process::exit_now(0)
+    };
+    let errno = |error: std::io::Error| error.raw_os_error().map_or(Errno::EIO, Errno::from_raw);
+    let map = format!("0 {FIRST} {}", Ids::COUNT);
+    let made = fs::write(format!("/proc/{pid}/uid_map"), &map)
+        .and_then(|()| fs::write(format!("/proc/{pid}/gid_map"), &map))
+        .and_then(|()| fs::File::open(format!("/proc/{pid}/ns/user")));
+    drop((held, hold));
+    ended(&pidfd)?;
+    made.map(OwnedFd::from).map_err(errno)
+}
+
+/// Runs it in a child.
+fn in_child(work: impl FnOnce() -> Result<(), Errno>) -> Result<(), Errno> {
+    let pid = process::fork(|| {
+        let code = work().map_or_else(|errno| errno as i32, |()| 0);
+        process::exit_now(code.clamp(0, 255))
+    })?;
+    let pidfd = pidfd::open(pid).map_err(|error| error.errno)?;
+    match ended(&pidfd)? {
+        0 => Ok(()),
+        code => Err(Errno::from_raw(code)),
+    }
+}
+
+/// The exit code of a child, which is killed after the deadline.
+fn ended(child: &OwnedFd) -> Result<i32, Errno> {
+    use container::status::Status;
+    let timeout = PollTimeout::try_from(DEADLINE).unwrap_or(PollTimeout::MAX);
+    let mut fds = [PollFd::new(child.as_fd(), PollFlags::POLLIN)];
+    let late = poll(&mut fds, timeout) == Ok(0);
+    if late {
+        // Dead already: so be it.
+        let _ = pidfd::send_signal(child, 9);
+        if poll(&mut fds, timeout) == Ok(0) {
+            // It waits in the kernel, for a mount that does not answer: it is left to that.
+            return Err(Errno::ETIMEDOUT);
+        }
+    }
+    match pidfd::wait(child).map_err(|error| error.errno)? {
+        Status::Exited(code) if !late => Ok(code.into()),
+        Status::Exited(_)
+        | Status::Signaled(_)
+        | Status::Started { .. }
+        | Status::Failed { .. } => Err(Errno::ETIMEDOUT),
+    }
+}
+
+fn cgroups(parent: &str) -> Vec<Finding> {
+    match Cgroups::look(parent) {
+        Err(error) => {
+            let mut meaning = error.to_string();
+            if let Some(cause) = std::error::Error::source(&error) {
+                meaning = format!("{meaning}: {cause}");
+            }
+            vec![finding("control groups", Level::Missing, meaning, "")]
+        }
+        Ok(described) => described
+            .split(", ")
+            .map(|line| {
+                let (name, how) = line.split_once(' ').unwrap_or((line, ""));
+                let name = format!("control group {name}");
+                if !how.starts_with("absent") && !how.starts_with("not ") {
+                    return ok(&name, how);
+                }
+                let advice = match &*name {
+                    "control group swap" => "Boot with swapaccount=1, or without swap",
+                    // v2 has neither a controller for devices nor one for freezing.
+                    "control group devices" => "On cgroup v2 this is as it should be",
+                    _ => "Mount the controller, or boot with a pure cgroup v2 hierarchy",
+                };
+                finding(
+                    &name,
+                    Level::Warn,
+                    format!("{how}: it limits nobody"),
+                    advice,
+                )
+            })
+            .collect(),
+    }
+}
+
+/// How the disk of one instance will be limited.
+fn disk(wanted: &Wanted<'_>) -> Finding {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let quotas = project_quotas(wanted.base, &mounts)
+        .then_some(())
+        .ok_or("its file system is not mounted with prjquota (ext4, xfs)");
+    let images = match Path::new("/dev/loop-control").exists() {
+        true => disk::can_make_images(),
+        false => Err("there are no loop devices, load the module loop".to_owned()),
+    };
+    disk_finding(wanted.disk, quotas, images)
+}
+
+fn disk_finding(
+    way: disk::Wanted,
+    quotas: Result<(), &str>,
+    images: Result<(), String>,
+) -> Finding {
+    use disk::Wanted::{Auto, Image, Quota, Unlimited};
+    let name = "disk limits";
+    let weak = |meaning: String| {
+        let advice = "Mount the file system of `base` with prjquota, or install e2fsprogs and load the module loop";
+        finding(name, Level::Warn, meaning, advice)
+    };
+    let missing = |why: &str| {
+        let meaning = format!("`instance.disk` is {way:?}, which does not work here: {why}");
+        let advice = "Mend that, or set `instance.disk` to \"auto\"";
+        finding(name, Level::Missing, meaning, advice)
+    };
+    match (way, quotas, images) {
+        (Unlimited, ..) => weak("switched off: an instance may fill the disk".to_owned()),
+        (Auto | Quota, Ok(()), _) => ok(name, "by project quotas"),
+        (Quota, Err(why), _) => missing(why),
+        (Image, _, Err(why)) => missing(&why),
+        (Auto | Image, _, Ok(())) => ok(name, "by an image on a loop device for each instance"),
+        (Auto, Err(quotas), Err(images)) => weak(format!(
+            "an instance may fill the disk: no project quotas ({quotas}) and no images ({images})"
+        )),
+    }
+}
+
+/// The programs that the agent starts.
+fn helpers(directory: &Path) -> Finding {
+    let name = "helpers";
+    let absent: Vec<&str> = ["wshd", "wsh", "iomux-spawn", "iomux-link", "oom"]
+        .into_iter()
+        .filter(|name| !directory.join(name).is_file())
+        .collect();
+    let there = directory.display();
+    if absent.is_empty() {
+        return ok(name, format!("in \"{there}\""));
+    }
+    let meaning = format!("\"{there}\" has no {}", absent.join(", "));
+    let advice = "Install them, or correct `helpers` in the configuration";
+    finding(name, Level::Missing, meaning, advice)
+}
+
+/// Whether the file system that holds this path counts by project, after `/proc/self/mountinfo` (proc(5)).
+fn project_quotas(path: &Path, mountinfo: &str) -> bool {
+    let holder = mountinfo
+        .lines()
+        .filter(|line| {
+            let point = line.split(' ').nth(4);
+            point.is_some_and(|point| path.starts_with(point))
+        })
+        // The last of the longest covers the others.
+        .max_by_key(|line| line.split(' ').nth(4).map_or(0, str::len));
+    let options = holder
+        .and_then(|line| line.rsplit(' ').next())
+        .unwrap_or("");
+    options
+        .split(',')
+        .any(|option| matches!(option, "prjquota" | "pquota"))
+}
+
+/// Does something in a network namespace of a thread that ends.
+fn elsewhere(work: fn() -> Result<(), String>) -> Result<(), String> {
+    let tried = std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| errno.desc().to_owned())?;
+        work()
+    });
+    tried
+        .join()
+        .unwrap_or_else(|_| Err("nobody knows".to_owned()))
+}
+
+fn links() -> Finding {
+    let name = "network links";
+    match elsewhere(network::try_link) {
+        Ok(()) => ok(name, "a container has a link of its own"),
+        Err(why) => {
+            let meaning = format!("cannot be made ({why})");
+            finding(name, Level::Missing, meaning, "Load the module veth")
+        }
+    }
+}
+
+fn rules() -> Finding {
+    let name = "network rules";
+    match elsewhere(|| network::try_rules().map_err(|error| error.to_string())) {
+        Ok(()) => ok(name, "nft loads the table"),
+        Err(why) => {
+            let advice = "Install nftables, and load the modules nf_tables, nft_ct, nft_fib_inet, nft_masq and nft_nat";
+            finding(
+                name,
+                Level::Missing,
+                format!("nft cannot load the table: {why}"),
+                advice,
+            )
+        }
+    }
+}
+
+/// With a program that the agent itself never runs.
+fn bandwidth() -> Finding {
+    let name = "bandwidth limits";
+    match elsewhere(|| network::try_bandwidth().map_err(|error| error.to_string())) {
+        Ok(()) => ok(name, "in both directions"),
+        Err(why) => {
+            let advice = "Install tc (iproute2) to have it tried, and load the modules sch_tbf and nft_limit";
+            finding(
+                name,
+                Level::Warn,
+                format!("they were not tried with success: {why}"),
+                advice,
+            )
+        }
+    }
+}
+
+fn foreign_chains() -> Vec<Finding> {
+    let name = "others' firewalls";
+    let chains = match network::dropping_chains() {
+        Ok(chains) => chains,
+        // That nft is missing is told already.
+        Err(error) => return vec![finding(name, Level::Warn, error.to_string(), "")],
+    };
+    if chains.is_empty() {
+        return vec![ok(name, "none drops what is forwarded")];
+    }
+    let tell = |chain: String| {
+        if chain.starts_with("ip filter FORWARD") {
+            let meaning = format!(
+                "chain {chain} drops what is forwarded (Docker, ufw); the agent puts two accepts there"
+            );
+            return ok(name, meaning);
+        }
+        let meaning =
+            format!("chain {chain} drops what is forwarded, and the agent does not edit it");
+        let advice = "Let packets from and to the interfaces os-* through there, or containers have no network";
+        finding(name, Level::Warn, meaning, advice)
+    };
+    chains.into_iter().map(tell).collect()
+}
+
+fn conntrack() -> Finding {
+    let name = "connection tracking";
+    match read_trimmed("/proc/sys/net/netfilter/nf_conntrack_max") {
+        Some(most) => ok(name, format!("{most} connections at most")),
+        None => {
+            let advice = "Load the module nf_conntrack";
+            finding(name, Level::Warn, "not loaded yet", advice)
+        }
+    }
+}
+
+fn ports(mapped: &RangeInclusive<u16>) -> Finding {
+    let name = "mapped ports";
+    let range = read_trimmed("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let reserved = read_trimmed("/proc/sys/net/ipv4/ip_local_reserved_ports").unwrap_or_default();
+    match overlap(mapped, &range, &reserved) {
+        None => ok(name, "the host takes none of them for its own connections"),
+        Some(port) => {
+            let (first, last) = (mapped.start(), mapped.end());
+            let meaning = format!(
+                "the host may take {port} for a connection of its own, and then it leads nowhere"
+            );
+            let advice =
+                format!("Set net.ipv4.ip_local_reserved_ports to {first}-{last}, by sysctl");
+            finding(name, Level::Warn, meaning, &advice)
+        }
+    }
+}
+
+/// The first mapped port that is in the kernel's range and not reserved.
+fn overlap(mapped: &RangeInclusive<u16>, range: &str, reserved: &str) -> Option<u16> {
+    let mut bounds = range
+        .split_whitespace()
+        .filter_map(|word| word.parse::<u16>().ok());
+    let local = bounds.next()?..=bounds.next()?;
+    let reserved: Vec<RangeInclusive<u16>> = reserved
+        .split(',')
+        .filter_map(|part| {
+            let (first, last) = part.split_once('-').unwrap_or((part, part));
+            Some(first.trim().parse().ok()?..=last.trim().parse().ok()?)
+        })
+        .collect();
+    let free =
+        |port: &u16| local.contains(port) && !reserved.iter().any(|range| range.contains(port));
+    mapped.clone().find(free)
+}
+
+fn terminals() -> Finding {
+    let name = "terminals";
+    match read_trimmed("/proc/sys/dev/tty/legacy_tiocsti").as_deref() {
+        Some("0") => ok(name, "nobody types into another's terminal (TIOCSTI)"),
+        _ => {
+            let meaning =
+                "programs of the host may type into their terminal (TIOCSTI); containers may not";
+            let advice =
+                "Set dev.tty.legacy_tiocsti to 0, by sysctl, where the kernel has it (6.2)";
+            finding(name, Level::Warn, meaning, advice)
+        }
+    }
+}
+
+fn read_trimmed(path: &str) -> Option<String> {
+    fs::read_to_string(path)
+        .ok()
+        .map(|text| text.trim().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Level, disk_finding, overlap, project_quotas};
+    use crate::host::depot::disk::Wanted;
+    use std::path::Path;
+
+    #[test]
+    fn disks_are_judged_by_what_is_configured() {
+        use Level::{Missing, Ok as Good, Warn};
+        use Wanted::{Auto, Image, Quota, Unlimited};
+        let table = [
+            (Auto, [Good, Good, Good, Warn]),
+            (Quota, [Good, Good, Missing, Missing]),
+            (Image, [Good, Missing, Good, Missing]),
+            (Unlimited, [Warn, Warn, Warn, Warn]),
+        ];
+        for (way, levels) in table {
+            let ways = [(true, true), (true, false), (false, true), (false, false)];
+            let found = ways.map(|(quotas, images)| {
+                let quotas = quotas.then_some(()).ok_or("no quotas");
+                let images = images.then_some(()).ok_or("no images".to_owned());
+                disk_finding(way, quotas, images).level
+            });
+            assert_eq!(found, levels, "{way:?}");
+        }
+    }
+
+    #[test]
+    fn quotas_are_those_of_the_file_system_that_holds_the_base() {
+        let mounts = "1 0 8:1 / / rw - ext4 /dev/a rw\n2 1 8:2 / /var/lib rw - xfs /dev/b rw,prjquota\n\
+                      3 2 8:3 / /var/lib/other rw - ext4 /dev/c rw\n";
+        let there = |path: &str| project_quotas(Path::new(path), mounts);
+        let seen = [
+            "/var/lib/ostler",
+            "/var/lib",
+            "/var",
+            "/var/library",
+            "/var/lib/other/x",
+        ]
+        .map(there);
+        assert_eq!(seen, [true, true, false, false, false]);
+    }
+
+    #[test]
+    fn ports_of_the_kernels_own_range_are_found_unless_reserved() {
+        let (mapped, range) = (61001..=65000, "32768\t60999");
+        assert_eq!(overlap(&mapped, range, ""), None);
+        assert_eq!(overlap(&(60000..=61000), range, ""), Some(60000));
+        assert_eq!(overlap(&(60000..=61000), range, "8080,60000-60999"), None);
+        assert_eq!(overlap(&(60000..=61000), range, "60000-60500"), Some(60501));
+        assert_eq!(overlap(&(60000..=60001), range, "60000"), Some(60001));
+        assert_eq!(overlap(&mapped, "", ""), None);
+    }
+}

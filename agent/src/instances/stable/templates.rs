@@ -1,0 +1,172 @@
+//! The newest accepted start message of each app, for `scale`: in memory, and by and by on disk.
+//!
+//! One writer for all, so of two messages the later one stays; what came for an app while it wrote is
+//! written once. Nobody waits for the disk but the answers that say so ([`Until::Kept`](super::waiting::Until)).
+
+use crate::host::blocking;
+use crate::instances::instance::Change;
+use crate::instances::record::{make_private, write_durably};
+use serde_json::Value;
+use std::collections::{HashMap, HashSet};
+use std::error::Error;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use tokio::sync::mpsc;
+use tracing::warn;
+
+/// Apps that are remembered, those that have instances here not counted.
+const MOST: usize = 1000;
+
+/// Messages that are looked at together.
+const BATCH: usize = 1024;
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Templates {
+    newest: HashMap<String, Value>,
+    /// The number that was given last.
+    asked: u64,
+    /// All up to this number are on disk.
+    kept: u64,
+    /// Unbounded in type; each holds a start message that was accepted a moment ago.
+    changes: mpsc::UnboundedSender<Written>,
+}
+
+/// What stands on the disk for an app from this number on; `None`: nothing.
+#[derive(Debug)]
+struct Written {
+    number: u64,
+    droplet: String,
+    message: Option<Vec<u8>>,
+}
+
+impl Templates {
+    /// What earlier lives of the agent kept in `<base>/templates`, and the writer, for the caller to run
+    /// beside it. `told` hears what is on disk.
+    pub(super) async fn open(
+        base: &Path,
+        told: mpsc::UnboundedSender<Change>,
+    ) -> (Self, impl Future<Output = ()> + use<>) {
+        let dir = base.join("templates");
+        let from = dir.clone();
+        let newest = blocking(move || load(&from)).await;
+        let (changes, written) = mpsc::unbounded_channel();
+        let templates = Self {
+            newest,
+            asked: 0,
+            kept: 0,
+            changes,
+        };
+        (templates, write(dir, written, told))
+    }
+
+    /// The newest of this app.
+    pub(super) fn get(&self, droplet: &str) -> Option<&Value> {
+        self.newest.get(droplet)
+    }
+
+    /// All of them.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Value> {
+        self.newest.values()
+    }
+
+    /// Remembers the newest start message of an app, and forgets one of an app that is not `here` where
+    /// there are too many: they hold droplets on the disk. The number under which it will be kept.
+    pub(super) fn keep(&mut self, droplet: &str, message: Value, here: &HashSet<&str>) -> u64 {
+        let number = self.write(droplet, Some(message.to_string().into_bytes()));
+        self.newest.insert(droplet.to_owned(), message);
+        if self.newest.len() > MOST {
+            let mut all = self.newest.keys();
+            let gone = all.find(|other| *other != droplet && !here.contains(other.as_str()));
+            if let Some(gone) = gone.cloned() {
+                self.newest.remove(&gone);
+                self.write(&gone, None);
+            }
+        }
+        number
+    }
+
+    fn write(&mut self, droplet: &str, message: Option<Vec<u8>>) -> u64 {
+        self.asked += 1;
+        let written = Written {
+            number: self.asked,
+            droplet: droplet.to_owned(),
+            message,
+        };
+        // The writer ends after this.
+        drop(self.changes.send(written));
+        self.asked
+    }
+
+    /// All up to this number are on disk.
+    pub(super) fn note(&mut self, kept: u64) {
+        self.kept = kept;
+    }
+
+    /// Whether what has this number is on disk, or a newer one of its app.
+    pub(super) fn is_kept(&self, number: u64) -> bool {
+        number <= self.kept
+    }
+
+    /// Whether all that was asked for is on disk.
+    pub(super) fn are_kept(&self) -> bool {
+        self.is_kept(self.asked)
+    }
+}
+
+/// The writer: as long as there are [`Templates`].
+async fn write(
+    dir: PathBuf,
+    mut written: mpsc::UnboundedReceiver<Written>,
+    told: mpsc::UnboundedSender<Change>,
+) {
+    let mut batch = Vec::new();
+    while written.recv_many(&mut batch, BATCH).await > 0 {
+        let Some(last) = batch.last().map(|written| written.number) else {
+            continue;
+        };
+        let newest: HashMap<String, Option<Vec<u8>>> = batch
+            .drain(..)
+            .map(|written| (written.droplet, written.message))
+            .collect();
+        for (droplet, message) in newest {
+            let (dir, name) = (dir.clone(), format!("{droplet}.json"));
+            let done = blocking(move || replace(&dir, &name, message.as_deref())).await;
+            if let Err(error) = done {
+                warn!(droplet, %error, "after a restart this app cannot be scaled from 0");
+            }
+        }
+        // The stable ends only when the agent does.
+        drop(told.send(Change::Kept(last)));
+    }
+}
+
+/// Blocks.
+fn replace(
+    dir: &Path,
+    name: &str,
+    message: Option<&[u8]>,
+) -> Result<(), Box<dyn Error + Send + Sync>> {
+    make_private(dir)?;
+    match message {
+        Some(bytes) => write_durably(dir, name, bytes)?,
+        None => match fs::remove_file(dir.join(name)) {
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        },
+    }
+    Ok(())
+}
+
+/// Blocks.
+fn load(dir: &Path) -> HashMap<String, Value> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let templates = entries.filter_map(|entry| {
+        let name = entry.file_name().into_string().ok()?;
+        let droplet = name.strip_suffix(".json")?.to_owned();
+        let message = serde_json::from_slice(&fs::read(entry.path()).ok()?).ok()?;
+        Some((droplet, message))
+    });
+    templates.collect()
+}

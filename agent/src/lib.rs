@@ -1,0 +1,19 @@
+//! The host agent: what `ostler` runs, and in [`foreign`] its parsers of foreign bytes.
+
+mod bus;
+pub mod cli;
+pub mod config;
+pub mod daemon;
+mod engine;
+pub mod foreign;
+mod host;
+mod instances;
+mod metrics;
+mod quiet;
+mod random;
+
+pub use bus::{CLIENT_OFF, causes};
+pub use quiet::Quiet;
+
+/// What this agent calls itself on the bus.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

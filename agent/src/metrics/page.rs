@@ -1,0 +1,232 @@
+//! The numbers as Prometheus reads them: text format 0.0.4, names with base units.
+
+use crate::instances::outlet::Mark;
+use crate::instances::stable::Standing;
+use messages::service::Counts;
+use messages::subjects::Incoming;
+use nix::sys::resource::{UsageWho, getrusage};
+use std::fmt::{Display, Write};
+
+/// All that the page tells.
+#[derive(Debug)]
+pub(super) struct Numbers {
+    /// `None`: the stable said nothing in time.
+    pub(super) standing: Option<Standing>,
+    /// The connection as it is.
+    pub(super) mark: Mark,
+    /// Messages that came and were not read in time.
+    pub(super) dropped: u64,
+    /// Those of [`Incoming::answered`], in that order.
+    pub(super) counts: Vec<Counts>,
+    /// When the agent began, in seconds since the epoch.
+    pub(super) since: u64,
+    /// What it uses itself.
+    pub(super) process: Process,
+}
+
+/// What the agent's own process uses; what cannot be read is left out.
+#[derive(Debug, Default)]
+pub(super) struct Process {
+    cpu_microseconds: Option<i64>,
+    resident_bytes: Option<u64>,
+    open_files: Option<u64>,
+}
+
+impl Process {
+    /// Reads `/proc`, which never waits for a disk.
+    pub(super) fn read() -> Self {
+        let usage = getrusage(UsageWho::RUSAGE_SELF).ok();
+        let cpu = usage.map(|usage| usage.user_time() + usage.system_time());
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let resident = status.lines().find_map(|line| {
+            let kilobytes = line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?;
+            Some(kilobytes.parse::<u64>().ok()? << 10)
+        });
+        let files = std::fs::read_dir("/proc/self/fd");
+        Self {
+            cpu_microseconds: cpu.map(|cpu| cpu.tv_sec() * 1_000_000 + cpu.tv_usec()),
+            resident_bytes: resident,
+            // One of them is that directory.
+            open_files: files
+                .ok()
+                .map(|files| (files.count() as u64).saturating_sub(1)),
+        }
+    }
+}
+
+/// How a number behaves.
+#[derive(Debug, Clone, Copy)]
+enum Kind {
+    Counter,
+    Gauge,
+    Summary,
+}
+
+/// The whole page.
+pub(super) fn page(numbers: &Numbers) -> String {
+    let mut page = Text(String::new());
+    page.family("ostler_build_info", Kind::Gauge, "The agent's version.");
+    page.sample("ostler_build_info", &[("version", crate::VERSION)], 1);
+    if let Some(standing) = &numbers.standing {
+        host(&mut page, standing);
+    }
+    bus(&mut page, numbers);
+    requests(&mut page, &numbers.counts);
+    process(&mut page, numbers);
+    page.0
+}
+
+fn host(page: &mut Text, standing: &Standing) {
+    let name = "ostler_instances";
+    page.family(name, Kind::Gauge, "Instances on this host by their state.");
+    for (state, count) in standing.states {
+        page.sample(name, &[("state", state.name())], count);
+    }
+    let (host, capacity) = (&standing.host, standing.capacity);
+    let bytes = |megabytes: i64| megabytes.saturating_mul(1 << 20);
+    let all = |megabytes: u64| bytes(i64::try_from(megabytes).unwrap_or(i64::MAX));
+    for (name, value, help) in [
+        (
+            "ostler_memory_capacity_bytes",
+            all(capacity.memory),
+            "Memory that instances may reserve together.",
+        ),
+        (
+            "ostler_memory_available_bytes",
+            bytes(host.available_memory),
+            "Memory that is not reserved; negative when overcommitted.",
+        ),
+        (
+            "ostler_disk_capacity_bytes",
+            all(capacity.disk),
+            "Disk space that instances may reserve together.",
+        ),
+        (
+            "ostler_disk_available_bytes",
+            bytes(host.available_disk),
+            "Disk space that is neither reserved nor used; negative when overcommitted.",
+        ),
+    ] {
+        page.family(name, Kind::Gauge, help);
+        page.sample(name, &[], value);
+    }
+}
+
+fn bus(page: &mut Text, numbers: &Numbers) {
+    let mark = numbers.mark;
+    let name = "ostler_bus_connected";
+    page.family(
+        name,
+        Kind::Gauge,
+        "Whether there is a connection to the bus.",
+    );
+    page.sample(name, &[], u8::from(mark.up()));
+    for (name, value, help) in [
+        (
+            "ostler_bus_connects_total",
+            mark.connects(),
+            "Connections to the bus that were made.",
+        ),
+        (
+            "ostler_bus_refused_messages_total",
+            mark.refused(),
+            "Messages of this host that the bus did not take: without permission, or too large.",
+        ),
+        (
+            "ostler_bus_dropped_messages_total",
+            numbers.dropped,
+            "Messages to this host that were dropped, because it read too slowly.",
+        ),
+    ] {
+        page.family(name, Kind::Counter, help);
+        page.sample(name, &[], value);
+    }
+}
+
+fn requests(page: &mut Text, counts: &[Counts]) {
+    let endpoints: Vec<String> = Incoming::answered().map(Incoming::name).collect();
+    let each = || endpoints.iter().map(String::as_str).zip(counts);
+    let name = "ostler_requests_total";
+    page.family(name, Kind::Counter, "Requests that were answered.");
+    for (endpoint, counts) in each() {
+        let good = counts.num_requests.saturating_sub(counts.num_errors);
+        for (result, value) in [("ok", good), ("error", counts.num_errors)] {
+            page.sample(name, &[("endpoint", endpoint), ("result", result)], value);
+        }
+    }
+    let name = "ostler_request_seconds";
+    page.family(name, Kind::Summary, "From a request to its answer.");
+    for (endpoint, counts) in each() {
+        let labels = [("endpoint", endpoint)];
+        let (whole, rest) = (counts.processing_time / NANO, counts.processing_time % NANO);
+        page.sample(
+            &format!("{name}_sum"),
+            &labels,
+            format_args!("{whole}.{rest:09}"),
+        );
+        page.sample(&format!("{name}_count"), &labels, counts.num_requests);
+    }
+}
+
+/// Nanoseconds in a second.
+const NANO: u64 = 1_000_000_000;
+
+fn process(page: &mut Text, numbers: &Numbers) {
+    let name = "process_start_time_seconds";
+    page.family(name, Kind::Gauge, "When the agent began, since the epoch.");
+    page.sample(name, &[], numbers.since);
+    let process = &numbers.process;
+    if let Some(cpu) = process.cpu_microseconds {
+        let name = "process_cpu_seconds_total";
+        page.family(name, Kind::Counter, "Processor time of the agent itself.");
+        let (whole, rest) = (cpu / 1_000_000, cpu % 1_000_000);
+        page.sample(name, &[], format_args!("{whole}.{rest:06}"));
+    }
+    for (name, value, help) in [
+        (
+            "process_resident_memory_bytes",
+            process.resident_bytes,
+            "Memory of the agent itself.",
+        ),
+        (
+            "process_open_fds",
+            process.open_files,
+            "Open files of the agent itself.",
+        ),
+    ] {
+        if let Some(value) = value {
+            page.family(name, Kind::Gauge, help);
+            page.sample(name, &[], value);
+        }
+    }
+}
+
+/// The text as it grows. Every name, help and label value is one of this program's own: none needs escapes.
+struct Text(String);
+
+impl Text {
+    fn family(&mut self, name: &str, kind: Kind, help: &str) {
+        let kind = match kind {
+            Kind::Counter => "counter",
+            Kind::Gauge => "gauge",
+            Kind::Summary => "summary",
+        };
+        self.line(format_args!("# HELP {name} {help}"));
+        self.line(format_args!("# TYPE {name} {kind}"));
+    }
+
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl Display) {
+        let pairs: Vec<String> = { labels.iter() }
+            .map(|(label, value)| format!("{label}=\"{value}\""))
+            .collect();
+        match pairs.is_empty() {
+            true => self.line(format_args!("{name} {value}")),
+            false => self.line(format_args!("{name}{{{}}} {value}", pairs.join(","))),
+        }
+    }
+
+    fn line(&mut self, line: impl Display) {
+        // Writing to a String cannot fail.
+        let _ = writeln!(self.0, "{line}");
+    }
+}

@@ -1,0 +1,748 @@
+//! Which system calls may be made in a container: a list of what is allowed, and the filter made of it.
+//!
+//! The measure is what Docker and Podman publish as their defaults: moby/profiles, seccomp/default.json at
+//! 190fa92 (it knows Linux up to 6.13), and containers/common, pkg/seccomp/seccomp.json at 08bbb0d, for
+//! a container without capabilities. Tighter than either:
+//!
+//! * no keyrings (`add_key`, `keyctl`, `request_key`): they are not divided by namespaces as files are;
+//! * no `io_uring_*`, `bpf`, `userfaultfd`, `perf_event_open`, no namespace or mount of any kind, whatever
+//!   capabilities a job has;
+//! * `socket` for five families; the others are doors to kernel modules, and vsock leads to the hypervisor;
+//! * `ioctl` without `TIOCSTI` and `TIOCLINUX`, which type into terminals (CVE-2019-10063: the kernel looks
+//!   at the low 32 bits of a request only, and so do we);
+//! * no 32-bit calls, by neither entry: their numbers are others.
+//!
+//! A known call that is not allowed is `EPERM`. One that is newer than the list is `ENOSYS`, so that a C
+//! library takes its older way; `clone3`, whose flags no filter can see, too.
+
+use super::measure::Measure;
+use crate::fault::{Context, SysError};
+use crate::sys::seccomp::install;
+use nix::errno::Errno;
+use nix::libc::{self, c_long, sock_filter};
+
+#[cfg(not(target_arch = "x86_64"))]
+compile_error!("the list of system calls is that of x86_64");
+
+/// `AUDIT_ARCH_X86_64` (linux/audit.h): the calls are those of a 64-bit process. Those of `int 0x80` come
+/// with another value.
+const ARCHITECTURE: u32 = 0xc000_003e;
+/// The first numbers past those that x86_64 had at Linux 6.13 (the list's age): the old table, and the one
+/// that all architectures share. x32, whose numbers have bit 30 set, is past both.
+const AGE: [std::ops::RangeInclusive<u32>; 2] = [0..=335, 424..=466];
+
+/// All of `CLONE_NEW*` that clone(2) knows.
+const NEW_NAMESPACES: u32 = 0x7e02_0000;
+/// `AF_UNIX`, `AF_INET`, `AF_INET6`, `AF_NETLINK`, `AF_PACKET` (which wants `CAP_NET_RAW`).
+const FAMILIES: [u32; 5] = [1, 2, 10, 16, 17];
+/// `TIOCSTI`, `TIOCLINUX`.
+const TYPING: [u32; 2] = [0x5412, 0x541c];
+/// `PER_LINUX`, `PER_LINUX32`, each with and without `UNAME26`, and the question for it.
+const PERSONALITIES: [u32; 5] = [0, 8, 0x2_0000, 0x2_0008, u32::MAX];
+
+/// What is allowed whatever its arguments are.
+const ALLOWED: [&[c_long]; 8] = [
+    FILES,
+    DESCRIPTORS,
+    MEMORY,
+    PROCESSES,
+    CREDENTIALS,
+    TIME,
+    SOCKETS,
+    IPC,
+];
+
+const FILES: &[c_long] = &[
+    libc::SYS_access,
+    libc::SYS_chdir,
+    libc::SYS_chmod,
+    libc::SYS_chown,
+    libc::SYS_chroot,
+    libc::SYS_creat,
+    libc::SYS_faccessat,
+    libc::SYS_faccessat2,
+    libc::SYS_fchdir,
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchmodat2,
+    libc::SYS_fchown,
+    libc::SYS_fchownat,
+    libc::SYS_fgetxattr,
+    libc::SYS_flistxattr,
+    libc::SYS_fremovexattr,
+    libc::SYS_fsetxattr,
+    libc::SYS_fstat,
+    libc::SYS_fstatfs,
+    libc::SYS_futimesat,
+    libc::SYS_getcwd,
+    libc::SYS_getdents,
+    libc::SYS_getdents64,
+    libc::SYS_getxattr,
+    libc::SYS_inotify_add_watch,
+    libc::SYS_inotify_init,
+    libc::SYS_inotify_init1,
+    libc::SYS_inotify_rm_watch,
+    libc::SYS_fanotify_mark,
+    libc::SYS_lchown,
+    libc::SYS_lgetxattr,
+    libc::SYS_link,
+    libc::SYS_linkat,
+    libc::SYS_listxattr,
+    libc::SYS_llistxattr,
+    libc::SYS_lremovexattr,
+    libc::SYS_lsetxattr,
+    libc::SYS_lstat,
+    libc::SYS_mkdir,
+    libc::SYS_mkdirat,
+    libc::SYS_mknod,
+    libc::SYS_mknodat,
+    libc::SYS_name_to_handle_at,
+    libc::SYS_newfstatat,
+    libc::SYS_open,
+    libc::SYS_openat,
+    libc::SYS_openat2,
+    libc::SYS_readlink,
+    libc::SYS_readlinkat,
+    libc::SYS_removexattr,
+    libc::SYS_rename,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_rmdir,
+    libc::SYS_setxattr,
+    libc::SYS_stat,
+    libc::SYS_statfs,
+    libc::SYS_statx,
+    libc::SYS_symlink,
+    libc::SYS_symlinkat,
+    libc::SYS_sync,
+    libc::SYS_syncfs,
+    libc::SYS_truncate,
+    libc::SYS_umask,
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
+    libc::SYS_utime,
+    libc::SYS_utimensat,
+    libc::SYS_utimes,
+    // landlock: a job may shut itself in further.
+    libc::SYS_landlock_add_rule,
+    libc::SYS_landlock_create_ruleset,
+    libc::SYS_landlock_restrict_self,
+    // 6.8: statmount, listmount. 6.13: setxattrat, getxattrat, listxattrat, removexattrat.
+    457,
+    458,
+    463,
+    464,
+    465,
+    466,
+];
+
+const DESCRIPTORS: &[c_long] = &[
+    libc::SYS_close,
+    libc::SYS_close_range,
+    libc::SYS_copy_file_range,
+    libc::SYS_dup,
+    libc::SYS_dup2,
+    libc::SYS_dup3,
+    libc::SYS_epoll_create,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_epoll_pwait2,
+    libc::SYS_epoll_wait,
+    libc::SYS_eventfd,
+    libc::SYS_eventfd2,
+    libc::SYS_fadvise64,
+    libc::SYS_fallocate,
+    libc::SYS_fcntl,
+    libc::SYS_fdatasync,
+    libc::SYS_flock,
+    libc::SYS_fsync,
+    libc::SYS_ftruncate,
+    libc::SYS_io_cancel,
+    libc::SYS_io_destroy,
+    libc::SYS_io_getevents,
+    libc::SYS_io_setup,
+    libc::SYS_io_submit,
+    libc::SYS_lseek,
+    libc::SYS_pipe,
+    libc::SYS_pipe2,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_pread64,
+    libc::SYS_preadv,
+    libc::SYS_preadv2,
+    libc::SYS_pselect6,
+    libc::SYS_pwrite64,
+    libc::SYS_pwritev,
+    libc::SYS_pwritev2,
+    libc::SYS_read,
+    libc::SYS_readahead,
+    libc::SYS_readv,
+    libc::SYS_select,
+    libc::SYS_sendfile,
+    libc::SYS_signalfd,
+    libc::SYS_signalfd4,
+    libc::SYS_splice,
+    libc::SYS_sync_file_range,
+    libc::SYS_tee,
+    libc::SYS_vmsplice,
+    libc::SYS_write,
+    libc::SYS_writev,
+    // 4.18: io_pgetevents.
+    333,
+];
+
+const MEMORY: &[c_long] = &[
+    libc::SYS_brk,
+    libc::SYS_madvise,
+    libc::SYS_membarrier,
+    libc::SYS_memfd_create,
+    libc::SYS_memfd_secret,
+    libc::SYS_mincore,
+    libc::SYS_mlock,
+    libc::SYS_mlock2,
+    libc::SYS_mlockall,
+    libc::SYS_mmap,
+    libc::SYS_mprotect,
+    libc::SYS_mremap,
+    libc::SYS_mseal,
+    libc::SYS_msync,
+    libc::SYS_munlock,
+    libc::SYS_munlockall,
+    libc::SYS_munmap,
+    libc::SYS_pkey_alloc,
+    libc::SYS_pkey_free,
+    libc::SYS_pkey_mprotect,
+    libc::SYS_remap_file_pages,
+    // 6.5: cachestat. 6.6: map_shadow_stack.
+    451,
+    453,
+];
+
+const PROCESSES: &[c_long] = &[
+    libc::SYS_arch_prctl,
+    libc::SYS_execve,
+    libc::SYS_execveat,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_fork,
+    libc::SYS_futex,
+    libc::SYS_futex_waitv,
+    libc::SYS_get_robust_list,
+    libc::SYS_get_thread_area,
+    libc::SYS_getcpu,
+    libc::SYS_getpgid,
+    libc::SYS_getpgrp,
+    libc::SYS_getpid,
+    libc::SYS_getppid,
+    libc::SYS_getpriority,
+    libc::SYS_getrlimit,
+    libc::SYS_getrusage,
+    libc::SYS_getsid,
+    libc::SYS_gettid,
+    libc::SYS_ioprio_get,
+    libc::SYS_ioprio_set,
+    libc::SYS_kill,
+    libc::SYS_modify_ldt,
+    libc::SYS_pause,
+    libc::SYS_pidfd_open,
+    libc::SYS_pidfd_send_signal,
+    libc::SYS_prctl,
+    libc::SYS_process_mrelease,
+    // Within the container only, and no way around the filter (since Linux 4.8).
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_ptrace,
+    libc::SYS_restart_syscall,
+    libc::SYS_rseq,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigpending,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigqueueinfo,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigsuspend,
+    libc::SYS_rt_sigtimedwait,
+    libc::SYS_rt_tgsigqueueinfo,
+    libc::SYS_sched_get_priority_max,
+    libc::SYS_sched_get_priority_min,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_getattr,
+    libc::SYS_sched_getparam,
+    libc::SYS_sched_getscheduler,
+    libc::SYS_sched_rr_get_interval,
+    libc::SYS_sched_setaffinity,
+    libc::SYS_sched_setattr,
+    libc::SYS_sched_setparam,
+    libc::SYS_sched_setscheduler,
+    libc::SYS_sched_yield,
+    libc::SYS_seccomp,
+    libc::SYS_set_robust_list,
+    libc::SYS_set_thread_area,
+    libc::SYS_set_tid_address,
+    libc::SYS_setpgid,
+    libc::SYS_setpriority,
+    libc::SYS_setrlimit,
+    libc::SYS_setsid,
+    libc::SYS_sigaltstack,
+    libc::SYS_sysinfo,
+    libc::SYS_tgkill,
+    libc::SYS_tkill,
+    libc::SYS_uname,
+    libc::SYS_vfork,
+    libc::SYS_wait4,
+    libc::SYS_waitid,
+    // 6.11: uretprobe, the kernel's own. 6.7: futex_wake, futex_wait, futex_requeue.
+    335,
+    454,
+    455,
+    456,
+];
+
+const CREDENTIALS: &[c_long] = &[
+    libc::SYS_capget,
+    libc::SYS_capset,
+    libc::SYS_getegid,
+    libc::SYS_geteuid,
+    libc::SYS_getgid,
+    libc::SYS_getgroups,
+    libc::SYS_getresgid,
+    libc::SYS_getresuid,
+    libc::SYS_getuid,
+    libc::SYS_setfsgid,
+    libc::SYS_setfsuid,
+    libc::SYS_setgid,
+    libc::SYS_setgroups,
+    libc::SYS_setregid,
+    libc::SYS_setresgid,
+    libc::SYS_setresuid,
+    libc::SYS_setreuid,
+    libc::SYS_setuid,
+];
+
+const TIME: &[c_long] = &[
+    // Setting a clock wants a capability that no job has.
+    libc::SYS_adjtimex,
+    libc::SYS_alarm,
+    libc::SYS_clock_adjtime,
+    libc::SYS_clock_getres,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_getitimer,
+    libc::SYS_getrandom,
+    libc::SYS_gettimeofday,
+    libc::SYS_nanosleep,
+    libc::SYS_setitimer,
+    libc::SYS_time,
+    libc::SYS_timer_create,
+    libc::SYS_timer_delete,
+    libc::SYS_timer_getoverrun,
+    libc::SYS_timer_gettime,
+    libc::SYS_timer_settime,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_gettime,
+    libc::SYS_timerfd_settime,
+    libc::SYS_times,
+];
+
+const SOCKETS: &[c_long] = &[
+    libc::SYS_accept,
+    libc::SYS_accept4,
+    libc::SYS_bind,
+    libc::SYS_connect,
+    libc::SYS_getpeername,
+    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
+    libc::SYS_listen,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmmsg,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_setsockopt,
+    libc::SYS_shutdown,
+];
+
+const IPC: &[c_long] = &[
+    libc::SYS_mq_getsetattr,
+    libc::SYS_mq_notify,
+    libc::SYS_mq_open,
+    libc::SYS_mq_timedreceive,
+    libc::SYS_mq_timedsend,
+    libc::SYS_mq_unlink,
+    libc::SYS_msgctl,
+    libc::SYS_msgget,
+    libc::SYS_msgrcv,
+    libc::SYS_msgsnd,
+    libc::SYS_semctl,
+    libc::SYS_semget,
+    libc::SYS_semop,
+    libc::SYS_semtimedop,
+    libc::SYS_shmat,
+    libc::SYS_shmctl,
+    libc::SYS_shmdt,
+    libc::SYS_shmget,
+];
+
+/// What becomes of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Rule {
+    Allow,
+    /// `EPERM`.
+    Refuse,
+    /// `ENOSYS`.
+    Unknown,
+    /// Allowed if this argument, in its low 32 bits, has none of these bits.
+    Without(u32, u32),
+    /// Allowed if this argument is one of these.
+    OneOf(u32, &'static [u32]),
+    /// Allowed if this argument is none of these.
+    NoneOf(u32, &'static [u32]),
+}
+
+/// The whole policy.
+fn rule(number: u32) -> Rule {
+    let call = c_long::from(number);
+    match call {
+        libc::SYS_clone => Rule::Without(0, NEW_NAMESPACES),
+        libc::SYS_clone3 => Rule::Unknown,
+        libc::SYS_ioctl => Rule::NoneOf(1, &TYPING),
+        // The init has its users' ids, and may do with less than it needs.
+        libc::SYS_prlimit64 => Rule::NoneOf(0, &[1]),
+        libc::SYS_personality => Rule::OneOf(0, &PERSONALITIES),
+        libc::SYS_socket | libc::SYS_socketpair => Rule::OneOf(0, &FAMILIES),
+        _ if ALLOWED.iter().any(|calls| calls.contains(&call)) => Rule::Allow,
+        _ if AGE.iter().any(|known| known.contains(&number)) => Rule::Refuse,
+        _ => Rule::Unknown,
+    }
+}
+
+/// Puts the init behind the filter, and with it every job, which inherits it by `fork`: it costs a container
+/// once what it would cost each job, and the init has no need of what it refuses either.
+pub(super) fn shut() -> Result<(), SysError> {
+    if !Measure::Filter.holds() {
+        return Ok(());
+    }
+    let program = program();
+    install(&program).context("seccomp", program.len())
+}
+
+/// The policy as a program of classic BPF (seccomp(2), linux/filter.h). Neighbours with the same rule are
+/// one range, and ranges are found by halves, so that no call costs more than some fifteen steps; calls
+/// that are allowed whatever their arguments are the kernel (5.11) remembers, and asks no more.
+fn program() -> Vec<sock_filter> {
+    let past = AGE.iter().map(|known| known.end() + 1).max();
+    let mut ranges: Vec<(u32, Rule)> = Vec::new();
+    for number in 0..=past.unwrap_or(0) {
+        let rule = rule(number);
+        if ranges.last().is_none_or(|(_, last)| *last != rule) {
+            ranges.push((number, rule));
+        }
+    }
+    let head = [
+        load(data::ARCHITECTURE),
+        jump(libc::BPF_JEQ, ARCHITECTURE, 1, 0),
+        answer(libc::SECCOMP_RET_KILL_PROCESS),
+        load(data::NUMBER),
+    ];
+    [head.to_vec(), search(&ranges)].concat()
+}
+
+/// Where things are in `struct seccomp_data` (linux/seccomp.h), in bytes.
+mod data {
+    pub(super) const NUMBER: u32 = 0;
+    pub(super) const ARCHITECTURE: u32 = 4;
+
+    /// The low half of an argument; the machine is little-endian.
+    pub(super) const fn argument(index: u32) -> u32 {
+        16 + 8 * index
+    }
+}
+
+/// Goes to the range that holds the loaded number. Both halves stay below 256 instructions, as far as a
+/// jump reaches: the program has no input, so that the tests see every one there is.
+fn search(ranges: &[(u32, Rule)]) -> Vec<sock_filter> {
+    let (low, high) = ranges.split_at(ranges.len() / 2);
+    match (low, high) {
+        ([], [(_, rule)]) => verdict(*rule),
+        (_, [(first, _), ..]) => {
+            let (first, low) = (*first, search(low));
+            let skip = [jump(libc::BPF_JGE, first, distance(low.len()), 0)];
+            [skip.to_vec(), low, search(high)].concat()
+        }
+        (_, []) => vec![answer(libc::SECCOMP_RET_KILL_PROCESS)],
+    }
+}
+
+fn verdict(rule: Rule) -> Vec<sock_filter> {
+    let (allow, refuse) = (answer(libc::SECCOMP_RET_ALLOW), answer(error(Errno::EPERM)));
+    let listed = |index, values: &[u32], found, other| {
+        let last = values.len();
+        let compare = |(passed, value): (usize, &u32)| {
+            jump(libc::BPF_JEQ, *value, distance(last - passed), 0)
+        };
+        let compare = values.iter().enumerate().map(compare);
+        let load = std::iter::once(load(data::argument(index)));
+        load.chain(compare).chain([other, found]).collect()
+    };
+    match rule {
+        Rule::Allow => vec![allow],
+        Rule::Refuse => vec![refuse],
+        Rule::Unknown => vec![answer(error(Errno::ENOSYS))],
+        Rule::Without(index, bits) => vec![
+            load(data::argument(index)),
+            jump(libc::BPF_JSET, bits, 0, 1),
+            refuse,
+            allow,
+        ],
+        Rule::OneOf(index, values) => listed(index, values, allow, refuse),
+        Rule::NoneOf(index, values) => listed(index, values, refuse, allow),
+    }
+}
+
+fn error(errno: Errno) -> u32 {
+    libc::SECCOMP_RET_ERRNO | (errno as i32).cast_unsigned()
+}
+
+fn distance(instructions: usize) -> u8 {
+    u8::try_from(instructions).unwrap_or(u8::MAX)
+}
+
+fn load(offset: u32) -> sock_filter {
+    instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset, 0, 0)
+}
+
+fn answer(value: u32) -> sock_filter {
+    instruction(libc::BPF_RET | libc::BPF_K, value, 0, 0)
+}
+
+/// Goes `yes` instructions on if the comparison holds, else `no`.
+fn jump(comparison: u32, value: u32, yes: u8, no: u8) -> sock_filter {
+    instruction(libc::BPF_JMP | comparison | libc::BPF_K, value, yes, no)
+}
+
+fn instruction(code: u32, k: u32, jt: u8, jf: u8) -> sock_filter {
+    // All codes have one byte.
+    let code = u16::try_from(code).unwrap_or(u16::MAX);
+    sock_filter { code, jt, jf, k }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{ALLOWED, ARCHITECTURE, data, program};
+    use nix::errno::Errno;
+    use nix::libc::{self, c_long, sock_filter};
+    use std::sync::LazyLock;
+
+    static PROGRAM: LazyLock<Vec<sock_filter>> = LazyLock::new(program);
+
+    /// What the filter says of a call.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Said {
+        Allowed,
+        Error(Errno),
+        Killed,
+    }
+
+    const EPERM: Said = Said::Error(Errno::EPERM);
+    const ENOSYS: Said = Said::Error(Errno::ENOSYS);
+
+    /// A machine for as much of classic BPF as the filter uses, and the steps it took.
+    fn interpret(architecture: u32, number: u32, arguments: [u64; 6]) -> (Said, usize) {
+        let (mut accumulator, mut at, mut steps) = (0_u32, 0, 0);
+        loop {
+            let one = PROGRAM[at];
+            (at, steps) = (at + 1, steps + 1);
+            let holds = match u32::from(one.code) {
+                0x20 => {
+                    accumulator = match one.k {
+                        data::NUMBER => number,
+                        data::ARCHITECTURE => architecture,
+                        16..64 => {
+                            let bytes = arguments.map(u64::to_le_bytes).concat();
+                            let place = usize::try_from(one.k).unwrap() - 16;
+                            u32::from_le_bytes(bytes[place..place + 4].try_into().unwrap())
+                        }
+                        offset => panic!("a load from {offset}"),
+                    };
+                    continue;
+                }
+                0x06 => return (said(one.k), steps),
+                0x15 => accumulator == one.k,
+                0x35 => accumulator >= one.k,
+                0x45 => accumulator & one.k != 0,
+                code => panic!("an unknown instruction {code:#x}"),
+            };
+            at += usize::from(if holds { one.jt } else { one.jf });
+        }
+    }
+
+    fn said(answer: u32) -> Said {
+        let errno = Errno::from_raw((answer & 0xffff).cast_signed());
+        match answer & 0xffff_0000 {
+            libc::SECCOMP_RET_ALLOW => Said::Allowed,
+            libc::SECCOMP_RET_ERRNO => Said::Error(errno),
+            libc::SECCOMP_RET_KILL_PROCESS => Said::Killed,
+            other => panic!("an unknown answer {other:#x}"),
+        }
+    }
+
+    fn ask(call: c_long, arguments: [u64; 6]) -> Said {
+        interpret(ARCHITECTURE, u32::try_from(call).unwrap(), arguments).0
+    }
+
+    /// With the argument at `index`, and others that must not matter.
+    fn ask_with(call: c_long, index: usize, argument: u64) -> Said {
+        let mut arguments = [0x5412; 6];
+        arguments[index] = argument;
+        ask(call, arguments)
+    }
+
+    const LOOKED_AT: [c_long; 7] = [
+        libc::SYS_clone,
+        libc::SYS_clone3,
+        libc::SYS_ioctl,
+        libc::SYS_personality,
+        libc::SYS_prlimit64,
+        libc::SYS_socket,
+        libc::SYS_socketpair,
+    ];
+
+    #[test]
+    fn every_number_has_the_answer_of_the_list_and_soon() {
+        let mut slowest = 0;
+        for number in 0..2048 {
+            let call = c_long::from(number);
+            if LOOKED_AT.contains(&call) {
+                continue;
+            }
+            let wanted = if ALLOWED.concat().contains(&call) {
+                Said::Allowed
+            } else if number <= 335 || (424..=466).contains(&number) {
+                EPERM
+            } else {
+                ENOSYS
+            };
+            let (said, steps) = interpret(ARCHITECTURE, number, [0; 6]);
+            assert_eq!(said, wanted, "{number}");
+            slowest = slowest.max(steps);
+        }
+        assert!(slowest <= 13, "{slowest} steps");
+        let length = PROGRAM.len();
+        assert!(length < 256, "{length} instructions");
+    }
+
+    #[test]
+    fn the_list_names_each_call_once() {
+        let mut all = ALLOWED.concat();
+        all.extend(LOOKED_AT);
+        let count = all.len();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), count);
+        assert_eq!(count, 308);
+    }
+
+    #[test]
+    fn what_reaches_beyond_the_container_is_refused() {
+        for call in [
+            libc::SYS_unshare,
+            libc::SYS_setns,
+            libc::SYS_mount,
+            libc::SYS_umount2,
+            libc::SYS_move_mount,
+            libc::SYS_open_tree,
+            libc::SYS_fsopen,
+            libc::SYS_mount_setattr,
+            libc::SYS_pivot_root,
+            libc::SYS_bpf,
+            libc::SYS_keyctl,
+            libc::SYS_add_key,
+            libc::SYS_request_key,
+            libc::SYS_io_uring_setup,
+            libc::SYS_io_uring_enter,
+            libc::SYS_io_uring_register,
+            libc::SYS_perf_event_open,
+            libc::SYS_userfaultfd,
+            libc::SYS_open_by_handle_at,
+            libc::SYS_init_module,
+            libc::SYS_finit_module,
+            libc::SYS_delete_module,
+            libc::SYS_kexec_load,
+            libc::SYS_kexec_file_load,
+            libc::SYS_reboot,
+            libc::SYS_swapon,
+            libc::SYS_syslog,
+            libc::SYS_quotactl,
+            libc::SYS_pidfd_getfd,
+            libc::SYS_iopl,
+            libc::SYS_ioperm,
+            libc::SYS_settimeofday,
+            libc::SYS_clock_settime,
+            libc::SYS_sethostname,
+            libc::SYS_acct,
+            libc::SYS_fanotify_init,
+        ] {
+            assert_eq!(ask(call, [0; 6]), EPERM, "{call}");
+        }
+        assert_eq!(ask(libc::SYS_clone3, [0; 6]), ENOSYS);
+    }
+
+    #[test]
+    fn arguments_are_taken_as_the_kernel_takes_them() {
+        let high = 0xdead_beef_0000_0000;
+        for (call, index, argument, wanted) in [
+            // fork(2), pthread_create(3), and each kind of namespace.
+            (libc::SYS_clone, 0, 0x0120_0011, Said::Allowed),
+            (libc::SYS_clone, 0, 0x003d_0f00, Said::Allowed),
+            (libc::SYS_clone, 0, 0x0002_0000, EPERM),
+            (libc::SYS_clone, 0, 0x0200_0000, EPERM),
+            (libc::SYS_clone, 0, 0x0400_0000, EPERM),
+            (libc::SYS_clone, 0, 0x0800_0000, EPERM),
+            (libc::SYS_clone, 0, 0x1000_0000, EPERM),
+            (libc::SYS_clone, 0, 0x2000_0000, EPERM),
+            (libc::SYS_clone, 0, 0x4000_0000, EPERM),
+            // TCGETS, TIOCSTI, TIOCLINUX.
+            (libc::SYS_ioctl, 1, 0x5401, Said::Allowed),
+            (libc::SYS_ioctl, 1, 0x5412, EPERM),
+            (libc::SYS_ioctl, 1, 0x541c, EPERM),
+            (libc::SYS_socket, 0, 1, Said::Allowed),
+            (libc::SYS_socket, 0, 2, Said::Allowed),
+            (libc::SYS_socket, 0, 10, Said::Allowed),
+            (libc::SYS_socket, 0, 16, Said::Allowed),
+            (libc::SYS_socket, 0, 17, Said::Allowed),
+            // AF_ALG, AF_VSOCK, AF_TIPC, AF_XDP.
+            (libc::SYS_socket, 0, 38, EPERM),
+            (libc::SYS_socket, 0, 40, EPERM),
+            (libc::SYS_socket, 0, 30, EPERM),
+            (libc::SYS_socket, 0, 44, EPERM),
+            (libc::SYS_socketpair, 0, 1, Said::Allowed),
+            (libc::SYS_socketpair, 0, 30, EPERM),
+            (libc::SYS_personality, 0, 0, Said::Allowed),
+            (libc::SYS_personality, 0, 0xffff_ffff, Said::Allowed),
+            // ADDR_NO_RANDOMIZE, READ_IMPLIES_EXEC.
+            (libc::SYS_personality, 0, 0x004_0000, EPERM),
+            (libc::SYS_personality, 0, 0x040_0000, EPERM),
+        ] {
+            assert_eq!(
+                ask_with(call, index, argument),
+                wanted,
+                "{call} {argument:#x}"
+            );
+            let said = ask_with(call, index, argument | high);
+            assert_eq!(said, wanted, "{call} {argument:#x} with a high half");
+        }
+    }
+
+    #[test]
+    fn other_entries_are_shut() {
+        // i386 and arm: getpid of one is mknod of the other.
+        for architecture in [0x4000_0003, 0xc000_00b7, 0] {
+            assert_eq!(interpret(architecture, 20, [0; 6]).0, Said::Killed);
+        }
+        // x32, and what a tracer makes of a skipped call.
+        for number in [0x4000_0000, 0x4000_0000 + 257, u32::MAX] {
+            assert_eq!(interpret(ARCHITECTURE, number, [0; 6]).0, ENOSYS);
+        }
+    }
+}

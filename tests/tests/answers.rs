@@ -1,0 +1,979 @@
+//! What is asked, however and however often, is answered as often as it must be, and the machine is as it
+//! was told to be.
+
+use async_nats::Message;
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use tests::{Body, Dice, Droplet, Host, Question, Setup};
+
+/// All codes that an answer may have.
+const CODES: [&str; 14] = [
+    "bad_json",
+    "bad_field",
+    "bad_subject",
+    "unknown_stack",
+    "unknown_app",
+    "not_enough_memory",
+    "not_enough_disk",
+    "host_full",
+    "busy",
+    "shutting_down",
+    "ended",
+    "stuck",
+    "too_large",
+    "internal",
+];
+
+/// Prints, and dies of KILL alone.
+const DEAF: &str = "trap '' TERM; echo up; while :; do sleep 0.05; done";
+
+/// Prints, waits for USR1, then serves on its port.
+const SLOW: &str = "trap go=1 USR1\necho up\nwhile [ -z \"$go\" ]; do sleep 0.05; done\nexec perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(Listen => 5, LocalPort => $ENV{PORT}) or die; while (1) { $c = $s->accept }'";
+
+fn body(message: &Message) -> Value {
+    serde_json::from_slice(&message.payload).unwrap_or_else(|error| panic!("{error}: {message:?}"))
+}
+
+/// The code of an answer, or `ok`; the answer is whole.
+fn code(message: &Message) -> String {
+    let body = body(message);
+    if body["ok"] == true {
+        assert_eq!(message.headers, None, "{body}");
+        return "ok".to_owned();
+    }
+    let error = &body["error"];
+    let code = error["code"].as_str().unwrap_or_default().to_owned();
+    assert!(CODES.contains(&code.as_str()), "{body}");
+    assert!(error["message"].is_string() && error["retryable"].is_boolean());
+    let headers = message.headers.as_ref().expect("an error has headers");
+    let header = |name| headers.get(name).expect("both headers").as_str();
+    assert!(header("Nats-Service-Error").starts_with(&code), "{body}");
+    let number: u16 = header("Nats-Service-Error-Code").parse().unwrap();
+    assert!((400..600).contains(&number), "{body}");
+    code
+}
+
+/// What no subject with fields can make sense of.
+fn junk(dice: &mut Dice) -> Vec<u8> {
+    let long = "x".repeat(200_000);
+    match dice.number(14) {
+        0 => Vec::new(),
+        1 => b"{".to_vec(),
+        2 => b"[]".to_vec(),
+        3 => b"7".to_vec(),
+        4 => b"\"droplet\"".to_vec(),
+        5 => b"null".to_vec(),
+        6 => b"\xff\xfe\0".to_vec(),
+        7 => b"{\"droplet\":".to_vec(),
+        8 => "[".repeat(5000).into_bytes(),
+        9 => format!("{{\"droplet\":\"{long}").into_bytes(),
+        10 => b"{}".to_vec(),
+        11 => b"{\"droplet\":null}".to_vec(),
+        12 => b"{\"droplet\":1e999}".to_vec(),
+        _ => format!("{{\"droplet\":{{\"{long}\":[[[]]]}}}}").into_bytes(),
+    }
+}
+
+fn is_json(body: &[u8]) -> bool {
+    serde_json::from_slice::<Value>(body).is_ok()
+}
+
+/// `body` with one of its fields gone, of another type, or of an unlikely size. Some still mean something.
+fn spoiled(dice: &mut Dice, mut body: Value) -> Value {
+    let fields = body.as_object_mut().expect("an object");
+    let keys: Vec<String> = fields.keys().cloned().collect();
+    let key = dice.pick(&keys);
+    let numbers: Vec<u32> = (0..20_000).collect();
+    let value = match dice.number(11) {
+        0 => json!(true),
+        1 => json!(-1),
+        2 => json!(1.5),
+        3 => json!(""),
+        4 => json!("x".repeat(100_000)),
+        5 => json!([[], "a"]),
+        6 => json!({"a": {"droplet": "a"}}),
+        7 => json!(numbers),
+        8 => json!(u64::MAX),
+        9 => json!("\u{0}\u{7f}ü\r\nNats-Evil: 1"),
+        _ => {
+            fields.remove(&key);
+            return body;
+        }
+    };
+    fields.insert(key, value);
+    body
+}
+
+/// A question, and how many answers it may have at most.
+struct Case {
+    question: Question,
+    most: usize,
+    is_command: bool,
+}
+
+impl Case {
+    fn command(subject: String, body: Vec<u8>, hosts: usize) -> Self {
+        let answers = hosts;
+        Self {
+            question: Question {
+                subject,
+                body,
+                answers,
+            },
+            most: hosts,
+            is_command: true,
+        }
+    }
+
+    fn query(subject: &str, body: Vec<u8>, answers: std::ops::RangeInclusive<usize>) -> Self {
+        Self {
+            question: Question {
+                subject: subject.to_owned(),
+                body,
+                answers: *answers.start(),
+            },
+            most: *answers.end(),
+            is_command: false,
+        }
+    }
+
+    fn check(&self, answers: &[Message]) {
+        let Question { subject, body, .. } = &self.question;
+        let head = body.get(..200).unwrap_or(body);
+        let about = format!("{subject} {:?}: {answers:?}", String::from_utf8_lossy(head));
+        let wanted = self.question.answers..=self.most;
+        assert!(wanted.contains(&answers.len()), "not {wanted:?}: {about}");
+        if self.is_command {
+            let good = answers.iter().filter(|answer| code(answer) == "ok");
+            let from: Vec<Value> = good
+                .map(|answer| self::body(answer)["dea"].clone())
+                .collect();
+            assert!(from.len() < 2 || from[0] != from[1], "{about}");
+        } else {
+            for answer in answers.iter().map(self::body) {
+                assert!(answer.get("ok").is_none(), "{about}");
+                assert!(answer.get("error").is_none(), "{about}");
+            }
+        }
+    }
+}
+
+/// Two hosts with an app that nobody touches, and others that come and go.
+struct Stage {
+    ids: Vec<String>,
+    start: Value,
+    /// What stays: index and instance.
+    stay: Vec<(u64, String)>,
+}
+
+impl Stage {
+    fn here(&self, dice: &mut Dice, verb: &str) -> String {
+        format!("dea.{}.{verb}", dice.pick(&self.ids))
+    }
+
+    fn case(&self, dice: &mut Dice) -> Case {
+        if dice.number(10) < 6 {
+            return self.command(dice);
+        }
+        let body = junk(dice);
+        let of_json = |hosts: usize| {
+            if body.is_empty() || is_json(&body) {
+                hosts
+            } else {
+                0
+            }
+        };
+        match dice.number(9) {
+            0..=2 => self.find(dice),
+            3 => {
+                let find = json!({"droplet": coming(dice), "include_stats": true});
+                Case::query("dea.find.droplet", bytes(&find), 0..=1000)
+            }
+            4 => Case::query(
+                dice.pick(&["dea.find.droplet", "dea.discover"]),
+                body,
+                0..=0,
+            ),
+            5 => {
+                let answers = of_json(2);
+                Case::query("dea.status", body, answers..=answers)
+            }
+            6 => {
+                let (least, most) = (of_json(self.stay.len()), of_json(1000));
+                Case::query("droplet.status", body, least..=most)
+            }
+            7 => {
+                let (mem, fits) = dice.pick(&[(1_u64, 2), (1 << 40, 0)]);
+                let discover = json!({"droplet": coming(dice), "limits": {"mem": mem}});
+                Case::query("dea.discover", bytes(&discover), fits..=fits)
+            }
+            _ => {
+                let triggers = ["dea.locate", "healthmanager.start", "router.start"];
+                Case::query(dice.pick(&triggers), body, 0..=0)
+            }
+        }
+    }
+
+    fn command(&self, dice: &mut Dice) -> Case {
+        let droplet = coming(dice);
+        let indices: Vec<u64> = (0..dice.number(4)).collect();
+        let (subject, hosts, mut good) = match dice.number(8) {
+            0 => {
+                let mut start = self.start.clone();
+                start["droplet"] = json!(droplet);
+                start["index"] = json!(dice.number(4));
+                (self.here(dice, "start"), 1, start)
+            }
+            1 => ("dea.stop".to_owned(), 2, json!({"droplet": droplet})),
+            2 => {
+                let stop = json!({"droplet": droplet, "indices": indices, "version": "v1"});
+                (self.here(dice, "stop"), 1, stop)
+            }
+            3 => {
+                let some = ["a.example.net", "b.example.net"];
+                let uris = dice.pick(&[&some[..0], &some]);
+                let update = json!({"droplet": droplet, "uris": uris, "version": "v1"});
+                ("dea.update".to_owned(), 2, update)
+            }
+            4 => {
+                let scale = json!({"droplet": droplet, "instances": dice.number(3), "limits": {"mem": 16 + dice.number(8)}});
+                (self.here(dice, "scale"), 1, scale)
+            }
+            5 if indices.is_empty() => (
+                self.here(dice, "logs"),
+                1,
+                json!({"droplet": dice.pick(&["stay", droplet.as_str()]), "file": "stdout"}),
+            ),
+            5 => (
+                self.here(dice, "find"),
+                1,
+                json!({"droplet": dice.pick(&["stay", droplet.as_str()]), "indices": indices}),
+            ),
+            6 => (self.here(dice, "stop"), 1, json!({"droplet": droplet})),
+            _ => (self.here(dice, &droplet), 1, json!({"droplet": droplet})),
+        };
+        let verb = subject.rsplit('.').next().unwrap_or_default();
+        match (dice.number(5), verb) {
+            (0, "start") => good["wait"] = json!("running"),
+            (0, "stop") => good["wait"] = json!("stopped"),
+            (1, _) => good["request_id"] = json!(format!("r-{}", dice.number(8))),
+            _ => {}
+        }
+        let body = match dice.number(10) {
+            0..=3 => bytes(&good),
+            4..=6 => bytes(&spoiled(dice, good)),
+            _ => junk(dice),
+        };
+        Case::command(subject, body, hosts)
+    }
+
+    /// A query for what stays, with as many answers as the protocol's table of filters says (2.2).
+    fn find(&self, dice: &mut Dice) -> Case {
+        let mut find = json!({"droplet": "stay", "include_stats": dice.number(2) == 0});
+        let mut left: BTreeSet<u64> = self.stay.iter().map(|(index, _)| *index).collect();
+        match dice.number(6) {
+            0 => find["version"] = json!("v1"),
+            1 => find["version"] = dice.pick(&[json!(null), json!(false)]).clone(),
+            2 => {
+                find["version"] = dice.pick(&[json!(""), json!("v9")]);
+                left.clear();
+            }
+            _ => {}
+        }
+        match dice.number(6) {
+            0 => find["indices"] = dice.pick(&[json!([]), json!(null), json!([null])]).clone(),
+            1 => {
+                find["indices"] = json!(["1"]);
+                left.clear();
+            }
+            2 | 3 => {
+                let some: Vec<u64> = (0..7).filter(|_| dice.number(2) == 0).collect();
+                find["indices"] = json!(some);
+                left.retain(|index| some.is_empty() || some.contains(index));
+            }
+            _ => {}
+        }
+        match dice.number(6) {
+            0 => find["states"] = dice.pick(&[json!([]), json!(["running"])]).clone(),
+            1 => find["states"] = json!(["CRASHED", "Running"]),
+            2 => {
+                let none = [json!(["STOPPED"]), json!(["FLYING"]), json!("RUNNING")];
+                find["states"] = dice.pick(&none);
+                left.clear();
+            }
+            _ => {}
+        }
+        match dice.number(6) {
+            0 => find["instances"] = json!([]),
+            1 | 2 => {
+                let (index, instance) = dice.pick(&self.stay);
+                let (other, more) = dice.pick(&self.stay);
+                find["instances"] = json!(["0123", instance]);
+                find["instance_ids"] = json!([more]);
+                left.retain(|one| *one == index || *one == other);
+            }
+            3 => {
+                find["instance_ids"] = json!(["0123"]);
+                left.clear();
+            }
+            _ => {}
+        }
+        Case::query("dea.find.droplet", bytes(&find), left.len()..=left.len())
+    }
+}
+
+fn coming(dice: &mut Dice) -> String {
+    format!("come-{}", dice.number(6))
+}
+
+fn bytes(body: &Value) -> Vec<u8> {
+    body.to_string().into_bytes()
+}
+
+fn small(host: &Host, droplet: &str, index: u64) -> Value {
+    let mut message = host.message(droplet, &Droplet::sample("sleeper"));
+    message["version"] = json!("v1");
+    message["index"] = json!(index);
+    message["limits"] = json!({"mem": 16, "disk": 16, "fds": 64});
+    // The host's own holds: nobody waits long for a port that an update has made necessary.
+    let fields = message.as_object_mut().expect("an object");
+    fields.remove("health_check_timeout");
+    message
+}
+
+/// Whatever the host tells of in its next heartbeat, apps and their states.
+async fn apps(host: &Host) -> Vec<(String, String)> {
+    let mut heartbeats = host.watch("dea.heartbeat").await;
+    let beat = heartbeats
+        .until("heartbeat of it", |beat| beat["dea"] == host.id.as_str())
+        .await;
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let entries = beat["droplets"].as_array().unwrap().iter();
+    entries
+        .map(|entry| (text(&entry["droplet"]), text(&entry["state"])))
+        .collect()
+}
+
+#[tokio::test]
+async fn a_thousand_random_requests_are_answered_once_each_by_every_host() {
+    let one = Host::with(Setup {
+        config: &[(
+            "[network]",
+            "[instance]\nhealth_check_timeout = 2\n[network]",
+        )],
+        bus: Host::SHARED,
+        ..Default::default()
+    })
+    .await;
+    let two = one
+        .beside(&[(
+            "[network]",
+            "[instance]\nhealth_check_timeout = 2\n[network]",
+        )])
+        .await;
+    assert_ne!(one.id, two.id);
+    let mut stay = Vec::new();
+    for index in 0..5 {
+        let host = if index < 3 { &one } else { &two };
+        let answer = host.run(small(&two, "stay", index)).await;
+        stay.push((index, answer["instance"].as_str().unwrap().to_owned()));
+    }
+    let stage = Stage {
+        ids: vec![one.id.clone(), two.id.clone()],
+        start: small(&two, "come", 0),
+        stay,
+    };
+    let mut dice = Dice(19);
+    for _ in 0..4 {
+        let cases: Vec<Case> = (0..250).map(|_| stage.case(&mut dice)).collect();
+        let questions: Vec<Question> = cases.iter().map(|case| case.question.clone()).collect();
+        let answers = one.ask_each(&questions).await;
+        for (case, answers) in cases.iter().zip(&answers) {
+            case.check(answers);
+        }
+    }
+    // What was not to be touched is as it was; the rest does as it is told.
+    for host in [&one, &two] {
+        for (droplet, _) in apps(host).await {
+            if droplet != "stay" {
+                host.stop(&droplet).await;
+            }
+        }
+    }
+    let find = json!({"droplet": "stay", "states": ["RUNNING"], "include_stats": true});
+    let questions = ["dea.find.droplet", "droplet.status"].map(|subject| Question {
+        subject: subject.to_owned(),
+        body: bytes(&find),
+        answers: 5,
+    });
+    let answers = one.ask_each(&questions).await;
+    assert_eq!(answers.iter().map(Vec::len).collect::<Vec<_>>(), [5, 5]);
+    let mut found: Vec<(u64, String)> = answers[0]
+        .iter()
+        .map(body)
+        .map(|found| {
+            let instance = found["instance"].as_str().unwrap().to_owned();
+            (found["index"].as_u64().unwrap(), instance)
+        })
+        .collect();
+    found.sort_unstable();
+    assert_eq!(found, stage.stay);
+    for host in [&one, &two] {
+        host.stop("stay").await;
+    }
+}
+
+/// Sends, and says which answers are right.
+struct Sent {
+    question: Question,
+    right: &'static [&'static str],
+}
+
+const REFUSED: &[&str] = &[
+    "ok",
+    "busy",
+    "host_full",
+    "not_enough_memory",
+    "not_enough_disk",
+];
+
+const SCALED: &[&str] = &[
+    "ok",
+    "busy",
+    "host_full",
+    "not_enough_memory",
+    "not_enough_disk",
+    "unknown_app",
+];
+
+fn sent(subject: &str, body: &Value, right: &'static [&'static str]) -> Sent {
+    Sent {
+        question: Question {
+            subject: subject.to_owned(),
+            body: bytes(body),
+            answers: 1,
+        },
+        right,
+    }
+}
+
+fn good(host: &Host, start: &Value, dice: &mut Dice) -> Sent {
+    let number = dice.number(8);
+    let droplet = format!("app-{number}");
+    match dice.number(8) {
+        0..=2 => {
+            let mut start = start.clone();
+            start["droplet"] = json!(droplet);
+            start["index"] = json!(dice.number(100));
+            if number > 0 {
+                // Its droplet never comes: it starts until it is stopped, and costs little.
+                start["executableUri"] = json!(host.files.put("silent.tgz", Body::Silent));
+                start["sha1"] = json!("0".repeat(40));
+            }
+            if dice.number(2) == 0 {
+                start["request_id"] = json!(format!("start-{}", dice.number(200)));
+            }
+            sent(&host.subject("start"), &start, REFUSED)
+        }
+        3 | 4 => sent("dea.stop", &json!({"droplet": droplet}), &["ok"]),
+        5 => {
+            let stop = json!({"droplet": droplet, "indices": [dice.number(100)], "request_id": format!("stop-{}", dice.number(200))});
+            sent(&host.subject("stop"), &stop, &["ok"])
+        }
+        6 => {
+            let update =
+                json!({"droplet": droplet, "uris": [], "version": format!("v{}", dice.number(4))});
+            sent("dea.update", &update, &["ok"])
+        }
+        _ => {
+            let scale = json!({"droplet": droplet, "instances": dice.number(4)});
+            sent(&host.subject("scale"), &scale, SCALED)
+        }
+    }
+}
+
+fn broken(host: &Host, start: &Value, dice: &mut Dice) -> Sent {
+    let mut bad = start.clone();
+    match dice.number(8) {
+        0 => {
+            bad["limits"]["mem"] = json!("16");
+            sent(&host.subject("start"), &bad, &["bad_field"])
+        }
+        1 => {
+            bad["stack"] = json!("none");
+            sent(&host.subject("start"), &bad, &["unknown_stack", "busy"])
+        }
+        2 => sent("dea.stop", &json!({"indices": [0]}), &["bad_field"]),
+        3 => sent("dea.update", &json!({"droplet": "app-0"}), &["bad_field"]),
+        4 => {
+            let scale = json!({"droplet": "app-0", "instances": -1});
+            sent(&host.subject("scale"), &scale, &["bad_field"])
+        }
+        5 => sent(&host.subject("restart"), &json!({}), &["bad_subject"]),
+        6 => {
+            let scale = json!({"droplet": "nobody", "instances": 1});
+            sent(&host.subject("scale"), &scale, &["unknown_app", "busy"])
+        }
+        _ => {
+            let verb = dice.pick(&["start", "stop", "scale", "find", "logs"]);
+            let mut sent = sent(&host.subject(verb), &json!({}), &["bad_json"]);
+            sent.question.body = b"{\"droplet\":\"app-0\",".to_vec();
+            sent
+        }
+    }
+}
+
+#[tokio::test]
+async fn ten_thousand_at_once_leave_a_right_state() {
+    let host = Host::with(Setup {
+        config: &[("disk_mb = 16384", "disk_mb = 16384\ninstances = 16")],
+        ..Default::default()
+    })
+    .await;
+    let start = small(&host, "app", 0);
+    let mut dice = Dice(23);
+    let mut all: Vec<Sent> = Vec::new();
+    while all.len() < 9990 {
+        let next = match dice.number(30) {
+            0..=9 => broken(&host, &start, &mut dice),
+            10..=27 => good(&host, &start, &mut dice),
+            // Late, and again.
+            _ => match all.get(usize::try_from(dice.number(10_000)).unwrap()) {
+                Some(old) => Sent {
+                    question: old.question.clone(),
+                    right: old.right,
+                },
+                None => good(&host, &start, &mut dice),
+            },
+        };
+        all.push(next);
+    }
+    for number in 0..8 {
+        let stop = json!({"droplet": format!("app-{number}"), "wait": "stopped"});
+        all.push(sent("dea.stop", &stop, &["ok"]));
+    }
+    let mut heartbeats = host.watch("dea.heartbeat").await;
+    let beats = tokio::spawn(async move {
+        let mut longest = std::time::Duration::ZERO;
+        loop {
+            let before = tokio::time::Instant::now();
+            let beat = heartbeats.next().await;
+            longest = longest.max(before.elapsed());
+            if beat["dea"] == "the-end" {
+                return longest;
+            }
+        }
+    });
+    let questions: Vec<Question> = all.iter().map(|sent| sent.question.clone()).collect();
+    let began = tokio::time::Instant::now();
+    let answers = host.ask_each(&questions).await;
+    let took = began.elapsed();
+    let mut codes = std::collections::BTreeMap::<String, usize>::new();
+    for (sent, answers) in all.iter().zip(&answers) {
+        let about = String::from_utf8_lossy(&sent.question.body);
+        assert_eq!(answers.len(), 1, "{}: {about}", sent.question.subject);
+        let code = code(&answers[0]);
+        assert!(
+            sent.right.contains(&code.as_str()),
+            "{}: {about}: {:?}",
+            sent.question.subject,
+            answers[0].payload
+        );
+        *codes.entry(code).or_default() += 1;
+    }
+    eprintln!("{took:?} {codes:?}");
+    host.tree_until("empty machine", |tree| tree.named("wshd").is_empty())
+        .await;
+    let end = json!({"dea": "the-end", "droplets": []});
+    host.publish("dea.heartbeat", &end).await;
+    let longest = beats.await.unwrap();
+    eprintln!("longest without a heartbeat: {longest:?}");
+    assert!(longest < std::time::Duration::from_secs(10), "{longest:?}");
+    assert_eq!(apps(&host).await, []);
+    // It goes on as ever.
+    host.run(small(&host, "app-0", 0)).await;
+    host.stop("app-0").await;
+}
+
+async fn ask(host: &Host, verb: &str, body: &Value) -> Value {
+    let subject = if verb == "update" {
+        "dea.update".to_owned()
+    } else {
+        host.subject(verb)
+    };
+    host.request(&subject, body).await
+}
+
+async fn found(host: &Host, droplet: &str) -> Vec<Value> {
+    let found = ask(host, "find", &json!({"droplet": droplet})).await;
+    let all = found["instances"].as_array().unwrap().clone();
+    all.into_iter()
+        .filter(|one| one["state"] == "RUNNING")
+        .collect()
+}
+
+#[tokio::test]
+async fn each_command_is_repeatable_also_after_restarts() {
+    let mut host = Host::start().await;
+    host.run(small(&host, "app", 0)).await;
+    let scale = json!({"droplet": "app", "instances": 3, "wait": "running", "request_id": "scale"});
+    let scaled = ask(&host, "scale", &scale).await;
+    assert_eq!(scaled["started"].as_array().unwrap().len(), 2, "{scaled}");
+    let one = json!({"droplet": "app", "instances": 1, "wait": "stopped"});
+    assert_eq!(ask(&host, "scale", &one).await["ok"], true);
+    let first = json!({"droplet": "app", "uris": [], "version": "v2", "request_id": "update"});
+    let updated = ask(&host, "update", &first).await;
+    assert_eq!(updated["matched"], 1, "{updated}");
+    let second = json!({"droplet": "app", "uris": [], "version": "v3"});
+    assert_eq!(ask(&host, "update", &second).await["ok"], true);
+    let stop = json!({"droplet": "app", "wait": "stopped", "request_id": "stop"});
+    let stopped = ask(&host, "stop", &stop).await;
+    assert_eq!(stopped["matched"], 1, "{stopped}");
+    host.run(small(&host, "app", 0)).await;
+    let repeated = async |host: &Host| {
+        assert_eq!(ask(host, "scale", &scale).await, scaled);
+        assert_eq!(ask(host, "update", &first).await, updated);
+        assert_eq!(ask(host, "stop", &stop).await, stopped);
+        // One name space, whatever the command.
+        let mut start = small(host, "other", 0);
+        start["request_id"] = json!("stop");
+        assert_eq!(ask(host, "start", &start).await, stopped);
+    };
+    repeated(&host).await;
+    host.restart().await;
+    repeated(&host).await;
+    let here = found(&host, "app").await;
+    assert_eq!(here.len(), 1, "{here:?}");
+    assert_eq!(here[0]["version"], "v1", "none acted again");
+    assert!(found(&host, "other").await.is_empty());
+    // A shutdown takes the apps away, and no answer.
+    let status = host.end(nix::sys::signal::Signal::SIGTERM).await;
+    assert!(status.success(), "{status}");
+    host.start_agent().await;
+    repeated(&host).await;
+    assert!(found(&host, "app").await.is_empty());
+}
+
+#[tokio::test]
+async fn two_at_once_under_one_id_are_one() {
+    let host = Host::start().await;
+    for round in 0..tests::rounds().min(5) {
+        let droplet = format!("app-{round}");
+        let mut start = small(&host, &droplet, 0);
+        start["request_id"] = json!(droplet);
+        let mut questions = Vec::new();
+        for waits in [false, true, false, true] {
+            if waits {
+                start["wait"] = json!("running");
+            }
+            questions.push(Question {
+                subject: host.subject("start"),
+                body: bytes(&start),
+                answers: 1,
+            });
+        }
+        let answers = host.ask_each(&questions).await;
+        let first = body(&answers[0][0]);
+        assert_eq!(first["ok"], true, "{first}");
+        for answers in &answers {
+            assert_eq!(answers.len(), 1);
+            assert_eq!(body(&answers[0]), first);
+        }
+        let all = ask(&host, "find", &json!({"droplet": droplet})).await;
+        assert_eq!(all["matched"], 1, "{all}");
+        host.stop(&droplet).await;
+    }
+}
+
+#[tokio::test]
+async fn each_refusal_has_its_code() {
+    let host = Host::start().await;
+    let refused =
+        async |verb: &str, body: &str| code(&host.request_bytes(&host.subject(verb), body).await);
+    for verb in ["start", "stop", "find", "scale", "logs"] {
+        assert_eq!(refused(verb, "{").await, "bad_json");
+        assert_eq!(refused(verb, "").await, "bad_json");
+        assert_eq!(refused(verb, "{}").await, "bad_field");
+    }
+    assert_eq!(refused("restart", "{}").await, "bad_subject");
+    let mut start = small(&host, "app", 0);
+    start["stack"] = json!("none");
+    assert_eq!(refused("start", &start.to_string()).await, "unknown_stack");
+    let scale = json!({"droplet": "app", "instances": 1});
+    assert_eq!(refused("scale", &scale.to_string()).await, "unknown_app");
+    // What cannot be written down is not accepted; it is the agent's fault, and may go better the next time.
+    let mut start = small(&host, "app", 0);
+    start["request_id"] = json!("again");
+    let (records, away) = (host.base.join("instances"), host.base.join("away"));
+    std::fs::rename(&records, &away).unwrap();
+    std::fs::write(&records, "").unwrap();
+    assert_eq!(refused("start", &start.to_string()).await, "internal");
+    std::fs::remove_file(&records).unwrap();
+    std::fs::rename(&away, &records).unwrap();
+    host.run(start).await;
+    // It ends before it runs: by its own doing, and by a stop.
+    let mut start = host.message("short", &Droplet::shell("exit 3"));
+    start["uris"] = json!(["short.example.net"]);
+    start["wait"] = json!("running");
+    assert_eq!(refused("start", &start.to_string()).await, "ended");
+    let mut start = host.message("slow", &Droplet::shell(SLOW));
+    start["uris"] = json!(["slow.example.net"]);
+    start["wait"] = json!("running");
+    let stop = json!({"droplet": "slow"});
+    let questions = [("start", start), ("stop", stop)].map(|(verb, body)| Question {
+        subject: host.subject(verb),
+        body: bytes(&body),
+        answers: 1,
+    });
+    let answers = host.ask_each(&questions).await;
+    assert_eq!([&answers[0][0], &answers[1][0]].map(code), ["ended", "ok"]);
+    host.stop("app").await;
+}
+
+#[tokio::test]
+async fn a_start_beyond_what_may_wait_is_busy_and_stops_and_queries_are_not() {
+    let host = Host::start().await;
+    let mut exits = host.watch("droplet.exited").await;
+    // What is kept of it for `scale` is large, and each update makes it anew: the host is busy for a while.
+    let mut known = small(&host, "known", 0);
+    known["padding"] = json!("x".repeat(900_000));
+    host.run(known).await;
+    exits.arrived();
+    let mut questions = Vec::new();
+    for number in 0..1800 {
+        let (subject, body) = match number {
+            // None of these is refused: they fill whatever there is to wait in.
+            0..200 => {
+                let update =
+                    json!({"droplet": "known", "uris": [], "version": format!("v{number}")});
+                ("dea.update".to_owned(), update)
+            }
+            200..1200 => (host.subject("stop"), json!({"droplet": "nobody"})),
+            _ if number % 30 == 0 => (host.subject("stop"), json!({"droplet": "nobody"})),
+            _ if number % 30 == 15 => ("dea.status".to_owned(), json!({})),
+            // Whose memory no host has: it takes no time to refuse it.
+            _ => {
+                let start = json!({
+                    "droplet": "app", "index": number, "version": "v1", "name": "app", "uris": [],
+                    "executableUri": "http://127.0.0.1:9/", "sha1": "0".repeat(40), "services": [],
+                    "limits": {"mem": 1 << 29, "disk": 16, "fds": 64}, "cc_partition": "default",
+                    "stack": "debian",
+                });
+                (host.subject("start"), start)
+            }
+        };
+        questions.push(Question {
+            subject,
+            body: bytes(&body),
+            answers: 1,
+        });
+    }
+    let answers = host.ask_each(&questions).await;
+    let mut busy = 0;
+    for (question, answers) in questions.iter().zip(&answers) {
+        assert_eq!(answers.len(), 1, "{}", question.subject);
+        if question.subject == "dea.status" {
+            assert_eq!(body(&answers[0])["id"], host.id.as_str());
+            continue;
+        }
+        match (
+            question.subject.ends_with(".start"),
+            code(&answers[0]).as_str(),
+        ) {
+            (false, "ok") | (true, "not_enough_memory") => {}
+            (true, "busy") => busy += 1,
+            (_, other) => panic!("{}: {other}", question.subject),
+        }
+    }
+    assert!(busy > 0, "{}", host.log());
+    // Whoever only publishes learns of it by an exit.
+    let told = |exit: &Value| {
+        exit["exit_description"]
+            .as_str()
+            .is_some_and(|words| words.contains("too many commands at once"))
+    };
+    for _ in 0..busy {
+        exits.until("exit of one that was busy", told).await;
+    }
+    host.stop("known").await;
+}
+
+/// The process that an app's script is.
+fn shell(host: &Host) -> tests::Process {
+    let tree = host.tree();
+    let shell = tree.0.iter().find(|one| one.title() == "bash main.sh");
+    shell.expect("the app").clone()
+}
+
+/// Asks in a task of its own; gives the answer when it is there.
+fn asked(host: &Host, verb: &str, body: &Value) -> tokio::task::JoinHandle<Value> {
+    let (nats, subject) = (host.nats().clone(), host.subject(verb));
+    let request = async_nats::Request::new()
+        .payload(bytes(body).into())
+        .timeout(Some(tests::patience()));
+    tokio::spawn(async move {
+        let answer = nats.send_request(subject, request).await.unwrap();
+        self::body(&answer)
+    })
+}
+
+#[tokio::test]
+async fn who_waits_for_an_agent_that_leaves_asks_its_successor() {
+    let mut host = Host::start().await;
+    let mut output = host.output("slow").await;
+    let mut start = host.message("slow", &Droplet::shell(SLOW));
+    start["uris"] = json!(["slow.example.net"]);
+    start["stop_grace"] = json!(600);
+    start["wait"] = json!("running");
+    start["request_id"] = json!("start");
+    let up = |output: &tests::Output| output.text(0, "stdout") == "up\n";
+    let first = asked(&host, "start", &start);
+    output.until("first line", up).await;
+    host.end(nix::sys::signal::Signal::SIGHUP).await;
+    let cut = first.await.unwrap();
+    assert_eq!(cut["error"]["code"], "shutting_down", "{cut}");
+    assert_eq!(cut["error"]["retryable"], true, "{cut}");
+    host.start_agent().await;
+    let again = asked(&host, "start", &start);
+    shell(&host).signal(nix::sys::signal::Signal::SIGUSR1);
+    let answer = again.await.unwrap();
+    assert_eq!(answer["ok"], true, "{answer}");
+    assert_eq!(found(&host, "slow").await.len(), 1, "one start");
+    host.stop("slow").await;
+
+    let mut output = host.output("deaf").await;
+    let mut start = host.message("deaf", &Droplet::shell(DEAF));
+    start["stop_grace"] = json!(600);
+    host.run(start).await;
+    output.until("first line", up).await;
+    let stop = json!({"droplet": "deaf", "wait": "stopped", "request_id": "stop"});
+    let mut heartbeats = host.watch("dea.heartbeat").await;
+    let first = asked(&host, "stop", &stop);
+    // One that is stopping is in no heartbeat.
+    heartbeats
+        .until("a stop", |beat| beat["droplets"] == json!([]))
+        .await;
+    host.end(nix::sys::signal::Signal::SIGHUP).await;
+    let cut = first.await.unwrap();
+    assert_eq!(cut["error"]["code"], "shutting_down", "{cut}");
+    host.start_agent().await;
+    let again = asked(&host, "stop", &stop);
+    shell(&host).signal(nix::sys::signal::Signal::SIGKILL);
+    let answer = again.await.unwrap();
+    assert_eq!(
+        (&answer["ok"], &answer["matched"]),
+        (&json!(true), &json!(1))
+    );
+}
+
+#[tokio::test]
+async fn an_answer_that_falls_due_without_a_bus_still_comes() {
+    let mut host = Host::start().await;
+    let mut output = host.output("deaf").await;
+    let mut start = host.message("deaf", &Droplet::shell(DEAF));
+    start["stop_grace"] = json!(600);
+    host.run(start).await;
+    let up = |output: &tests::Output| output.text(0, "stdout") == "up\n";
+    output.until("first line", up).await;
+    let mut heartbeats = host.watch("dea.heartbeat").await;
+    let stop = asked(
+        &host,
+        "stop",
+        &json!({"droplet": "deaf", "wait": "stopped"}),
+    );
+    heartbeats
+        .until("a stop", |beat| beat["droplets"] == json!([]))
+        .await;
+    host.stop_bus().await;
+    host.tree_until("agent that knows", |_| {
+        host.log().contains("the bus is away")
+    })
+    .await;
+    shell(&host).signal(nix::sys::signal::Signal::SIGKILL);
+    host.tree_until("empty machine", |tree| tree.named("wshd").is_empty())
+        .await;
+    host.start_bus().await;
+    let answer = stop.await.unwrap();
+    assert_eq!(
+        (&answer["ok"], &answer["matched"]),
+        (&json!(true), &json!(1))
+    );
+}
+
+#[tokio::test]
+async fn an_instance_that_is_asked_too_much_is_found_all_the_same() {
+    let host = Host::start().await;
+    host.run(small(&host, "app", 0)).await;
+    let find = json!({"droplet": "app", "include_stats": true});
+    let question = Question {
+        subject: "dea.find.droplet".to_owned(),
+        body: bytes(&find),
+        answers: 1,
+    };
+    let answers = host.ask_each(&vec![question; 1500]).await;
+    for answers in &answers {
+        assert_eq!(answers.len(), 1);
+        let found = body(&answers[0]);
+        assert_eq!(found["stats"]["mem_quota"], 16 << 20, "{found}");
+        let usage = &found["stats"]["usage"];
+        assert!(usage["time"].is_string(), "{found}");
+        assert!(usage.get("mem").is_none_or(|mem| *mem != 0), "{found}");
+    }
+    host.stop("app").await;
+}
+
+#[tokio::test]
+async fn an_instance_that_nobody_can_measure_yet_is_found_all_the_same() {
+    let mut host = Host::start().await;
+    let handle = host.run(small(&host, "app", 0)).await["handle"].clone();
+    let container = host.base.join("containers").join(handle.as_str().unwrap());
+    let (run, away) = (container.join("run"), container.join("away"));
+    host.kill9().await;
+    // Whether its init lives cannot be asked.
+    std::fs::rename(&run, &away).unwrap();
+    std::fs::write(&run, "").unwrap();
+    host.start_agent().await;
+    assert!(
+        host.log().contains("cannot be adopted yet"),
+        "{}",
+        host.log()
+    );
+    let question = Question {
+        subject: "dea.find.droplet".to_owned(),
+        body: bytes(&json!({"droplet": "app", "include_stats": true})),
+        answers: 1,
+    };
+    let answers = host.ask_each(&vec![question; 50]).await;
+    for answers in &answers {
+        assert_eq!(answers.len(), 1);
+        let found = body(&answers[0]);
+        assert_eq!(found["state"], "RUNNING", "{found}");
+        assert_eq!(found["stats"]["mem_quota"], 16 << 20, "{found}");
+        assert_eq!(found["stats"]["usage"].get("mem"), None, "{found}");
+    }
+    std::fs::remove_file(&run).unwrap();
+    std::fs::rename(&away, &run).unwrap();
+    host.stop("app").await;
+}
+
+#[tokio::test]
+async fn stats_that_the_bus_does_not_take_keep_no_answer_back() {
+    let config = std::env::temp_dir().join(format!("ostler-little-{}", std::process::id()));
+    std::fs::write(&config, "max_payload: 2000\n").unwrap();
+    let host = Host::with(Setup {
+        bus: &["--config", config.to_str().unwrap()],
+        ..Default::default()
+    })
+    .await;
+    std::fs::remove_file(&config).unwrap();
+    host.run(small(&host, "app", 0)).await;
+    for (length, stats) in [(100, true), (1850, false)] {
+        let update = json!({"droplet": "app", "uris": ["x".repeat(length)]});
+        assert_eq!(ask(&host, "update", &update).await["matched"], 1);
+        let find = json!({"droplet": "app", "include_stats": true});
+        let found = host.request("dea.find.droplet", &find).await;
+        assert_eq!(found["state"], "RUNNING", "{found}");
+        assert_eq!(found.get("stats").is_some(), stats, "{found}");
+    }
+    host.stop("app").await;
+}

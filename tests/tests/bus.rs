@@ -1,0 +1,1071 @@
+//! How an agent finds the bus, what it shows there, and how it behaves on the connection.
+
+use async_nats::{Client, ConnectOptions, Event, RequestErrorKind};
+use futures_util::StreamExt;
+use nix::sys::signal::Signal;
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+use tests::{
+    Certificates, Droplet, Host, Operator, Output, Running, Setup, Watch, get, numbered, patience,
+};
+use tokio::sync::mpsc;
+use tokio::time::{sleep, timeout};
+
+/// A directory for what the server and the agent read; goes with the test.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let path = format!("/tmp/ostler-bus-{}-{number}", std::process::id());
+        fs::create_dir_all(&path).unwrap();
+        Self(path.into())
+    }
+
+    /// Writes `text` into `name` and gives its path.
+    fn write(&self, name: &str, text: &str) -> String {
+        let path = self.0.join(name);
+        fs::write(&path, text).unwrap();
+        path.display().to_string()
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        drop(fs::remove_dir_all(&self.0));
+    }
+}
+
+/// What no log may hold, in every scenario.
+const SECRET: &str = "s3cret-of-the-host";
+const WRONG: &str = "s3cret-of-nobody";
+
+/// One way in: with `right` the agent comes up; with `wrong` it does not, and says `why`.
+struct Way<'a> {
+    server: String,
+    client: ConnectOptions,
+    /// The agent's `[nats]` table, beside the address.
+    table: &'a str,
+    right: &'a [(&'a str, &'a str)],
+    wrong: &'a [(&'a str, &'a str)],
+    why: &'a str,
+    secrets: &'a [&'a str],
+}
+
+impl Way<'_> {
+    async fn check(self, directory: &Directory) {
+        let server = directory.write("server.conf", &self.server);
+        let table = format!("[nats]\n{}\n", self.table);
+        let debug = ("RUST_LOG", "debug");
+        let right = [&[debug], self.right].concat();
+        let mut host = Host::with(Setup {
+            config: &[("[nats]\n", table.as_str())],
+            bus: &["--config", &server],
+            client: self.client,
+            agent_env: &right,
+            ..Setup::default()
+        })
+        .await;
+        host.kill9().await;
+        let before = host.logged(0, "").await.len();
+        let mut hellos = host.watch("dea.start").await;
+        host.set_agent_env(&[&[debug], self.wrong].concat());
+        host.spawn_agent();
+        let log = host.logged(before, "the bus cannot be reached").await;
+        let line = log[before..]
+            .lines()
+            .find(|line| line.contains("the bus cannot be reached"));
+        assert!(line.unwrap().contains(self.why), "{line:?}\n{}", host.log());
+        host.nats().flush().await.unwrap();
+        assert!(
+            hellos.arrived().is_empty(),
+            "it is on the bus\n{}",
+            host.log()
+        );
+        // It waits, and what was wrong is put right for the next one.
+        host.kill9().await;
+        host.set_agent_env(&right);
+        host.start_agent().await;
+        let log = host.logged(0, "").await;
+        for secret in self.secrets.iter().chain(&[SECRET, WRONG]) {
+            assert!(!log.contains(secret), "{secret} stands in\n{log}");
+        }
+    }
+}
+
+fn as_tester() -> ConnectOptions {
+    ConnectOptions::new().user_and_password("tester".into(), "tester".into())
+}
+
+/// A server for the tester and one more user.
+fn users(user: &str) -> String {
+    format!("authorization {{ users = [ {{ user: tester, password: tester }}, {{ {user} }} ] }}")
+}
+
+fn password() -> String {
+    users(&format!("user: host, password: \"{SECRET}\""))
+}
+
+#[tokio::test]
+async fn a_user_and_a_password_in_the_url() {
+    let url = |password: &str| format!("nats://host:{password}@{}", Host::BUS);
+    let way = Way {
+        server: password(),
+        client: as_tester(),
+        table: "",
+        right: &[("NATS_URL", &url(SECRET))],
+        wrong: &[("NATS_URL", &url(WRONG))],
+        why: "uthorization",
+        secrets: &[],
+    };
+    way.check(&Directory::new()).await;
+}
+
+#[tokio::test]
+async fn a_user_and_a_password() {
+    let way = Way {
+        server: password(),
+        client: as_tester(),
+        table: "",
+        right: &[("NATS_USER", "host"), ("NATS_PASSWORD", SECRET)],
+        wrong: &[("NATS_USER", "host"), ("NATS_PASSWORD", WRONG)],
+        why: "uthorization",
+        secrets: &[],
+    };
+    way.check(&Directory::new()).await;
+}
+
+#[tokio::test]
+async fn a_token() {
+    let way = Way {
+        server: format!("authorization {{ token: \"{SECRET}\" }}"),
+        client: ConnectOptions::new().token(SECRET.into()),
+        table: "",
+        right: &[("NATS_TOKEN", SECRET)],
+        wrong: &[("NATS_TOKEN", WRONG)],
+        why: "uthorization",
+        secrets: &[],
+    };
+    way.check(&Directory::new()).await;
+}
+
+#[tokio::test]
+async fn an_nkey() {
+    let directory = Directory::new();
+    let pair = nkeys::KeyPair::new_user();
+    let (seed, other) = (
+        pair.seed().unwrap(),
+        nkeys::KeyPair::new_user().seed().unwrap(),
+    );
+    let right = directory.write("host.nk", &seed);
+    let wrong = directory.write("other.nk", &other);
+    let way = Way {
+        server: users(&format!("nkey: {}", pair.public_key())),
+        client: as_tester(),
+        table: "",
+        right: &[("NATS_NKEY", &right)],
+        wrong: &[("NATS_NKEY", &wrong)],
+        why: "uthorization",
+        secrets: &[&seed, &other],
+    };
+    way.check(&directory).await;
+}
+
+#[tokio::test]
+async fn credentials() {
+    let directory = Directory::new();
+    let (operator, other) = (Operator::default(), Operator::default());
+    let account = operator.account();
+    let (_, creds) = account.creds();
+    let (_, foreign) = other.account().creds();
+    let tester = ConnectOptions::with_credentials(&account.creds().1).unwrap();
+    let seed = |creds: &str| {
+        creds
+            .lines()
+            .find(|line| line.starts_with("SU"))
+            .unwrap()
+            .to_owned()
+    };
+    let (right, wrong) = (
+        directory.write("host.creds", &creds),
+        directory.write("other.creds", &foreign),
+    );
+    let way = Way {
+        server: operator.server(&account, &[]),
+        client: tester,
+        table: "",
+        right: &[("NATS_CREDS", &right)],
+        wrong: &[("NATS_CREDS", &wrong)],
+        why: "uthorization",
+        secrets: &[&seed(&creds), &seed(&foreign)],
+    };
+    way.check(&directory).await;
+}
+
+#[tokio::test]
+async fn credentials_that_are_not_there_are_waited_for_like_a_server() {
+    let directory = Directory::new();
+    let operator = Operator::default();
+    let account = operator.account();
+    let creds = account.creds().1;
+    let right = directory.write("host.creds", &creds);
+    let missing = directory.0.join("later.creds").display().to_string();
+    let server = directory.write("server.conf", &operator.server(&account, &[]));
+    let mut host = Host::with(Setup {
+        bus: &["--config", &server],
+        client: ConnectOptions::with_credentials(&account.creds().1).unwrap(),
+        agent_env: &[("NATS_CREDS", &right)],
+        ..Setup::default()
+    })
+    .await;
+    host.kill9().await;
+    let mut hellos = host.watch("dea.start").await;
+    host.set_agent_env(&[("NATS_CREDS", &missing)]);
+    host.spawn_agent();
+    host.logged(0, &format!("cannot read {missing}: No such file"))
+        .await;
+    directory.write("later.creds", &creds);
+    hellos.next().await;
+}
+
+#[tokio::test]
+async fn a_jwt_and_a_seed() {
+    let (operator, other) = (Operator::default(), Operator::default());
+    let account = operator.account();
+    let (_, jwt, seed) = account.user();
+    let (_, foreign, key) = other.account().user();
+    let way = Way {
+        server: operator.server(&account, &[]),
+        client: ConnectOptions::with_credentials(&account.creds().1).unwrap(),
+        table: "",
+        right: &[("NATS_JWT", &jwt), ("NATS_SEED", &seed)],
+        wrong: &[("NATS_JWT", &foreign), ("NATS_SEED", &key)],
+        why: "uthorization",
+        secrets: &[&seed, &key, &jwt, &foreign],
+    };
+    way.check(&Directory::new()).await;
+}
+
+#[tokio::test]
+async fn tls() {
+    let directory = Directory::new();
+    let files = Certificates::make(&directory.0);
+    let (ca, other) = (files.path("ca.pem"), files.path("other.pem"));
+    let way = Way {
+        server: format!(
+            "tls {{ cert_file: \"{}\", key_file: \"{}\" }}",
+            files.path("cert.pem"),
+            files.path("key.pem")
+        ),
+        client: ConnectOptions::new().add_root_certificates(ca.clone().into()),
+        table: "",
+        right: &[("NATS_CA", &ca)],
+        wrong: &[("NATS_CA", &other)],
+        why: "UnknownIssuer",
+        secrets: &[],
+    };
+    way.check(&directory).await;
+}
+
+#[tokio::test]
+async fn tls_with_an_authority_that_is_not_there() {
+    let directory = Directory::new();
+    let files = Certificates::make(&directory.0);
+    let (ca, none) = (files.path("ca.pem"), files.path("none.pem"));
+    let way = Way {
+        server: format!(
+            "tls {{ cert_file: \"{}\", key_file: \"{}\" }}",
+            files.path("cert.pem"),
+            files.path("key.pem")
+        ),
+        client: ConnectOptions::new().add_root_certificates(ca.clone().into()),
+        table: "",
+        right: &[("NATS_CA", &ca)],
+        wrong: &[("NATS_CA", &none)],
+        why: "none.pem: No such file",
+        secrets: &[],
+    };
+    way.check(&directory).await;
+}
+
+#[tokio::test]
+async fn mutual_tls() {
+    let directory = Directory::new();
+    let files = Certificates::make(&directory.0);
+    let path = |name: &str| files.path(name);
+    let (ca, cert, key) = (path("ca.pem"), path("client.pem"), path("client-key.pem"));
+    let (own, its_key) = (path("other.pem"), path("other.key"));
+    let server = format!(
+        "tls {{ cert_file: \"{}\", key_file: \"{}\", ca_file: \"{ca}\", verify: true }}",
+        path("cert.pem"),
+        path("key.pem")
+    );
+    let client = ConnectOptions::new().add_root_certificates(ca.clone().into());
+    let way = Way {
+        server,
+        client: client.add_client_certificate(cert.clone().into(), key.clone().into()),
+        table: &format!("ca = \"{ca}\""),
+        right: &[("NATS_CERT", &cert), ("NATS_KEY", &key)],
+        wrong: &[("NATS_CERT", &own), ("NATS_KEY", &its_key)],
+        why: "lert",
+        secrets: &[],
+    };
+    way.check(&directory).await;
+}
+
+/// nats-server 2.9 begins in plain text always: openssl stands before it.
+fn tls_first_at(address: &str, directory: &Directory, files: &Certificates) -> Running {
+    let (host, port) = Host::BUS.split_once(':').unwrap();
+    let script = format!(
+        "cd {directory} && rm -f back && mkfifo back && \
+         exec setpriv --pdeathsig KILL openssl s_server -quiet -accept {address} -cert {cert} -key {key} <>back \
+           > >(exec 3<>/dev/tcp/{host}/{port}; setpriv --pdeathsig KILL cat <&3 >back & exec setpriv --pdeathsig KILL cat >&3)",
+        directory = directory.0.display(),
+        cert = files.path("cert.pem"),
+        key = files.path("key.pem"),
+    );
+    Running::start(
+        "bash".as_ref(),
+        &["-c", &script],
+        &directory.0.join("tls.log"),
+    )
+}
+
+#[tokio::test]
+async fn tls_before_the_first_word() {
+    const ADDRESS: &str = "127.0.0.1:4333";
+    let directory = Directory::new();
+    let files = Certificates::make(&directory.0);
+    let ca = files.path("ca.pem");
+    let mut host = Host::start().await;
+    host.kill9().await;
+    let proxy = tls_first_at(ADDRESS, &directory, &files);
+    let mut hellos = host.watch("dea.start").await;
+    let url = format!("nats://{ADDRESS}");
+    let context = |tls_first: bool| {
+        directory.write(
+            "context.json",
+            &format!("{{\"url\":\"{url}\",\"ca\":\"{ca}\",\"tls_first\":{tls_first}}}"),
+        )
+    };
+    let path = context(false);
+    let environment = [
+        ("NATS_URL", url.as_str()),
+        ("NATS_CONTEXT", path.as_str()),
+        ("NATS_TIMEOUT", "1s"),
+    ];
+    host.set_agent_env(&environment);
+    host.spawn_agent();
+    host.logged(0, "timed out").await;
+    assert!(hellos.arrived().is_empty(), "{}", host.log());
+    host.kill9().await;
+    context(true);
+    host.set_agent_env(&environment[..2]);
+    proxy.end();
+    let proxy = tls_first_at(ADDRESS, &directory, &files);
+    host.spawn_agent();
+    hellos.next().await;
+    host.end(Signal::SIGTERM).await;
+    proxy.end();
+}
+
+#[tokio::test]
+async fn a_context_of_the_nats_command() {
+    let directory = Directory::new();
+    fs::create_dir_all(directory.0.join("nats/context")).unwrap();
+    let context = |name: &str, password: &str| {
+        let text = format!("{{\"url\":\"\",\"user\":\"host\",\"password\":\"{password}\"}}");
+        directory.write(&format!("nats/context/{name}.json"), &text)
+    };
+    context("right", SECRET);
+    context("wrong", WRONG);
+    let config = directory.0.display().to_string();
+    let way = Way {
+        server: password(),
+        client: as_tester(),
+        table: "",
+        right: &[("XDG_CONFIG_HOME", &config), ("NATS_CONTEXT", "right")],
+        wrong: &[("XDG_CONFIG_HOME", &config), ("NATS_CONTEXT", "wrong")],
+        why: "uthorization",
+        secrets: &[],
+    };
+    way.check(&directory).await;
+}
+
+#[tokio::test]
+async fn credentials_that_are_replaced_are_used_at_the_next_connect() {
+    let directory = Directory::new();
+    let operator = Operator::default();
+    let account = operator.account();
+    let (old, creds) = account.creds();
+    let path = directory.write("host.creds", &creds);
+    let server = directory.write("server.conf", &operator.server(&account, &[]));
+    let mut host = Host::with(Setup {
+        bus: &["--config", &server],
+        client: ConnectOptions::with_credentials(&account.creds().1).unwrap(),
+        agent_env: &[("NATS_CREDS", &path)],
+        ..Setup::default()
+    })
+    .await;
+    host.stop_bus().await;
+    directory.write("server.conf", &operator.server(&account, &[&old]));
+    host.start_bus().await;
+    host.logged(0, "uthorization").await;
+    let mut beats = host.watch("dea.heartbeat").await;
+    directory.write("host.creds", &account.creds().1);
+    beats.next().await;
+}
+
+#[tokio::test]
+async fn a_wrong_setting_ends_the_agent_with_a_word() {
+    let mut host = Host::start().await;
+    host.kill9().await;
+    for (variables, words) in [
+        (
+            &[("NATS_URL", "nats://host:s3cret-of-nobody@h:x")][..],
+            "NATS_URL cannot be used",
+        ),
+        (
+            &[("NATS_TOKEN", WRONG), ("NATS_CREDS", "/x")],
+            "NATS_TOKEN and NATS_CREDS are two ways",
+        ),
+        (
+            &[("NATS_CONTEXT", "/does/not/exist.json")],
+            "/does/not/exist.json",
+        ),
+    ] {
+        host.set_agent_env(variables);
+        host.spawn_agent();
+        let ended = host.agent().ended(patience()).await;
+        assert_eq!(ended.expect("it ends").code(), Some(1), "{}", host.log());
+        let log = host.logged(0, words).await;
+        assert!(!log.contains(WRONG), "{log}");
+    }
+    host.kill9().await;
+}
+
+/// The server's configuration with one user per role, all with the password of the tester. `of_host` is the
+/// host's permissions.
+fn roles(of_host: &str) -> String {
+    let role = |name: &str| fs::read_to_string(tests::fixtures().join("nats").join(name)).unwrap();
+    let user = |name: &str, permissions: &str| {
+        format!("{{ user: {name}, password: tester, permissions {{\n{permissions}\n}} }}\n")
+    };
+    format!(
+        "authorization {{ users = [\n{}{}{}] }}",
+        user("host", of_host),
+        user("controller", &role("controller.conf")),
+        user("reader", &role("reader.conf")),
+    )
+}
+
+fn least_of_host(id: &str) -> String {
+    let block = fs::read_to_string(tests::fixtures().join("nats/host.conf")).unwrap();
+    block.replace("HOST_ID", id)
+}
+
+const ALL: &str = "publish: \">\", subscribe: \">\"";
+
+fn as_controller() -> ConnectOptions {
+    ConnectOptions::new()
+        .user_and_password("controller".into(), "tester".into())
+        .custom_inbox_prefix("_INBOX_controller")
+}
+
+const AS_HOST: [(&str, &str); 2] = [("NATS_USER", "host"), ("NATS_PASSWORD", "tester")];
+
+/// A host whose user may do what `of_host` says, given its id; the test is the controller.
+async fn with_permissions(directory: &Directory, of_host: impl Fn(&str) -> String) -> Host {
+    let server = directory.write("server.conf", &roles(ALL));
+    let mut host = Host::with(Setup {
+        bus: &["--config", &server],
+        client: as_controller(),
+        agent_env: &AS_HOST,
+        ..Setup::default()
+    })
+    .await;
+    host.end(Signal::SIGTERM).await;
+    host.stop_bus().await;
+    directory.write("server.conf", &roles(&of_host(&host.id)));
+    host.start_bus().await;
+    host.start_agent().await;
+    host
+}
+
+#[tokio::test]
+async fn a_host_does_its_work_with_the_least_permissions() {
+    let directory = Directory::new();
+    let mut host = with_permissions(&directory, least_of_host).await;
+    let mut output = host.output("app").await;
+    let mut exits = host.watch("droplet.exited").await;
+    let mut ooms = host.watch("droplet.oom").await;
+    let mut routes = host.watch("router.register").await;
+    host.run(host.message("app", &Droplet::shell("echo hello; sleep infinity")))
+        .await;
+    output
+        .until("hello", |output| output.text(0, "stdout") == "hello\n")
+        .await;
+    let scale = json!({"droplet": "app", "instances": 2, "wait": "running"});
+    assert_eq!(
+        host.request(&host.subject("scale"), &scale).await["ok"],
+        true
+    );
+    let found = host
+        .request("dea.find.droplet", &json!({"droplet": "app"}))
+        .await;
+    assert_eq!(found["dea"], json!(host.id));
+    host.restart().await;
+    let status = host.request("dea.status", &json!({})).await;
+    assert_eq!(status["id"], json!(host.id));
+    let mut hog = host.message("hog", &Droplet::sample("hog"));
+    hog["limits"]["mem"] = json!(64);
+    host.publish(&host.subject("start"), &hog).await;
+    ooms.until("an OOM of hog", |oom| oom["droplet"] == "hog")
+        .await;
+    exits
+        .until("the end of hog", |exit| exit["droplet"] == "hog")
+        .await;
+    let mut web = host.message("web", &Droplet::sample("sinatra"));
+    web["uris"] = json!(["web.example.net"]);
+    host.run(web).await;
+    routes
+        .until("a route", |route| {
+            route["uris"] == json!(["web.example.net"])
+        })
+        .await;
+    host.stop("web").await;
+    host.stop("app").await;
+    host.end(Signal::SIGTERM).await;
+    let log = host.bus_log();
+    assert!(!log.contains("Violation"), "{log}");
+}
+
+/// A client that hears what the server refuses it.
+async fn listening(user: &str) -> (Client, mpsc::UnboundedReceiver<String>) {
+    let (tell, told) = mpsc::unbounded_channel();
+    let options = ConnectOptions::new().user_and_password(user.into(), "tester".into());
+    let options = options.event_callback(move |event| {
+        if let Event::ServerError(error) = event {
+            drop(tell.send(error.to_string()));
+        }
+        std::future::ready(())
+    });
+    (options.connect(Host::BUS).await.unwrap(), told)
+}
+
+#[tokio::test]
+async fn each_role_is_kept_to_its_subjects() {
+    let directory = Directory::new();
+    let mut host = with_permissions(&directory, least_of_host).await;
+    host.kill9().await;
+    host.listen_no_more();
+    let id = host.id.clone();
+    let own = |verb: &str| format!("dea.{id}.{verb}");
+    let commands = [
+        "dea.stop",
+        "dea.update",
+        "dea.find.droplet",
+        "dea.discover",
+        "router.start",
+    ];
+    let words = [
+        "dea.heartbeat",
+        "dea.advertise",
+        "droplet.exited",
+        "droplet.oom",
+        "router.register",
+    ];
+    let output = "droplet.output.a.0.h.stdout";
+    let texts = |texts: &[&str], more: &[String]| -> Vec<String> {
+        texts
+            .iter()
+            .map(|text| (*text).to_owned())
+            .chain(more.iter().cloned())
+            .collect()
+    };
+    let others = [
+        "dea.other.start".to_owned(),
+        "_INBOX.x".to_owned(),
+        "$SYS.REQ.SERVER.PING".to_owned(),
+    ];
+    // Who, what it may say, what it may not, what it may hear, what it may not.
+    let table = [
+        (
+            "host",
+            texts(&words, &[output.into(), format!("_INBOX_{id}.x")]),
+            texts(&commands, &[&others[..], &[own("start")]].concat()),
+            texts(&commands, &[own("*")]),
+            texts(
+                &words,
+                &[
+                    output.into(),
+                    ">".into(),
+                    "dea.*.start".into(),
+                    "_INBOX_controller.>".into(),
+                ],
+            ),
+        ),
+        (
+            "controller",
+            texts(
+                &commands,
+                &[own("start"), own("scale"), "dea.other.stop".into()],
+            ),
+            texts(
+                &words,
+                &[
+                    output.into(),
+                    format!("_INBOX_{id}.x"),
+                    own("x"),
+                    "dea.start".into(),
+                ],
+            ),
+            texts(
+                &words,
+                &["droplet.output.>".into(), "_INBOX_controller.>".into()],
+            ),
+            texts(
+                &commands,
+                &[
+                    own("*"),
+                    ">".into(),
+                    "dea.>".into(),
+                    format!("_INBOX_{id}.>"),
+                    "_INBOX.>".into(),
+                ],
+            ),
+        ),
+        (
+            "reader",
+            Vec::new(),
+            texts(
+                &commands,
+                &[&others[..], &texts(&words, &[output.into(), own("start")])].concat(),
+            ),
+            texts(&words, &["droplet.output.>".into()]),
+            texts(
+                &commands,
+                &[own("*"), ">".into(), "dea.>".into(), "_INBOX.>".into()],
+            ),
+        ),
+    ];
+    for (who, may_say, may_not_say, may_hear, may_not_hear) in table {
+        let (client, mut refused) = listening(who).await;
+        for subject in &may_say {
+            client.publish(subject.clone(), "{}".into()).await.unwrap();
+        }
+        let mut heard = Vec::new();
+        for subject in &may_hear {
+            heard.push(client.subscribe(subject.clone()).await.unwrap());
+        }
+        for subject in &may_not_say {
+            client.publish(subject.clone(), "{}".into()).await.unwrap();
+            let words = timeout(patience(), refused.recv())
+                .await
+                .unwrap_or_else(|_| panic!("{who} may say {subject}"));
+            let words = words.unwrap();
+            assert!(
+                words.contains(&format!("Publish to \"{subject}\"")),
+                "{who}: {words}"
+            );
+        }
+        for subject in &may_not_hear {
+            heard.push(client.subscribe(subject.clone()).await.unwrap());
+            let words = timeout(patience(), refused.recv())
+                .await
+                .unwrap_or_else(|_| panic!("{who} may hear {subject}"));
+            let words = words.unwrap();
+            assert!(
+                words.contains(&format!("Subscription to \"{subject}\"")),
+                "{who}: {words}"
+            );
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_the_server_refuses_is_said_again_until_it_is_allowed() {
+    let directory = Directory::new();
+    let without = |id: &str| {
+        let allowed = least_of_host(id);
+        allowed
+            .replace("\"droplet.exited\", ", "")
+            .replace(", \"droplet.output.>\"", "")
+    };
+    let mut host = with_permissions(&directory, without).await;
+    let mut messages = host
+        .nats()
+        .subscribe("droplet.output.lines.>")
+        .await
+        .unwrap();
+    let mut exits = host.watch("droplet.exited").await;
+    let mut message = host.message("lines", &Droplet::sample("lines"));
+    message["env"] = json!(["RATE=3000000", "LINES=60000"]);
+    host.publish(&host.subject("start"), &message).await;
+    host.logged(0, "subject=\"droplet.output.lines").await;
+    host.logged(0, "subject=\"droplet.exited\"").await;
+    assert!(exits.arrived().is_empty());
+    // A new agent knows that it is owed.
+    host.kill9().await;
+    host.start_agent().await;
+    directory.write("server.conf", &roles(&least_of_host(&host.id)));
+    host.bus().signal(Signal::SIGHUP);
+    let mut streams = [Pieces::default(), Pieces::default()];
+    while streams.iter().any(|pieces| pieces.whole.len() < 6_000_000) {
+        let message = timeout(patience(), messages.next())
+            .await
+            .expect("more lines")
+            .unwrap();
+        let headers = message.headers.as_ref().unwrap();
+        let offset: u64 = headers
+            .get("Ostler-Offset")
+            .unwrap()
+            .as_str()
+            .parse()
+            .unwrap();
+        streams[usize::from(message.subject.ends_with("stderr"))].put(offset, &message.payload);
+    }
+    for (pieces, word) in streams.iter().zip(["out", "err"]) {
+        assert_eq!(numbered(word, &pieces.whole), Ok(60000));
+    }
+    let exit = exits.next().await;
+    assert_eq!(
+        exit["output"],
+        json!({"stdout": 6_000_000, "stderr": 6_000_000})
+    );
+    // It was complained of, and not each time.
+    let log = host.logged(0, "").await;
+    let complaints = log.matches("the bus refuses what this host says").count();
+    assert!((2..=8).contains(&complaints), "{complaints}\n{log}");
+}
+
+/// What came of one stream, put in its place: bytes that a server did not take at first come after later ones.
+#[derive(Default)]
+struct Pieces {
+    whole: Vec<u8>,
+    /// What stands behind a hole, by its offset.
+    later: BTreeMap<u64, Vec<u8>>,
+}
+
+impl Pieces {
+    fn put(&mut self, offset: u64, bytes: &[u8]) {
+        self.later.insert(offset, bytes.to_vec());
+        while let Some(first) = self.later.first_entry() {
+            let Some(known) = (self.whole.len() as u64).checked_sub(*first.key()) else {
+                break;
+            };
+            let known = usize::try_from(known).unwrap();
+            self.whole.extend(first.remove().iter().skip(known));
+        }
+    }
+}
+
+#[tokio::test]
+async fn numbered_lines_survive_permissions_that_come_and_go() {
+    let directory = Directory::new();
+    let host = with_permissions(&directory, least_of_host).await;
+    let allowed = roles(&least_of_host(&host.id));
+    let denied = allowed.replacen("\"droplet.output.>\"", "\"droplet.output.nobodys\"", 1);
+    let mut messages = host
+        .nats()
+        .subscribe("droplet.output.lines.>")
+        .await
+        .unwrap();
+    let mut message = host.message("lines", &Droplet::sample("lines"));
+    message["env"] = json!(["RATE=200000"]);
+    host.run(message).await;
+    let mut streams = [Pieces::default(), Pieces::default()];
+    let refused = |host: &Host| host.bus_log().matches("Publish Violation").count();
+    let (mut rounds, mut wanted) = (0, 100_000);
+    // The server takes any of the lines, and then any of them not: what is refused first, and what stood
+    // before it, is the question each time.
+    loop {
+        let message = timeout(patience(), messages.next())
+            .await
+            .expect("more lines")
+            .unwrap();
+        let headers = message.headers.as_ref().unwrap();
+        assert!(headers.get("Ostler-Dropped").is_none(), "{headers:?}");
+        let offset: u64 = headers
+            .get("Ostler-Offset")
+            .unwrap()
+            .as_str()
+            .parse()
+            .unwrap();
+        let stream = usize::from(message.subject.ends_with("stderr"));
+        streams[stream].put(offset, &message.payload);
+        let whole = streams.each_ref().map(|pieces| &pieces.whole);
+        if whole.iter().any(|bytes| bytes.len() < wanted) {
+            continue;
+        }
+        for (bytes, word) in whole.iter().zip(["out", "err"]) {
+            let lines = &bytes[..bytes.len() - bytes.len() % 100];
+            assert_eq!(numbered(word, lines), Ok(lines.len() as u64 / 100));
+        }
+        rounds += 1;
+        if rounds == 3 {
+            break;
+        }
+        wanted = whole[0].len().max(whole[1].len()) + 100_000;
+        let before = refused(&host);
+        directory.write("server.conf", &denied);
+        host.bus().signal(Signal::SIGHUP);
+        let refuses = async {
+            while refused(&host) == before {
+                sleep(Duration::from_millis(20)).await;
+            }
+        };
+        timeout(patience(), refuses)
+            .await
+            .expect("the server refuses it");
+        directory.write("server.conf", &allowed);
+        host.bus().signal(Signal::SIGHUP);
+    }
+    host.stop("lines").await;
+}
+
+/// What the server with its monitoring at `address` says of its connection with the name `name`, if it has one.
+async fn connection(address: &str, name: &str) -> Option<serde_json::Value> {
+    let (_, body) = get(address, "/connz?subs=1").await.ok()?;
+    let told: serde_json::Value = serde_json::from_str(&body).unwrap();
+    let mut all = told["connections"].as_array().unwrap().iter();
+    all.find(|connection| connection["name"] == name).cloned()
+}
+
+#[tokio::test]
+async fn a_host_has_a_name_and_an_inbox_of_its_own() {
+    let host = Host::with(Setup {
+        bus: &["--http_port", "8222"],
+        ..Setup::default()
+    })
+    .await;
+    let name = format!("ostler/{}", host.id);
+    let connection = connection("127.0.0.1:8222", &name)
+        .await
+        .expect("it is connected");
+    let subjects = connection["subscriptions_list"].as_array().unwrap();
+    let is_inbox = |subject: &&serde_json::Value| subject.as_str().unwrap().contains("INBOX");
+    let inboxes: Vec<_> = subjects.iter().filter(is_inbox).collect();
+    let own = format!("_INBOX_{}.", host.id);
+    assert_eq!(inboxes.len(), 1, "{subjects:?}");
+    assert!(
+        inboxes[0].as_str().unwrap().starts_with(&own),
+        "{inboxes:?}"
+    );
+}
+
+#[tokio::test]
+async fn a_name_is_asked_for_again_at_each_connect() {
+    let directory = Directory::new();
+    let mut host = Host::start().await;
+    host.kill9().await;
+    let names = directory.write("hosts", "127.0.0.1 bus.example\n");
+    let script = format!("mount --bind {names} /etc/hosts && exec \"$@\"");
+    let mut hellos = host.watch("dea.start").await;
+    host.set_agent_env(&[("NATS_URL", "nats://bus.example:4222")]);
+    host.spawn_agent_by(&["unshare", "--mount", "bash", "-c", &script, "bash"]);
+    hellos.next().await;
+    // The bus moves: another server, at another address, and the old one is gone.
+    let arguments = [
+        "--pdeathsig",
+        "KILL",
+        "nats-server",
+        "--addr",
+        "127.0.0.2",
+        "--port",
+        "4222",
+        "--http_port",
+        "8223",
+    ];
+    let moved = Running::start(
+        "setpriv".as_ref(),
+        &arguments,
+        &directory.0.join("nats.log"),
+    );
+    directory.write("hosts", "127.0.0.2 bus.example\n");
+    host.stop_bus().await;
+    let name = format!("ostler/{}", host.id);
+    let come = async {
+        while connection("127.0.0.2:8223", &name).await.is_none() {
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(patience(), come)
+        .await
+        .expect("it goes to the new address");
+    moved.end();
+}
+
+#[tokio::test]
+async fn a_server_that_is_going_to_end_is_left_in_time() {
+    let directory = Directory::new();
+    // Servers that came after the connect are known by their names only: the client does not hear of them.
+    let both = "url = \"nats://127.0.0.1:4222,nats://127.0.0.1:4223\"";
+    let mut host = Host::with(Setup {
+        config: &[("url = \"nats://127.0.0.1:4222\"", both)],
+        bus: &[
+            "--cluster_name",
+            "c",
+            "--cluster",
+            "nats://127.0.0.1:6222",
+            "--routes",
+            "nats://127.0.0.1:6223",
+        ],
+        ..Setup::default()
+    })
+    .await;
+    let arguments = [
+        "--pdeathsig",
+        "KILL",
+        "nats-server",
+        "--addr",
+        "127.0.0.1",
+        "--port",
+        "4223",
+        "--http_port",
+        "8223",
+        "--cluster_name",
+        "c",
+        "--cluster",
+        "nats://127.0.0.1:6223",
+        "--routes",
+        "nats://127.0.0.1:6222",
+    ];
+    let other = Running::start(
+        "setpriv".as_ref(),
+        &arguments,
+        &directory.0.join("nats.log"),
+    );
+    let options = ConnectOptions::new().retry_on_initial_connect();
+    let client = options.connect("127.0.0.1:4223").await.unwrap();
+    let mut output = Output::of(&client, "lines").await;
+    let mut beats = Watch::subscribe(&client, "dea.heartbeat").await;
+    beats.next().await;
+    let mut message = host.message("lines", &Droplet::sample("lines"));
+    message["env"] = json!(["RATE=50000"]);
+    host.run(message).await;
+    output
+        .until("lines", |output| output.stream(0, "stdout").next > 10_000)
+        .await;
+    host.bus().signal(Signal::SIGUSR2);
+    // Commands flow all the time, by the other server. One that nobody hears is known at once; without a word may be
+    // the one that is on its way when it leaves, and one that the other server sends after it.
+    let (subject, question) = (
+        host.subject("find"),
+        json!({"droplet": "lines"}).to_string(),
+    );
+    let name = format!("ostler/{}", host.id);
+    let (mut answered, mut without_a_word) = (0, 0);
+    let flow = async {
+        while connection("127.0.0.1:8223", &name).await.is_none() || answered < 100 {
+            let request = async_nats::Request::new().payload(question.clone().into());
+            let request = request.timeout(Some(Duration::from_secs(5)));
+            match client.send_request(subject.clone(), request).await {
+                Ok(answer) => {
+                    let answer: serde_json::Value =
+                        serde_json::from_slice(&answer.payload).unwrap();
+                    assert_eq!(answer["matched"], 1, "{answer}");
+                    answered += 1;
+                }
+                Err(error) if error.kind() == RequestErrorKind::NoResponders => {}
+                Err(error) => {
+                    assert_eq!(error.kind(), RequestErrorKind::TimedOut, "{error}");
+                    without_a_word += 1;
+                }
+            }
+        }
+    };
+    timeout(patience(), flow)
+        .await
+        .expect("it comes to the other server");
+    assert!(without_a_word <= 2, "{without_a_word}");
+    // The one that ends cuts nobody within ten seconds: it was left.
+    host.stop_bus().await;
+    let seen = output.stream(0, "stdout").next;
+    output
+        .until("more lines", |output| {
+            output.stream(0, "stdout").next > seen + 100_000
+        })
+        .await;
+    for (stream, word) in [("stdout", "out"), ("stderr", "err")] {
+        let got = output.stream(0, stream);
+        assert_eq!((got.dropped, got.holes.len()), (0, 0));
+        let whole = got.bytes.len() - got.bytes.len() % 100;
+        assert!(numbered(word, &got.bytes[..whole]).is_ok());
+    }
+    let log = host.logged(0, "leaving it for another one").await;
+    assert_eq!(log.matches("connected to the bus").count(), 2, "{log}");
+    host.end(Signal::SIGTERM).await;
+    other.end();
+}
+
+#[tokio::test]
+async fn a_smaller_largest_message_is_kept_to_after_a_reconnect() {
+    let directory = Directory::new();
+    let server = directory.write("server.conf", "max_payload: 1048576");
+    let mut host = Host::with(Setup {
+        bus: &["--config", &server],
+        ..Setup::default()
+    })
+    .await;
+    let mut output = host.output("lines").await;
+    let mut message = host.message("lines", &Droplet::sample("lines"));
+    message["env"] = json!(["RATE=200000", "LINES=6000"]);
+    host.run(message).await;
+    for index in 0..6 {
+        let mut message = host.message("sleeper", &Droplet::sample("sleeper"));
+        message["index"] = json!(index);
+        message["version"] = json!("v".repeat(60));
+        host.run(message).await;
+    }
+    host.stop_bus().await;
+    directory.write("server.conf", "max_payload: 1400");
+    host.start_bus().await;
+    host.logged(0, "max_payload=1400").await;
+    for (stream, word) in [("stdout", "out"), ("stderr", "err")] {
+        output
+            .until("all", |output| output.stream(0, stream).next >= 600_000)
+            .await;
+        let got = output.stream(0, stream);
+        assert_eq!((got.next, got.dropped, got.holes.len()), (600_000, 0, 0));
+        assert_eq!(numbered(word, &got.bytes), Ok(6000));
+    }
+    let answer = host
+        .request(&host.subject("find"), &json!({"droplet": "sleeper"}))
+        .await;
+    assert_eq!(answer["error"]["code"], "too_large", "{answer}");
+    host.stop("sleeper").await;
+}
+
+#[tokio::test]
+async fn an_event_that_is_too_large_is_said_to_a_server_that_takes_it() {
+    let directory = Directory::new();
+    let server = directory.write("server.conf", "max_payload: 1048576");
+    let mut host = Host::with(Setup {
+        bus: &["--config", &server],
+        ..Setup::default()
+    })
+    .await;
+    let mut exits = host.watch("droplet.exited").await;
+    host.run(host.message("app", &Droplet::shell("sleep infinity")))
+        .await;
+    host.stop_bus().await;
+    directory.write("server.conf", "max_payload: 150");
+    host.start_bus().await;
+    host.logged(0, "max_payload=150").await;
+    host.publish(&host.subject("stop"), &json!({"droplet": "app"}))
+        .await;
+    host.logged(0, "too large for the bus subject=\"droplet.exited\"")
+        .await;
+    assert!(exits.arrived().is_empty());
+    host.stop_bus().await;
+    directory.write("server.conf", "max_payload: 1048576");
+    host.start_bus().await;
+    let exit = exits.next().await;
+    assert_eq!(exit["reason"], "STOPPED");
+}

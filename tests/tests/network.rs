@@ -1,0 +1,208 @@
+//! What an instance may reach and how fast, by its start message and by the agent's configuration.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream, UdpSocket};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tests::{Droplet, Host, Network, Setup, patience, tool};
+
+/// A start message for a probe with these rules, ready when it listens.
+fn probe(host: &Host, droplet: &str, rules: Value) -> Value {
+    let mut message = host.message(droplet, &Droplet::probe());
+    message["uris"] = json!([format!("{droplet}.example.net")]);
+    message["egress_network_rules"] = rules;
+    message
+}
+
+/// The port that leads to a droplet's instance.
+async fn port(host: &Host, droplet: &str) -> u16 {
+    let find = json!({"droplet": droplet, "include_stats": true});
+    let found = host.request("dea.find.droplet", &find).await;
+    let port = found["stats"]["port"].as_u64().unwrap();
+    port.try_into().unwrap()
+}
+
+fn connect(port: u16) -> TcpStream {
+    let stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream.set_read_timeout(Some(patience())).unwrap();
+    stream
+}
+
+fn told(port: u16, order: &str) -> String {
+    let mut stream = connect(port);
+    writeln!(stream, "{order}").unwrap();
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).unwrap();
+    answer.trim().to_owned()
+}
+
+fn reaches(port: u16, address: &str, far: u16) -> bool {
+    match told(port, &format!("try {address} {far}")).as_str() {
+        "open" => true,
+        "shut" => false,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Listens outside on two ports.
+fn outside(host: &Host) -> ([TcpListener; 2], [u16; 2]) {
+    let listeners = host
+        .network
+        .outside(|| [0, 0].map(|port: u16| TcpListener::bind((Network::OUTSIDE, port)).unwrap()));
+    let ports = [&listeners[0], &listeners[1]].map(|one| one.local_addr().unwrap().port());
+    (listeners, ports)
+}
+
+fn table() -> String {
+    tool("nft", &["list", "table", "inet", "ostler"])
+}
+
+#[tokio::test]
+async fn rules_of_the_start_message_bind_while_agents_come_and_go() {
+    let mut host = Host::start().await;
+    let (_listeners, [one, two]) = outside(&host);
+    let question = host
+        .network
+        .outside(|| UdpSocket::bind((Network::OUTSIDE, 0)).unwrap());
+    let udp = question.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        while let Ok((_, from)) = question.recv_from(&mut [0; 16]) {
+            question.send_to(b"answer", from).unwrap();
+        }
+    });
+    host.run(probe(&host, "free", json!([]))).await;
+    let rules = json!([
+        {"protocol": "tcp", "destination": "198.51.100.0/24", "ports": format!("1,{one}"), "log": true},
+        {"protocol": "udp", "destination": "198.51.100.1-198.51.100.3", "ports": "1-9"},
+        {"protocol": "icmp", "destination": "0.0.0.0/0", "type": 8, "code": 0},
+        {"protocol": "all", "destination": "203.0.113.7"}
+    ]);
+    host.run(probe(&host, "bound", rules)).await;
+    let (free, bound) = (port(&host, "free").await, port(&host, "bound").await);
+    let holds = || {
+        for far in [one, two] {
+            assert!(reaches(free, Network::OUTSIDE, far));
+            assert_eq!(reaches(bound, Network::OUTSIDE, far), far == one);
+        }
+        let ask = format!("ask {} {udp}", Network::OUTSIDE);
+        assert_eq!(told(free, &ask), "answer");
+        assert_eq!(told(bound, &ask), "shut");
+    };
+    holds();
+    let before = table();
+    host.kill9().await;
+    holds();
+    host.start_agent().await;
+    holds();
+    assert_eq!(table(), before);
+    host.stop("bound").await;
+    host.stop("free").await;
+    // Stopped is told when its processes are dead; the rest follows.
+    let end = Instant::now() + patience();
+    while table().contains("elements") {
+        assert!(Instant::now() < end, "{}", table());
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_closed_host_opens_what_is_configured_and_what_a_start_names() {
+    let host = Host::with(Setup {
+        config: &[(
+            "[cgroup]",
+            "egress = \"closed\"\nallow = [\"203.0.113.0/24\"]\n\
+             host_allow = [\"tcp/7001-7002\"]\n[cgroup]",
+        )],
+        ..Default::default()
+    })
+    .await;
+    let (_listeners, [one, two]) = outside(&host);
+    let listener = host.network.outside(|| {
+        tool("ip", &["addr", "add", "203.0.113.9/32", "dev", "lo"]);
+        TcpListener::bind(("203.0.113.9", 0)).unwrap()
+    });
+    let allowed = listener.local_addr().unwrap().port();
+    let _own = [7001, 7003].map(|port: u16| TcpListener::bind((Network::HOST, port)).unwrap());
+    host.run(probe(&host, "closed", json!([]))).await;
+    let rules =
+        json!([{"protocol": "tcp", "destination": Network::OUTSIDE, "ports": two.to_string()}]);
+    host.run(probe(&host, "named", rules)).await;
+    let (closed, named) = (port(&host, "closed").await, port(&host, "named").await);
+    for (probe, far) in [(closed, None), (named, Some(two))] {
+        for port in [one, two] {
+            let reached = reaches(probe, Network::OUTSIDE, port);
+            assert_eq!(reached, far == Some(port), "{port} {far:?}");
+        }
+        assert!(reaches(probe, Network::HOST, 7001));
+        assert!(!reaches(probe, Network::HOST, 7003));
+        assert!(reaches(probe, "203.0.113.9", allowed));
+    }
+    host.stop("closed").await;
+    host.stop("named").await;
+}
+
+/// How long it takes until this many bytes have come from, or gone to, an instance.
+fn timed(port: u16, order: &str, bytes: usize) -> Duration {
+    let mut stream = connect(port);
+    let begin = Instant::now();
+    writeln!(stream, "{order}").unwrap();
+    if order == "take" {
+        stream.write_all(&vec![0; bytes]).unwrap();
+        stream.shutdown(std::net::Shutdown::Write).unwrap();
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer).unwrap();
+        assert_eq!(answer.trim(), bytes.to_string());
+    } else {
+        let mut got = Vec::new();
+        stream.read_to_end(&mut got).unwrap();
+        assert_eq!(got.len(), bytes);
+    }
+    begin.elapsed()
+}
+
+#[tokio::test]
+async fn bandwidth_is_as_configured_also_by_the_next_agent() {
+    const LIMITS: &str = "[instance]\nbandwidth_in_kbit = 8000\nbandwidth_out_kbit = 8000\n";
+    let limits = format!("{LIMITS}[network]");
+    let mut host = Host::with(Setup {
+        config: &[("[network]", &limits)],
+        ..Default::default()
+    })
+    .await;
+    host.run(probe(&host, "probe", json!([]))).await;
+    let port = port(&host, "probe").await;
+    let orders = [("send 4000000", 4_000_000), ("take", 4_000_000)];
+    // A megabyte per second, and one at most that had not been used before.
+    let least = Duration::from_millis(2500);
+    for (order, bytes) in orders {
+        let time = timed(port, order, bytes);
+        assert!(time > least, "{order}: {time:?}");
+        assert!(time < least * 6, "{order}: {time:?}");
+    }
+    let config = host.base.parent().unwrap().join("agent.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    host.kill9().await;
+    let time = timed(port, orders[0].0, orders[0].1);
+    assert!(time > least, "without an agent: {time:?}");
+    fs::write(&config, text.replace(LIMITS, "")).unwrap();
+    host.start_agent().await;
+    let deadline = Instant::now() + patience();
+    for (order, bytes) in orders {
+        // Soon after its start.
+        while timed(port, order, bytes) > Duration::from_secs(2) {
+            assert!(Instant::now() < deadline, "{order} is still limited");
+        }
+    }
+    host.kill9().await;
+    fs::write(&config, text).unwrap();
+    host.start_agent().await;
+    host.tree_until("limits", |_| {
+        table().contains("limit rate over 1000000 bytes")
+    })
+    .await;
+    let time = timed(port, orders[0].0, orders[0].1);
+    assert!(time > least, "limited again: {time:?}");
+    host.stop("probe").await;
+}

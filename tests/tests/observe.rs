@@ -1,0 +1,446 @@
+//! Metrics and health over HTTP: they tell what the bus tells, find out what is broken, and nobody who asks harms anybody.
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::{Duration, Instant};
+use tests::{Droplet, Frozen, Host, Running, Setup, get, patience};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+
+const PAGE: &str = "127.0.0.1:9464";
+
+/// Switches the page on.
+const ON: (&str, &str) = (
+    "[cgroup]",
+    "[metrics]\nlisten = \"127.0.0.1:9464\"\n[cgroup]",
+);
+
+async fn watched() -> Host {
+    let config = &[ON];
+    Host::with(Setup {
+        config,
+        ..Default::default()
+    })
+    .await
+}
+
+/// The status of `/health`, and its body.
+async fn health() -> (u16, Value) {
+    let (status, body) = get(PAGE, "/health").await.unwrap();
+    let body: Value = serde_json::from_str(&body).unwrap();
+    let mut failing = Vec::new();
+    for (part, check) in body["checks"].as_object().unwrap() {
+        assert!(check["ms"].as_f64().unwrap() >= 0.0, "{body}");
+        if check["ok"] == true {
+            assert!(check.get("error").is_none(), "{body}");
+        } else {
+            assert!(!check["error"].as_str().unwrap().is_empty(), "{body}");
+            failing.push(part.clone());
+        }
+    }
+    let mut told: Vec<String> = serde_json::from_value(body["failing"].clone()).unwrap();
+    told.sort();
+    assert_eq!(told, failing, "{body}");
+    assert_eq!(body["ok"], failing.is_empty(), "{body}");
+    assert_eq!(status, if failing.is_empty() { 200 } else { 503 }, "{body}");
+    (status, body)
+}
+
+/// Asks until exactly these parts fail: a machine under load may be late with more.
+async fn failing(parts: &[&str]) -> Value {
+    let deadline = Instant::now() + patience();
+    loop {
+        let (_, body) = health().await;
+        if body["failing"] == json!(parts) {
+            return body;
+        }
+        assert!(Instant::now() < deadline, "not {parts:?}: {body}");
+    }
+}
+
+/// The metrics by name and labels, as they stand before the value.
+async fn metrics() -> BTreeMap<String, f64> {
+    let (status, text) = get(PAGE, "/metrics").await.unwrap();
+    assert_eq!(status, 200, "{text}");
+    read(&text)
+}
+
+/// Reads the text format 0.0.4 as strictly as Prometheus does: each family once, told what it is before its samples.
+fn read(text: &str) -> BTreeMap<String, f64> {
+    assert!(text.ends_with('\n'));
+    let (mut families, mut family, mut samples) = (BTreeSet::new(), "", BTreeMap::new());
+    for line in text.lines() {
+        if let Some(help) = line.strip_prefix("# HELP ") {
+            family = help.split_once(' ').unwrap().0;
+            assert!(families.insert(family), "{line}");
+        } else if let Some(kind) = line.strip_prefix("# TYPE ") {
+            let (of, kind) = kind.split_once(' ').unwrap();
+            assert_eq!(of, family, "{line}");
+            assert!(["counter", "gauge", "summary"].contains(&kind), "{line}");
+            assert_eq!(kind == "counter", of.ends_with("_total"), "{line}");
+        } else {
+            let (key, value) = line.rsplit_once(' ').unwrap();
+            let name = key.split('{').next().unwrap();
+            let of = name.strip_prefix(family).expect(line);
+            assert!(["", "_sum", "_count"].contains(&of), "{line}");
+            let value = value.parse().expect(line);
+            assert_eq!(samples.insert(key.to_owned(), value), None, "{line}");
+        }
+    }
+    samples
+}
+
+/// What `$SRV.STATS` and a heartbeat tell, as the names of the metrics that must tell the same.
+fn told(stats: &Value, beat: &Value) -> BTreeMap<String, f64> {
+    let mut told = BTreeMap::new();
+    let endpoints = stats["endpoints"].as_array().unwrap();
+    for endpoint in endpoints {
+        let name = endpoint["name"].as_str().unwrap();
+        let number = |key: &str| endpoint[key].as_f64().unwrap();
+        let (all, errors) = (number("num_requests"), number("num_errors"));
+        let seconds = number("processing_time") / 1e9;
+        let labelled = |name: &str, more: &str| format!("{name}{more}}}");
+        let total = format!("ostler_requests_total{{endpoint=\"{name}\",result=");
+        told.insert(labelled(&total, "\"ok\""), all - errors);
+        told.insert(labelled(&total, "\"error\""), errors);
+        let of = format!("{{endpoint=\"{name}\"");
+        told.insert(
+            labelled(&format!("ostler_request_seconds_count{of}"), ""),
+            all,
+        );
+        told.insert(
+            labelled(&format!("ostler_request_seconds_sum{of}"), ""),
+            seconds,
+        );
+    }
+    let data = &endpoints[0]["data"];
+    for (name, key) in [
+        ("ostler_memory_available_bytes", "available_memory"),
+        ("ostler_disk_available_bytes", "available_disk"),
+    ] {
+        told.insert(name.into(), data[key].as_f64().unwrap() * 1048576.0);
+    }
+    for state in [
+        "BORN",
+        "STARTING",
+        "RUNNING",
+        "STOPPING",
+        "STOPPED",
+        "CRASHED",
+        "RESUMING",
+        "EVACUATING",
+    ] {
+        let entries = beat["droplets"].as_array().unwrap();
+        let count = entries.iter().filter(|entry| entry["state"] == state);
+        let name = format!("ostler_instances{{state=\"{state}\"}}");
+        told.insert(name, f64::from(u32::try_from(count.count()).unwrap()));
+    }
+    let states = |name: &str| told[&format!("ostler_instances{{state=\"{name}\"}}")];
+    assert_eq!(data["running"].as_f64(), Some(states("RUNNING")), "{stats}");
+    assert_eq!(data["crashed"].as_f64(), Some(states("CRASHED")), "{stats}");
+    told
+}
+
+/// Processes that listen for TCP connections, of one process: its addresses as in /proc/net/tcp.
+fn listening(agent: &Running) -> Vec<String> {
+    let files = std::fs::read_dir(format!("/proc/{}/fd", agent.pid())).unwrap();
+    let sockets: BTreeSet<String> = files
+        .filter_map(|file| std::fs::read_link(file.unwrap().path()).ok())
+        .filter_map(|link| {
+            let inode = link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?;
+            Some(inode.to_owned())
+        })
+        .collect();
+    assert!(!sockets.is_empty(), "its lock is a socket");
+    let tables = ["tcp", "tcp6"].map(|table| format!("/proc/{}/net/{table}", agent.pid()));
+    let texts = tables.map(|table| std::fs::read_to_string(table).unwrap_or_default());
+    let lines = texts.iter().flat_map(|text| text.lines().skip(1));
+    let fields = lines.map(|line| line.split_whitespace().collect::<Vec<_>>());
+    fields
+        .filter(|fields| fields[3] == "0A" && sockets.contains(fields[9]))
+        .map(|fields| fields[1].to_owned())
+        .collect()
+}
+
+#[tokio::test]
+async fn health_is_what_the_bus_does_and_comes_back_with_it() {
+    let mut host = watched().await;
+    failing(&[]).await;
+    assert_eq!(listening(host.agent()), ["0100007F:24F8"]);
+
+    // A server that is stopped takes everything and answers nothing: the connection stands.
+    host.bus().signal(Signal::SIGSTOP);
+    let began = Instant::now();
+    let (status, body) = health().await;
+    let took = began.elapsed();
+    host.bus().signal(Signal::SIGCONT);
+    assert_eq!(status, 503, "{body}");
+    let named = body["failing"].as_array().unwrap();
+    assert!(named.contains(&json!("bus")), "{body}");
+    // Two seconds, and what a busy machine adds.
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    failing(&[]).await;
+
+    host.stop_bus().await;
+    let body = failing(&["bus"]).await;
+    let why = body["checks"]["bus"]["error"].as_str().unwrap();
+    assert!(why.contains("no connection"), "{body}");
+    let before = metrics().await;
+    assert_eq!(before["ostler_bus_connected"], 0.0);
+    assert_eq!(before["ostler_bus_connects_total"], 1.0);
+    host.start_bus().await;
+    failing(&[]).await;
+    let after = metrics().await;
+    assert_eq!(after["ostler_bus_connected"], 1.0);
+    assert_eq!(after["ostler_bus_connects_total"], 2.0);
+}
+
+#[tokio::test]
+async fn a_disk_that_hangs_is_named_and_asking_again_and_again_adds_nothing_to_it() {
+    let config = &[ON];
+    let host = Host::with(Setup {
+        config,
+        before: &[Frozen::OWN_DISK],
+        ..Default::default()
+    })
+    .await;
+    failing(&[]).await;
+    let status = format!("/proc/{}/status", host.agent().pid());
+    let threads = || -> u32 {
+        let status = std::fs::read_to_string(&status).unwrap();
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("Threads:"));
+        line.unwrap().trim().parse().unwrap()
+    };
+    let frozen = Frozen::base(&host);
+    let body = failing(&["disk"]).await;
+    let before = threads();
+    // Twenty at once, and again: each is answered, and only the first waits in the kernel.
+    for _ in 0..2 {
+        let asked: Vec<_> = (0..20).map(|_| tokio::spawn(health())).collect();
+        for answer in asked {
+            let (status, body) = answer.await.unwrap();
+            assert_eq!(status, 503, "{body}");
+            let named = body["failing"].as_array().unwrap();
+            assert!(named.contains(&json!("disk")), "{body}");
+        }
+    }
+    let after = threads();
+    assert!(
+        after < before + 10,
+        "{before} threads, then {after}: {body}"
+    );
+    let mut beats = host.watch("dea.heartbeat").await;
+    beats.next().await;
+    drop(frozen);
+    failing(&[]).await;
+    assert!(!host.base.join("health").exists());
+}
+
+#[tokio::test]
+async fn helpers_that_cannot_be_started_are_named() {
+    let helpers = tests::path("OSTLER_HELPERS", "target/x86_64-unknown-linux-gnu/helpers");
+    let helpers = helpers.display().to_string();
+    // In the directory of this test's first host, which is removed with it.
+    let copy = format!("/tmp/ostler-test-{}-0/helpers", std::process::id());
+    let host = Host::with(Setup {
+        config: &[ON, (&helpers, &copy)],
+        before: &[&["cp", "-r", &helpers, &copy]],
+        ..Default::default()
+    })
+    .await;
+    failing(&[]).await;
+    let (link, away) = (format!("{copy}/iomux-link"), format!("{copy}/away"));
+    std::fs::rename(&link, &away).unwrap();
+    let body = failing(&["helpers"]).await;
+    let why = body["checks"]["helpers"]["error"].as_str().unwrap();
+    assert!(
+        why.contains("iomux-link") && why.contains("ENOENT"),
+        "{why}"
+    );
+    std::fs::rename(&away, &link).unwrap();
+    failing(&[]).await;
+    drop(host);
+}
+
+#[tokio::test]
+async fn whoever_does_not_switch_it_on_has_no_port_open() {
+    let host = Host::start().await;
+    assert_eq!(listening(host.agent()), Vec::<String>::new());
+    assert!(TcpStream::connect(PAGE).await.is_err());
+}
+
+#[tokio::test]
+async fn an_address_that_somebody_else_has_ends_the_agent_with_words() {
+    let mut host = watched().await;
+    // The next agent finds the address free, however this one ended.
+    host.kill9().await;
+    host.start_agent().await;
+    failing(&[]).await;
+    host.kill9().await;
+    let others = TcpListener::bind(PAGE).await.unwrap();
+    let from = host.log().len();
+    host.spawn_agent();
+    let ended = host.ended().await;
+    assert!(!ended.success());
+    let log = host.log();
+    let words = "cannot listen on 127.0.0.1:9464 (metrics.listen): Address already in use";
+    assert!(log[from..].contains(words), "{log}");
+    drop(others);
+    host.start_agent().await;
+    failing(&[]).await;
+}
+
+#[tokio::test]
+async fn metrics_tell_what_the_bus_tells() {
+    let host = watched().await;
+    let sleeper = Droplet::sample("sleeper");
+    host.run(host.message("app", &sleeper)).await;
+    let mut exits = host.watch("droplet.exited").await;
+    let crasher = host.message("crasher", &Droplet::shell("exit 3"));
+    host.request(&host.subject("start"), &crasher).await;
+    exits.next().await;
+    for _ in 0..3 {
+        host.request_bytes(&host.subject("start"), "{").await;
+    }
+    host.request("dea.stop", &json!({"droplet": "nobody"}))
+        .await;
+    host.request("dea.status", &Value::Null).await;
+
+    // A request is counted a moment after its answer was sent, and an exit told before the crash is.
+    let subject = format!("$SRV.STATS.ostler.{}", host.id);
+    let mut beats = host.watch("dea.heartbeat").await;
+    let deadline = Instant::now() + patience();
+    let metrics = loop {
+        let beat = beats.next().await;
+        let stats = host.request(&subject, &Value::Null).await;
+        let metrics = metrics().await;
+        let told = told(&stats, &beat);
+        let near = |key: &String, value: f64| {
+            // What floating point makes of nanoseconds, and a disk that others use, too.
+            let slack = if key.contains("disk") { 64e6 } else { 1e-6 };
+            metrics
+                .get(key)
+                .is_some_and(|this| (this - value).abs() < slack)
+        };
+        let differing: Vec<_> = told
+            .iter()
+            .filter(|(key, value)| !near(key, **value))
+            .collect();
+        let instances = metrics["ostler_instances{state=\"CRASHED\"}"];
+        if differing.is_empty() && instances == 1.0 {
+            break metrics;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "{differing:?} {metrics:?} {stats} {beat}"
+        );
+    };
+    for (key, value) in [
+        ("ostler_instances{state=\"RUNNING\"}", 1.0),
+        ("ostler_memory_capacity_bytes", 4096.0 * 1048576.0),
+        ("ostler_memory_available_bytes", 3968.0 * 1048576.0),
+        ("ostler_disk_capacity_bytes", 16384.0 * 1048576.0),
+        (
+            "ostler_requests_total{endpoint=\"start\",result=\"ok\"}",
+            2.0,
+        ),
+        (
+            "ostler_requests_total{endpoint=\"start\",result=\"error\"}",
+            3.0,
+        ),
+        ("ostler_request_seconds_count{endpoint=\"start\"}", 5.0),
+        (
+            "ostler_requests_total{endpoint=\"dea-stop\",result=\"ok\"}",
+            1.0,
+        ),
+        ("ostler_bus_connected", 1.0),
+        ("ostler_bus_connects_total", 1.0),
+        ("ostler_bus_refused_messages_total", 0.0),
+        ("ostler_bus_dropped_messages_total", 0.0),
+    ] {
+        assert_eq!(metrics.get(key), Some(&value), "{key}: {metrics:?}");
+    }
+    for key in [
+        "process_cpu_seconds_total",
+        "process_resident_memory_bytes",
+        "process_open_fds",
+        "process_start_time_seconds",
+    ] {
+        assert!(metrics[key] > 0.0, "{key}: {metrics:?}");
+    }
+    host.stop("app").await;
+}
+
+/// The status line that comes back for these bytes; nothing if the connection is closed without one.
+async fn say(bytes: &[u8]) -> String {
+    let mut stream = TcpStream::connect(PAGE).await.unwrap();
+    // It may be closed before all is said.
+    let _ = stream.write_all(bytes).await;
+    let mut answer = Vec::new();
+    let _ = tokio::time::timeout(patience(), stream.read_to_end(&mut answer))
+        .await
+        .expect("it is closed");
+    let answer = String::from_utf8(answer).unwrap();
+    answer.lines().next().unwrap_or_default().to_owned()
+}
+
+#[tokio::test]
+async fn clients_that_are_slow_or_broken_harm_nobody() {
+    let host = watched().await;
+    let before = metrics().await["process_open_fds"];
+    // More than are heard at once; they say a little, and nothing more.
+    let mut silent = Vec::new();
+    for _ in 0..100 {
+        let mut stream = TcpStream::connect(PAGE).await.unwrap();
+        stream.write_all(b"GET /hea").await.unwrap();
+        silent.push(stream);
+    }
+    // These ask, and never take the answer.
+    for _ in 0..20 {
+        let mut stream = TcpStream::connect(PAGE).await.unwrap();
+        let request = "GET /metrics HTTP/1.1\r\n\r\n";
+        stream.write_all(request.as_bytes()).await.unwrap();
+        silent.push(stream);
+    }
+    let mut beats = host.watch("dea.heartbeat").await;
+    for _ in 0..3 {
+        beats.next().await;
+    }
+    failing(&[]).await;
+
+    for (bytes, status) in [
+        (
+            "POST /metrics HTTP/1.1\r\nContent-Length: 3\r\n\r\nabc",
+            "405",
+        ),
+        ("HEAD /health HTTP/1.1\r\n\r\n", "405"),
+        ("GET / HTTP/1.1\r\n\r\n", "404"),
+        ("GET /../id HTTP/1.1\r\n\r\n", "404"),
+        ("\x16\x03\x01\x02\r\n\r\n", "400"),
+        ("GET /metrics HTTP/1.1\r\nHost: here\r\n\r\n", "200"),
+    ] {
+        let line = say(bytes.as_bytes()).await;
+        assert_eq!(line.split(' ').nth(1), Some(status), "{bytes:?}: {line}");
+    }
+    let large = format!("GET /metrics HTTP/1.1\r\nX: {}", "x".repeat(60_000));
+    let line = say(large.as_bytes()).await;
+    assert_eq!(line.split(' ').nth(1), Some("431"), "{line}");
+    say("x".repeat(1 << 20).as_bytes()).await;
+
+    // What they had is given back, though they stay.
+    let deadline = Instant::now() + patience();
+    loop {
+        let now = metrics().await["process_open_fds"];
+        if now <= before + 3.0 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{before} open files, then {now}");
+    }
+    drop(silent);
+    host.run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
+    host.stop("app").await;
+}
