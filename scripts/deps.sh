@@ -4,7 +4,7 @@ set -euo pipefail
 
 # program (or file) and the package that brings it
 needs=(
-  gcc=gcc g++=g++ make=make openssl=openssl ip=iproute2 nft=nftables iptables=iptables tar=tar curl=curl column=bsdextrautils
+  gcc=gcc g++=g++ make=make openssl=openssl pip3=python3-pip ip=iproute2 nft=nftables iptables=iptables tar=tar curl=curl column=bsdextrautils
   nats-server=nats-server debootstrap=debootstrap runc=runc bwrap=bubblewrap
   qemu-system-x86_64=qemu-system-x86 mkfs.ext4=e2fsprogs cpio=cpio /bin/busybox=busybox-static strip=binutils ld.bfd=binutils
 )

@@ -81,6 +81,7 @@ pub fn environment(
         host_port: 61_001,
         container_port: 61_001,
         started_at: 0,
+        trace: None,
     };
     build(&app).map_err(|error| error.to_string())
 }

@@ -812,7 +812,7 @@ fn a_job_with_a_piped_output_reads_what_is_typed_and_has_no_terminal() {
     let script = "test -t 0 && echo has it >&2; echo ready >&2; cat >&2; echo end >&2; exit 6";
     let (seen, end) = place.wsh_in_terminal([true, false, true], script, |seen| {
         // Two lines, and the key for the end of all input.
-        seen.contains("ready").then_some(&b"one\ntwo\n\x04"[..])
+        seen.contains("ready\r\n").then_some(&b"one\ntwo\n\x04"[..])
     });
     assert_eq!(end, Status::Exited(6), "{seen}");
     let typed = |line: &str| seen.lines().filter(|seen| *seen == line).count();

@@ -15,6 +15,7 @@ pub mod service;
 pub mod start;
 pub mod state;
 pub mod subjects;
+pub mod trace;
 
 #[cfg(test)]
 mod fixtures;

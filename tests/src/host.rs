@@ -729,14 +729,15 @@ parent = "{mark}"
     config
 }
 
-/// Starts a nats-server and waits until it accepts.
+/// Starts a nats-server, the one of `OSTLER_NATS_SERVER` or Debian's, and waits until it accepts.
 async fn bus(arguments: &[String], directory: &Path) -> Running {
     let (address, port) = Host::BUS.split_once(':').expect("an address and a port");
     // It ends with this thread also when the test itself is killed.
+    let program = std::env::var("OSTLER_NATS_SERVER").unwrap_or("nats-server".into());
     let mut all = vec![
         "--pdeathsig",
         "KILL",
-        "nats-server",
+        &program,
         "--addr",
         address,
         "--port",

@@ -11,12 +11,13 @@ use crate::instances::outlet::Message as Outgoing;
 use crate::instances::record::RecordError;
 use crate::instances::stable::{self, Ask};
 use crate::instances::world::World;
-use async_nats::{Client, Message, Subscriber};
+use async_nats::{Client, HeaderMap, Message, Subscriber};
 use messages::command::{Asked, Command, Query, json, parse};
 use messages::outgoing::ToBytes;
 use messages::reply::{ErrorCode, Reply};
 use messages::service::{self, Identity, Info, Ping, Question, Stats};
 use messages::subjects::{Incoming, Kind, subscriptions};
+use messages::trace::{self, Trace};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -108,8 +109,10 @@ pub async fn receive(
                 None => break,
             },
         };
-        let span = info_span!(parent: None, "request", subject = %message.subject);
-        take(&desk, &asks, message).instrument(span).await;
+        let trace = message.headers.as_ref().and_then(trace_of);
+        let (subject, id) = (&message.subject, trace.as_ref().map(Trace::id));
+        let span = info_span!(parent: None, "request", %subject, trace = id);
+        take(&desk, &asks, message, trace).instrument(span).await;
     }
     if !leaving {
         // The client is closed for good: nobody can be answered any more.
@@ -130,7 +133,18 @@ async fn ask(asks: &mpsc::Sender<Ask>, ask: Ask) {
     drop(asks.send(ask).await);
 }
 
-async fn take(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, message: Message) {
+/// The trace of a message with these headers. NATS keeps the case of their names, and senders vary it.
+fn trace_of(headers: &HeaderMap) -> Option<Trace> {
+    let values = |wanted: &str| -> Vec<&str> {
+        let named = |name: &str| name.eq_ignore_ascii_case(wanted);
+        let of = headers.iter().filter(|(name, _)| named(name.as_ref()));
+        of.flat_map(|(_, values)| values.iter().map(AsRef::as_ref))
+            .collect()
+    };
+    Trace::read(&values(trace::PARENT), &values(trace::STATE))
+}
+
+async fn take(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, message: Message, trace: Option<Trace>) {
     let reply_to = message.reply.map(|subject| subject.to_string());
     if let Some(question) = Question::parse(&message.subject, &desk.world.id) {
         let told = tell(Arc::clone(desk), asks.clone(), question, reply_to);
@@ -148,13 +162,14 @@ async fn take(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, message: Message) {
         );
         warn!(problem = why, "a message was not understood");
         return desk
-            .reply(reply_to, &Reply::error(ErrorCode::BadSubject, why))
+            .reply((reply_to, trace), &Reply::error(ErrorCode::BadSubject, why))
             .await;
     };
     let call = Call {
         incoming,
         begun: Instant::now(),
         reply_to,
+        trace,
     };
     match parse(incoming, &message.payload) {
         Ok((Asked::Command(command), raw)) => command_to(desk, asks, command, raw, call).await,
@@ -165,7 +180,7 @@ async fn take(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, message: Message) {
             let refusal = Reply::error(bad.code, bad.message);
             if incoming == Incoming::Start {
                 let start = json(incoming, &message.payload).unwrap_or_default();
-                desk.deliver_refusal(&start, &refusal);
+                desk.deliver_refusal(&start, call.trace.as_ref(), &refusal);
             }
             match incoming.kind() {
                 Kind::Command => desk.answer(call, &refusal).await,
@@ -199,10 +214,11 @@ async fn command_to(
         command,
         Command::Start(_) | Command::Scale(_) | Command::FindHere(_) | Command::Logs(_)
     );
-    let (answer, answered) = oneshot::channel();
+    let (trace, (answer, answered)) = (call.trace.clone(), oneshot::channel());
     let asked = Ask::Command {
         command,
         raw: raw.clone(),
+        trace: trace.clone(),
         answer,
     };
     tokio::spawn(answer_later(Arc::clone(desk), id, answered, call));
@@ -223,7 +239,7 @@ async fn command_to(
     } = asked
     {
         if matches!(command, Command::Start(_)) {
-            desk.deliver_refusal(&raw, &refusal);
+            desk.deliver_refusal(&raw, trace.as_ref(), &refusal);
         }
         drop(answer.send(refusal));
     }
@@ -266,7 +282,8 @@ async fn query_to(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, query: Query, call
     tokio::spawn(async move {
         while let Some(body) = answered.recv().await {
             let outlet = &desk.world.outlet;
-            outlet.send(Outgoing::plain(reply_to.clone(), body)).await;
+            let answer = Outgoing::plain(reply_to.clone(), body);
+            outlet.send(answer.within(call.trace.as_ref())).await;
         }
         desk.tally.count(&call, None);
     });
@@ -305,24 +322,28 @@ impl Desk {
     /// Counts a command as answered, and answers it.
     async fn answer(self: &Arc<Self>, call: Call, reply: &Reply) {
         self.tally.count(&call, Some(reply));
-        self.reply(call.reply_to, reply).await;
+        self.reply((call.reply_to, call.trace), reply).await;
     }
 
     /// Answers, if anybody asked for it. An answer that falls due while the bus is away is owed all the same,
     /// for a while.
-    async fn reply(self: &Arc<Self>, reply_to: Option<String>, reply: &Reply) {
+    async fn reply(
+        self: &Arc<Self>,
+        (reply_to, trace): (Option<String>, Option<Trace>),
+        reply: &Reply,
+    ) {
         let Some(subject) = reply_to else { return };
         if self.world.outlet.mark().up() {
-            return self.send(subject, reply).await;
+            return self.send(subject, trace.as_ref(), reply).await;
         }
         let (desk, reply) = (Arc::clone(self), reply.clone());
         tokio::spawn(async move {
             drop(timeout(ANSWER_PATIENCE, desk.world.outlet.up()).await);
-            desk.send(subject, &reply).await;
+            desk.send(subject, trace.as_ref(), &reply).await;
         });
     }
 
-    async fn send(&self, subject: String, reply: &Reply) {
+    async fn send(&self, subject: String, trace: Option<&Trace>, reply: &Reply) {
         let message = |reply: &Reply| Outgoing {
             subject,
             headers: reply.headers(),
@@ -337,13 +358,13 @@ impl Desk {
         } else {
             message(reply)
         };
-        self.world.outlet.send(message).await;
+        self.world.outlet.send(message.within(trace)).await;
     }
 
     /// Whoever only publishes a start learns by an exit that it was refused.
-    fn deliver_refusal(&self, start: &serde_json::Value, refusal: &Reply) {
+    fn deliver_refusal(&self, start: &serde_json::Value, trace: Option<&Trace>, refusal: &Reply) {
         if let Some(event) = events::refused(start, refusal) {
-            events::deliver(self.world.outlet.clone(), event);
+            events::deliver(self.world.outlet.clone(), event, trace);
         }
     }
 }

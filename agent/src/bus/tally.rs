@@ -4,6 +4,7 @@ use crate::instances::world::{World, now, whole_seconds};
 use messages::reply::Reply;
 use messages::service::{Counts, Identity, NAME};
 use messages::subjects::Incoming;
+use messages::trace::Trace;
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 use tokio::time::Instant;
@@ -14,6 +15,8 @@ pub(super) struct Call {
     pub(super) incoming: Incoming,
     pub(super) begun: Instant,
     pub(super) reply_to: Option<String>,
+    /// What it came with, and what its answers go back with.
+    pub(super) trace: Option<Trace>,
 }
 
 /// Counts since the agent began.

@@ -10,6 +10,7 @@
 //! is offered, so that a flood of commands with all its answers displaces none. So have routes, of which there
 //! may be more than any channel holds: they are said one by one as there is [`Room`].
 
+use messages::trace::Trace;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -36,6 +37,14 @@ impl Message {
             headers: Vec::new(),
             body,
         }
+    }
+
+    /// With the headers of this trace, if it belongs to one.
+    #[must_use]
+    pub fn within(mut self, trace: Option<&Trace>) -> Self {
+        self.headers
+            .extend(trace.into_iter().flat_map(Trace::headers));
+        self
     }
 }
 

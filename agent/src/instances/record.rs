@@ -8,6 +8,7 @@ use crate::engine::Saved;
 use crate::host::depot::is_handle;
 use messages::start::StartRequest;
 use messages::state::State;
+use messages::trace::Trace;
 use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
@@ -27,6 +28,9 @@ pub struct Record {
     pub handle: String,
     /// The start message as it came.
     pub start: serde_json::Value,
+    /// The trace of the command that began it, told with its events.
+    #[serde(default)]
+    pub trace: Option<Trace>,
     /// The `request_id` that it came with.
     pub request_id: Option<String>,
     /// The instance id, 32 hexadecimal characters; an update of the version makes a new one.
@@ -381,6 +385,7 @@ mod tests {
                 "droplet": "a", "index": 0, "version": "v", "name": "a", "services": [],
                 "limits": {"mem": 1, "disk": 2, "fds": 8}, "cc_partition": "default",
             }),
+            trace: None,
             request_id: None,
             instance: "i".into(),
             private_instance: "p".into(),

@@ -284,11 +284,10 @@ impl State {
     }
 }
 
+/// Routers fold the case of URIs (gorouter, `route.Uri.RouteKey`): what differs in case alone is the same route.
 fn without(some: &[String], others: &[String]) -> Vec<String> {
-    some.iter()
-        .filter(|one| !others.contains(one))
-        .cloned()
-        .collect()
+    let listed = |one: &str| others.iter().any(|other| other.eq_ignore_ascii_case(one));
+    some.iter().filter(|one| !listed(one)).cloned().collect()
 }
 
 #[cfg(test)]

@@ -22,7 +22,7 @@ use messages::state::State;
 /// What happens to an instance, from outside or from its own app.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ask {
-    /// The record is on disk: make the container.
+    /// It has a task of its own: record it, then make the container.
     Start,
     /// The health check passed.
     Healthy,

@@ -34,10 +34,10 @@ pub const INIT_FD: i32 = 3;
 /// Most passes; a fork storm needs three.
 const PASSES: u32 = 100;
 
-/// Passes that must find nothing to change, and milliseconds before each: a process that is being forked is in
-/// no list, and has its parent's old limits.
-const CLEAN: u32 = 5;
-const PAUSE: u16 = 2;
+/// Milliseconds before each of the passes that must find nothing to change: a process that is being forked is in
+/// no list, and has its parent's old limits. A fork takes some 0.1 ms, where a processor is emulated some 10, and
+/// longer where its group has used up its processor time. One that takes longer than all of these is missed.
+const PAUSES: [u16; 6] = [2, 4, 8, 16, 32, 64];
 
 /// The program: `group` is a control group's directory, `before` and `after` are numbers of open files.
 pub(super) fn main(arguments: &[OsString]) -> u8 {
@@ -109,16 +109,14 @@ fn change_somehow(
 
 /// Passes over all processes of the group until they are as they shall be.
 fn change(group: &OwnedFd, before: u64, after: u64) -> Result<(), SysError> {
-    let mut clean = 0;
+    let mut pauses = PAUSES.iter();
     for _ in 0..PASSES {
-        poll(&mut [], PAUSE).context("poll", "pause")?;
-        clean = if pass(group, before, after)? {
-            0
-        } else {
-            clean + 1
-        };
-        if clean == CLEAN {
+        let Some(pause) = pauses.next() else {
             return Ok(());
+        };
+        poll(&mut [], *pause).context("poll", "pause")?;
+        if pass(group, before, after)? {
+            pauses = PAUSES.iter();
         }
     }
     Err(Errno::EAGAIN).context("prlimit", "processes that fork all the time")

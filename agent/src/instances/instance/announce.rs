@@ -1,7 +1,9 @@
 //! Says events until the bus has them, one after the other, beside the instance's own life.
 
-use crate::instances::outlet::{Message, Outlet};
+use super::events;
+use crate::instances::outlet::Outlet;
 use crate::instances::record::Event;
+use messages::trace::Trace;
 use tokio::sync::mpsc;
 
 /// The instance's end. Dropping it leaves the rest unsaid: the record still has it.
@@ -13,13 +15,14 @@ pub(super) struct Announcer {
 }
 
 impl Announcer {
-    pub(super) fn start(outlet: Outlet) -> Self {
+    /// Says them with the headers of `trace`.
+    pub(super) fn start(outlet: Outlet, trace: Option<Trace>) -> Self {
         // Unbounded in type; in fact each holds one at most.
         let (events, mut to_say) = mpsc::unbounded_channel::<Event>();
         let (confirm, confirmed) = mpsc::unbounded_channel();
         tokio::spawn(async move {
             while let Some(event) = to_say.recv().await {
-                let message = Message::plain(event.subject, event.body.to_string().into_bytes());
+                let message = events::message(event, trace.as_ref());
                 tokio::select! {
                     biased;
                     () = confirm.closed() => return,

@@ -11,6 +11,7 @@ use messages::outgoing::{DropletOom, Exited, OutputOffsets, Reason, Route, Victi
 use messages::reply::Reply;
 use messages::start::StartRequest;
 use messages::subjects;
+use messages::trace::Trace;
 use std::time::Duration;
 
 /// What an agent may take to be replaced, in seconds.
@@ -115,11 +116,14 @@ pub(crate) fn refused(start: &serde_json::Value, refusal: &Reply) -> Option<Even
 }
 
 /// Says `event` until the bus has it, in a task of its own.
-pub(crate) fn deliver(outlet: Outlet, event: Event) {
-    tokio::spawn(async move {
-        let body = event.body.to_string().into_bytes();
-        outlet.deliver(&Message::plain(event.subject, body)).await;
-    });
+pub(crate) fn deliver(outlet: Outlet, event: Event, trace: Option<&Trace>) {
+    let message = message(event, trace);
+    tokio::spawn(async move { outlet.deliver(&message).await });
+}
+
+/// An event as it is said, with the trace of what began the instance.
+pub(super) fn message(event: Event, trace: Option<&Trace>) -> Message {
+    Message::plain(event.subject, event.body.to_string().into_bytes()).within(trace)
 }
 
 /// `droplet.oom` of a kill that was not survived, none missed.

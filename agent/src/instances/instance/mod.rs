@@ -236,7 +236,7 @@ pub fn instance(
     let (wants_in, wants) = watch::channel(Wants::default());
     let (queries_in, queries) = mpsc::channel(QUERIES);
     let (instance_id, _) = watch::channel(record.instance.clone());
-    let mut announcer = announce::Announcer::start(world.outlet.clone());
+    let mut announcer = announce::Announcer::start(world.outlet.clone(), record.trace.clone());
     announcer.say(&record.unsent);
     let mut instance = Instance {
         unheard: route::Unheard::default(),
@@ -274,7 +274,8 @@ impl Instance {
     /// Lives the whole life. The first thing that it tells is that its record is on disk, or why not: a
     /// start may be answered only then.
     pub async fn live(mut self) {
-        let fresh = self.record.state == State::Born;
+        // Nothing is known of it before it is on disk, and then it is starting.
+        let fresh = self.turn(Ask::Start);
         if fresh && let Err(error) = self.save().await {
             let unrecorded = Change::Unrecorded(self.record.handle.clone(), error);
             drop(self.world.changes.send(unrecorded));
@@ -474,6 +475,16 @@ impl Instance {
 
     /// Enters `state` if the table says so; records and tells it.
     async fn enter(&mut self, ask: Ask) -> bool {
+        let enters = self.turn(ask);
+        if enters {
+            self.keep().await;
+            self.tell();
+        }
+        enters
+    }
+
+    /// Enters `state` if the table says so; it is to be recorded and told.
+    fn turn(&mut self, ask: Ask) -> bool {
         let Act::Enter(state) = admit(self.record.state, ask) else {
             return false;
         };
@@ -483,13 +494,11 @@ impl Instance {
         if state == State::Starting {
             self.record.started_at = self.record.state_timestamp;
         }
-        self.keep().await;
         info!(
             handle = self.record.handle,
             state = state.name(),
             "entered a state"
         );
-        self.tell();
         true
     }
 

@@ -56,7 +56,6 @@ pub(super) fn engine_limits(config: &Config, limits: Limits) -> cgroups::Limits 
 impl Instance {
     /// A new instance: until something ends it.
     pub(super) async fn begin(&mut self) -> End {
-        self.enter(Ask::Start).await;
         match self.start().await {
             Ok(()) => self.run().await,
             Err(end) => end,
@@ -389,6 +388,7 @@ impl Instance {
             host_port: port,
             container_port: port,
             started_at: whole_seconds(self.record.started_at),
+            trace: self.record.trace.as_ref(),
         })
         .map_err(failed)?;
         let pair = |(name, value): (String, String)| format!("{name}={value}").into_bytes();

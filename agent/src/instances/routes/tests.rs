@@ -212,6 +212,23 @@ async fn what_stands_again_is_no_longer_taken_back() {
     assert!(heard(&mut first) && heard(&mut of_old));
 }
 
+/// Taking it back under its old spelling would take it back under the new one, too.
+#[tokio::test]
+async fn another_spelling_is_the_same_route() {
+    let mut bus = Bus::there();
+    let routes = Arc::clone(&bus.routes);
+    routes.open(route(1, &["Foo.x/A", "b"]));
+    bus.words([r#"+1 ["Foo.x/A","b"]"#]).await;
+    assert!(routes.change(1, &list(&["foo.X/a", "b"])).is_none());
+    bus.silence().await;
+    routes.repeat();
+    bus.words([r#"+1 ["foo.X/a","b"]"#]).await;
+    let (closed, _) = routes.change(1, &list(&["B"])).unwrap();
+    assert_eq!(closed.uris, list(&["foo.X/a"]));
+    bus.words([r#"-1 ["foo.X/a"]"#]).await;
+    bus.confirm().await;
+}
+
 #[tokio::test]
 async fn however_many_there_are_none_is_left_out() {
     let mut bus = Bus::away();

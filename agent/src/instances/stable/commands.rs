@@ -12,6 +12,7 @@ use messages::outgoing::{FindReply, Heartbeat, HeartbeatEntry, ToBytes};
 use messages::reply::{ErrorCode, Reply};
 use messages::start::{StartRequest, Wait};
 use messages::state::State;
+use messages::trace::Trace;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 use tracing::info;
@@ -24,16 +25,21 @@ pub(super) struct Accepted {
 }
 
 impl Stable {
-    pub(super) fn command(&mut self, command: Command, raw: Value, answer: oneshot::Sender<Reply>) {
+    pub(super) fn command(
+        &mut self,
+        command: Command,
+        (raw, trace): (Value, Option<Trace>),
+        answer: oneshot::Sender<Reply>,
+    ) {
         match command {
-            Command::Start(request) => self.start(*request, raw, answer),
+            Command::Start(request) => self.start(*request, (raw, trace), answer),
             Command::Stop(request) => {
                 self.stop(&request.filter, request.wait, answer);
             }
             Command::Update(request) => {
                 self.update(&request, answer);
             }
-            Command::Scale(request) => self.scale(&request, answer),
+            Command::Scale(request) => self.scale(&request, trace.as_ref(), answer),
             Command::Logs(request) => self.logs(request, answer),
             Command::FindHere(request) => {
                 let found: Vec<FindReply> = self
@@ -48,16 +54,21 @@ impl Stable {
         }
     }
 
-    fn start(&mut self, request: StartRequest, raw: Value, answer: oneshot::Sender<Reply>) {
+    fn start(
+        &mut self,
+        request: StartRequest,
+        (raw, trace): (Value, Option<Trace>),
+        answer: oneshot::Sender<Reply>,
+    ) {
         let until = Until::of(request.wait);
         if let Some((handle, known)) = self.with_request_id(request.request_id.as_deref()) {
             self.answer_when(Owed::all(vec![(handle, 0)], until), known, answer);
             return;
         }
-        match self.accept_one(request, &raw) {
+        match self.accept_one(request, &raw, trace.as_ref()) {
             Ok((owed, reply)) => self.answer_when(owed, reply, answer),
             Err(refusal) => {
-                self.tell_refusal(&raw, &refusal);
+                self.tell_refusal(&raw, trace.as_ref(), &refusal);
                 drop(answer.send(refusal));
             }
         }
@@ -69,11 +80,12 @@ impl Stable {
         &mut self,
         request: StartRequest,
         raw: &Value,
+        trace: Option<&Trace>,
     ) -> Result<(Vec<Owed>, Reply), Reply> {
         let place = self.admit_start(&request, 1, Amount::default())?.pop();
         let (droplet, until) = (request.droplet.to_string(), Until::of(request.wait));
         let template = self.keep_template(droplet.clone(), raw.clone());
-        let accepted = self.accept(request, raw.clone(), place);
+        let accepted = self.accept(request, (raw.clone(), trace.cloned()), place);
         let reply = Reply::ok(json!({
             "dea": self.world.id, "droplet": droplet, "index": accepted.index,
             "instance": accepted.instance, "handle": accepted.handle,
@@ -84,9 +96,9 @@ impl Stable {
     }
 
     /// Whoever only published a start learns of its refusal by an exit, as from the DEA.
-    pub(super) fn tell_refusal(&self, raw: &Value, refusal: &Reply) {
+    pub(super) fn tell_refusal(&self, raw: &Value, trace: Option<&Trace>, refusal: &Reply) {
         if let Some(event) = events::refused(raw, refusal) {
-            events::deliver(self.world.outlet.clone(), event);
+            events::deliver(self.world.outlet.clone(), event, trace);
         }
     }
 
@@ -250,13 +262,13 @@ impl Stable {
     pub(super) fn accept(
         &mut self,
         request: StartRequest,
-        raw: Value,
+        came: (Value, Option<Trace>),
         place: Option<Place>,
     ) -> Accepted {
-        let record = self.record(&request, raw);
+        let record = self.record(&request, came);
         let (handle, instance) = (record.handle.clone(), record.instance.clone());
-        let index = request.index;
-        info!(handle, droplet = %request.droplet, index, "accepted a start");
+        let (index, trace) = (request.index, record.trace.as_ref().map(Trace::id));
+        info!(handle, droplet = %request.droplet, index, trace, "accepted a start");
         self.board(record, request, (None, place));
         Accepted {
             handle,
@@ -265,7 +277,7 @@ impl Stable {
         }
     }
 
-    fn record(&self, request: &StartRequest, raw: Value) -> Record {
+    fn record(&self, request: &StartRequest, (raw, trace): (Value, Option<Trace>)) -> Record {
         let mut handle = crate::random::handle();
         while self.stalls.contains_key(&handle) {
             handle = crate::random::handle();
@@ -275,6 +287,7 @@ impl Stable {
             boot_id: self.world.boot_id.clone(),
             handle,
             start: raw,
+            trace,
             request_id: request.request_id.clone(),
             instance: crate::random::hex(16),
             private_instance: crate::random::hex(32),

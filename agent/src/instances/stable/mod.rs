@@ -28,6 +28,7 @@ use messages::command::{Command, Trigger};
 use messages::reply::{ErrorCode, Reply};
 use messages::start::StartRequest;
 use messages::state::State;
+use messages::trace::Trace;
 use pace::Pace;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -66,6 +67,8 @@ pub enum Ask {
         command: Command,
         /// The message as it came: a start is kept with its instance.
         raw: serde_json::Value,
+        /// The trace that it belongs to.
+        trace: Option<Trace>,
         /// Where the one answer goes. A dropped one is an `internal` error there.
         answer: oneshot::Sender<Reply>,
     },
@@ -385,8 +388,9 @@ impl Stable {
             Ask::Command {
                 command,
                 raw,
+                trace,
                 answer,
-            } => self.command(command, raw, answer),
+            } => self.command(command, (raw, trace), answer),
             Ask::Query { query, answers } => self.query(query, answers),
             Ask::Host(answer) => drop(answer.send(self.standing())),
             Ask::Trigger(Trigger::Locate) => self.adverts.soon(),
@@ -404,12 +408,13 @@ impl Stable {
         if let Ask::Command {
             command,
             raw,
+            trace,
             answer,
         } = ask
         {
             let refusal = shutting_down();
             if matches!(command, Command::Start(_)) {
-                self.tell_refusal(&raw, &refusal);
+                self.tell_refusal(&raw, trace.as_ref(), &refusal);
             }
             drop(answer.send(refusal));
         }

@@ -10,19 +10,29 @@ use messages::command::{ScaleLimits, ScaleRequest};
 use messages::reply::{ErrorCode, Reply};
 use messages::start::{StartRequest, Wait};
 use messages::state::State;
+use messages::trace::Trace;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
 
 impl Stable {
-    pub(super) fn scale(&mut self, request: &ScaleRequest, answer: oneshot::Sender<Reply>) {
-        match self.scaled(request) {
+    pub(super) fn scale(
+        &mut self,
+        request: &ScaleRequest,
+        trace: Option<&Trace>,
+        answer: oneshot::Sender<Reply>,
+    ) {
+        match self.scaled(request, trace) {
             Ok((reply, owed)) => self.answer_when(owed, reply, answer),
             Err(refusal) => drop(answer.send(refusal)),
         }
     }
 
     /// Converges; the answer, and what must come before it.
-    fn scaled(&mut self, request: &ScaleRequest) -> Result<(Reply, Vec<Owed>), Reply> {
+    fn scaled(
+        &mut self,
+        request: &ScaleRequest,
+        trace: Option<&Trace>,
+    ) -> Result<(Reply, Vec<Owed>), Reply> {
         let droplet = request.droplet.to_string();
         let template = self.templates.get(&droplet).cloned().ok_or_else(|| {
             Reply::error(
@@ -50,7 +60,7 @@ impl Stable {
             .collect();
         let grown = limits.map_or_else(Amount::default, |limits| self.growth(&kept, limits));
         let template = with_limits(template, limits);
-        let started = self.starts(&template, &plan.start, grown)?;
+        let started = self.starts((&template, trace), &plan.start, grown)?;
         let mut stopped: Asked = Vec::new();
         for handle in &plan.stop {
             let number = self.want_stop(handle, StopReason::Stopped);
@@ -141,7 +151,7 @@ impl Stable {
     /// Admits the starts at these indices, and what others grow by, and begins them: all or none.
     fn starts(
         &mut self,
-        template: &Value,
+        (template, trace): (&Value, Option<&Trace>),
         indices: &[u64],
         grown: Amount,
     ) -> Result<Vec<Accepted>, Reply> {
@@ -166,7 +176,7 @@ impl Stable {
         Ok(messages
             .into_iter()
             .zip(places)
-            .map(|((message, raw), place)| self.accept(message, raw, place))
+            .map(|((message, raw), place)| self.accept(message, (raw, trace.cloned()), place))
             .collect())
     }
 }

@@ -237,7 +237,8 @@ impl Stable {
             stall.view.record.request_id = None;
         }
         if let Some(stall) = self.stalls.get(handle) {
-            self.tell_refusal(&stall.view.record.start, &refusal);
+            let record = &stall.view.record;
+            self.tell_refusal(&record.start, record.trace.as_ref(), &refusal);
         }
         // What was asked of an instance that was there has a number.
         let starts = |waiting: &Waiting| {

@@ -7,6 +7,7 @@
 use std::fmt::Write as _;
 use std::net::Ipv4Addr;
 
+use messages::trace::Trace;
 use serde_json::{Map, Value, json};
 
 /// The longest `NAME=value`, in bytes: the kernel's MAX_ARG_STRLEN less the NUL (execve(2)).
@@ -48,6 +49,8 @@ pub struct AppEnv<'a> {
     pub container_port: u16,
     /// Entry to STARTING, in seconds since 1970.
     pub started_at: u64,
+    /// The trace of the command that began the instance.
+    pub trace: Option<&'a Trace>,
 }
 
 /// A variable that no process can be given.
@@ -102,6 +105,9 @@ pub fn build(app: &AppEnv<'_>) -> Result<Vec<(String, String)>, EnvironmentError
         format!("{}:{}", app.host_ip, app.host_port),
     )?;
     set("CF_INSTANCE_PORTS", ports.to_string())?;
+    for (header, value) in app.trace.into_iter().flat_map(Trace::headers) {
+        set(&header.to_ascii_uppercase(), value)?;
+    }
     for (name, value) in app.user {
         let value = expand(value, &environment.0).ok_or_else(|| too_long(name))?;
         environment.set(name, value)?;
@@ -314,6 +320,7 @@ mod tests {
             host_port: 61_001,
             container_port: 61_001,
             started_at: 1_376_265_929,
+            trace: None,
         })
     }
 
