@@ -15,8 +15,9 @@ done
 if ((${#missing[@]})); then
   [[ $EUID == 0 ]] || { echo "missing: ${missing[*]}: run \`make deps\` as root" >&2; exit 1; }
   echo "installing ${missing[*]}" >&2
-  apt-get update -qq
-  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+  patient=(-o Acquire::Retries=5 -o DPkg::Lock::Timeout=600)
+  apt-get "${patient[@]}" update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get "${patient[@]}" install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
   # Debian starts a bus at once: tests and demo have their own.
   [[ ! " ${missing[*]} " == *" nats-server "* ]] || systemctl disable --now nats-server >/dev/null 2>&1 || true
 fi

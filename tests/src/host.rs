@@ -243,8 +243,13 @@ impl Host {
         self.nats.flush().await.expect("connected");
     }
 
-    /// Sends `body` and gives all answers that come before `within` has passed without another one.
-    pub async fn request_all(&self, subject: &str, body: &Value, within: Duration) -> Vec<Value> {
+    /// Sends `body`, waits for `least` answers, and gives all that come before `within` has passed without another one.
+    pub async fn request_all(
+        &self,
+        subject: &str,
+        body: &Value,
+        (least, within): (usize, Duration),
+    ) -> Vec<Value> {
         let inbox = self.nats.new_inbox();
         let mut answers = self.watch(&inbox).await;
         let sent = self
@@ -252,6 +257,9 @@ impl Host {
             .publish_with_reply(subject.to_owned(), inbox, body.to_string().into())
             .await;
         sent.expect("connected");
+        while answers.all().len() < least {
+            answers.next().await;
+        }
         while timeout(within, answers.next()).await.is_ok() {}
         answers.all().to_vec()
     }
@@ -403,14 +411,14 @@ impl Host {
     pub async fn end(&mut self, signal: Signal) -> ExitStatus {
         let agent = self.agent.take().expect("it runs");
         agent.signal(signal);
-        let ended = agent.ended(patience()).await;
+        let ended = agent.ended(patience() * 2).await;
         ended.unwrap_or_else(|| panic!("the agent still runs after {signal}\n{}", self.log()))
     }
 
     /// Waits until the agent ends by itself.
     pub async fn ended(&mut self) -> ExitStatus {
         let agent = self.agent.take().expect("it runs");
-        let ended = agent.ended(patience()).await;
+        let ended = agent.ended(patience() * 2).await;
         ended.unwrap_or_else(|| panic!("the agent does not end\n{}", self.log()))
     }
 
@@ -642,8 +650,9 @@ impl Host {
             };
         };
         agent.signal(Signal::SIGTERM);
+        // What resists may cost it half a minute: the grace, what a shutdown has beyond it, and one more try.
         let status = agent
-            .wait(patience())
+            .wait(patience() * 2)
             .ok_or("the agent does not end after SIGTERM")?;
         if status.success() {
             Ok(())

@@ -69,7 +69,7 @@ async fn takes_no_starts(host: &Host, adverts: &mut Watch) {
     assert_eq!(exit["exit_status"], -1, "{exit}");
     let fits = json!({"droplet": "more", "limits": {"mem": 1, "disk": 1}});
     let bids = host
-        .request_all("dea.discover", &fits, Duration::from_secs(1))
+        .request_all("dea.discover", &fits, (0, Duration::from_secs(1)))
         .await;
     assert_eq!(bids, Vec::<Value>::new());
     // Heard one after the other: what is said to the first is here before the answer to the second.

@@ -223,8 +223,8 @@ async fn a_stop_waits_for_no_hook_of_a_start() {
 #[tokio::test]
 async fn a_hook_that_hangs_holds_up_no_stop_and_no_shutdown_also_of_the_next_agent() {
     let shared = hanging();
-    let grace = "[instance]\nstop_grace = 1";
-    let mut host = shared.host(&ALL, 2, grace).await;
+    let grace = "[instance]\nstop_grace = 3";
+    let mut host = shared.host(&ALL, 6, grace).await;
     let mut exits = host.watch("droplet.exited").await;
     for hook in ["before_stop", "after_stop"] {
         touch(&shared.path(&format!("hang-{hook}")));

@@ -3,7 +3,8 @@
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::fs;
-use tests::{Droplet, Host, Network, Setup, Tree, tool};
+use std::path::Path;
+use tests::{Droplet, Host, Network, Running, Setup, Tree, tool};
 
 #[tokio::test]
 async fn memory_ends_the_hog_and_no_neighbour() {
@@ -454,21 +455,34 @@ async fn a_foreign_chain_that_drops_does_not_cut_us_off() {
     })
     .await;
     // The control: a veth pair of nobody's is cut off.
-    let control = "ip netns add x && ip link add p0 type veth peer name eth0 netns x && ip addr add 10.9.9.1/30 dev p0 && ip link set p0 up && \
-        ip netns exec x sh -c 'ip addr add 10.9.9.2/30 dev eth0 && ip link set eth0 up && ip route add default via 10.9.9.1'";
-    let control = control
-        .replace(" x ", &format!(" control-{} ", std::process::id()))
-        .replace("netns x", &format!("netns control-{}", std::process::id()));
+    let holder = [
+        "--pdeathsig",
+        "KILL",
+        "unshare",
+        "--net",
+        "sleep",
+        "infinity",
+    ];
+    let holder = Running::start(Path::new("setpriv"), &holder, Path::new("/dev/null"));
+    let of = format!("/proc/{}/ns/net", holder.pid());
+    let ours = fs::read_link("/proc/thread-self/ns/net").unwrap();
+    host.tree_until("namespace", |_| {
+        fs::read_link(&of).is_ok_and(|of| of != ours)
+    })
+    .await;
+    let control = "ip link add p0 type veth peer name eth0 netns PID && ip addr add 10.9.9.1/30 dev p0 && ip link set p0 up && \
+        nsenter --net=/proc/PID/ns/net sh -c 'ip addr add 10.9.9.2/30 dev eth0 && ip link set eth0 up && ip route add default via 10.9.9.1'";
+    let control = control.replace("PID", &holder.pid().to_string());
     tool("bash", &["-c", &control]);
-    let name = format!("control-{}", std::process::id());
     let probe = format!(
         "timeout 2 bash -c '</dev/tcp/{}/1' 2>&1; echo code $?",
         Network::OUTSIDE
     );
     host.network
         .outside(|| tool("ip", &["route", "add", "10.9.9.0/30", "via", Network::HOST]));
-    let said = tool("ip", &["netns", "exec", &name, "bash", "-c", &probe]);
-    tool("ip", &["netns", "delete", &name]);
+    let inside = format!("--net={of}");
+    let said = tool("nsenter", &[&inside, "bash", "-c", &probe]);
+    holder.end();
     assert!(said.contains("code 124"), "dropped, not refused: {said}");
 
     let outside = host

@@ -32,7 +32,7 @@ fn discover(droplet: &str, mem: u64, disk: u64) -> Value {
 async fn offered(host: &Host, wanted: &Value) {
     let deadline = Instant::now() + patience();
     while host
-        .request_all("dea.discover", wanted, SILENCE)
+        .request_all("dea.discover", wanted, (0, SILENCE))
         .await
         .is_empty()
     {
@@ -42,7 +42,7 @@ async fn offered(host: &Host, wanted: &Value) {
 
 /// This is not offered.
 async fn not_offered(host: &Host, wanted: &Value) {
-    let offers = host.request_all("dea.discover", wanted, SILENCE).await;
+    let offers = host.request_all("dea.discover", wanted, (0, SILENCE)).await;
     assert_eq!(offers, Vec::<Value>::new(), "{wanted}");
 }
 
@@ -109,7 +109,7 @@ async fn a_droplet_status_tells_of_what_starts_and_runs() {
     while host.request(&host.subject("find"), &stopping).await["matched"] == 0 {}
 
     let mut told = host
-        .request_all("droplet.status", &json!({}), SILENCE)
+        .request_all("droplet.status", &json!({}), (2, SILENCE))
         .await;
     told.sort_by_key(|status| status["name"].to_string());
     let wanted = [

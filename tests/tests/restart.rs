@@ -676,10 +676,14 @@ async fn many_are_adopted_beside_starts_that_were_cut_off() {
             .collect();
         assert_eq!(crashes, Vec::<Value>::new(), "{}", host.log());
         let mut ports = BTreeSet::new();
-        for droplet in ["old", "new"] {
+        for (droplet, least) in [("old", 12), ("new", 3)] {
             let find = json!({"droplet": droplet, "include_stats": true});
             let found = host
-                .request_all("dea.find.droplet", &find, Duration::from_millis(500))
+                .request_all(
+                    "dea.find.droplet",
+                    &find,
+                    (least, Duration::from_millis(500)),
+                )
                 .await;
             ports.extend(found.iter().map(|one| one["stats"]["port"].as_u64()));
         }
@@ -721,7 +725,7 @@ async fn a_start_is_accepted_for_good_or_leaves_nothing() {
         // Whatever came of it is in the heartbeat, alive or crashed; then it can be stopped.
         let find = json!({"droplet": droplet});
         let found = host
-            .request_all("dea.find.droplet", &find, Duration::from_millis(300))
+            .request_all("dea.find.droplet", &find, (0, Duration::from_millis(300)))
             .await;
         assert!(found.len() <= 1, "{found:?}");
         host.stop(&droplet).await;

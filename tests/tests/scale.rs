@@ -303,7 +303,9 @@ async fn what_a_scale_leaves_out_stays() {
     let quotas = async |count: usize| {
         let find = json!({"droplet": "app", "include_stats": true});
         let wait = std::time::Duration::from_millis(500);
-        let found = host.request_all("dea.find.droplet", &find, wait).await;
+        let found = host
+            .request_all("dea.find.droplet", &find, (count, wait))
+            .await;
         assert_eq!(found.len(), count, "{found:?}");
         let quota = |one: &Value, key: &str| one["stats"][key].as_u64().unwrap();
         found

@@ -55,7 +55,7 @@ async fn a_session_of_the_stock_cli_is_answered_as_its_script_expects() {
     for (name, subject, body) in requests(&host) {
         if name == "droplets" {
             let body = serde_json::from_str(&body).unwrap();
-            let found = host.request_all(&subject, &body, SILENCE).await;
+            let found = host.request_all(&subject, &body, (3, SILENCE)).await;
             assert_eq!(found.len(), 3, "{found:?}");
             assert_eq!(found[0]["stats"]["mem_quota"], 64 << 20, "{found:?}");
             said.push(name);

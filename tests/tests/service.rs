@@ -44,7 +44,7 @@ async fn every_host_is_found_as_all_services_are() {
             format!("$SRV.{verb}.ostler"),
             format!("$SRV.{verb}.ostler.{}", host.id),
         ] {
-            let answers = host.request_all(&subject, &Value::Null, SILENCE).await;
+            let answers = host.request_all(&subject, &Value::Null, (1, SILENCE)).await;
             assert_eq!(answers.len(), 1, "{subject}: {answers:?}");
             is_of(&host, &answers[0], kind);
         }

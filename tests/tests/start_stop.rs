@@ -335,7 +335,7 @@ async fn find_droplet_tells_one_answer_per_instance() {
     }
     let find = json!({"droplet": "sleeper", "states": ["running"], "include_stats": true});
     let mut found = host
-        .request_all("dea.find.droplet", &find, Duration::from_secs(1))
+        .request_all("dea.find.droplet", &find, (2, Duration::from_secs(1)))
         .await;
     found.sort_by_key(|answer| answer["index"].as_u64());
     assert_eq!(found.len(), 2);
@@ -391,7 +391,11 @@ async fn find_droplet_tells_one_answer_per_instance() {
         (json!({}), 0),
     ] {
         let found = host
-            .request_all("dea.find.droplet", &filter, Duration::from_millis(500))
+            .request_all(
+                "dea.find.droplet",
+                &filter,
+                (expected, Duration::from_millis(500)),
+            )
             .await;
         assert_eq!(found.len(), expected, "{filter}");
     }
@@ -421,7 +425,7 @@ async fn a_query_is_answered_for_every_instance_however_many() {
         ("droplet.status", json!({})),
     ] {
         let answers = host
-            .request_all(subject, &body, Duration::from_secs(1))
+            .request_all(subject, &body, (many, Duration::from_secs(1)))
             .await;
         assert_eq!(answers.len(), many, "{subject}");
     }

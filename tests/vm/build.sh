@@ -24,9 +24,13 @@ echo "building a virtual machine in $dir (about a minute)" >&2
 
 # The kernel: the package that the metapackage stands for today.
 cd "$work"
-package=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends:/ { print $2; exit }')
-apt-get download -qq "$package" 2>/dev/null || { apt-get update -qq && apt-get download -qq "$package" 2>/dev/null; }
-dpkg -x "$package"_*.deb kernel
+kernel() {
+  local package
+  package=$(apt-cache depends linux-image-cloud-amd64 | awk '/Depends:/ { print $2; exit }')
+  apt-get -o Acquire::Retries=5 download -qq "$package" 2>/dev/null
+}
+kernel || { apt-get -o Acquire::Retries=5 update -qq && kernel; }
+dpkg -x linux-image-*.deb kernel
 version=$(ls kernel/lib/modules)
 
 # The root. In a mount namespace of its own: what debootstrap mounts goes away with it.

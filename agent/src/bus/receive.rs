@@ -109,10 +109,7 @@ pub async fn receive(
                 None => break,
             },
         };
-        let trace = message.headers.as_ref().and_then(trace_of);
-        let (subject, id) = (&message.subject, trace.as_ref().map(Trace::id));
-        let span = info_span!(parent: None, "request", %subject, trace = id);
-        take(&desk, &asks, message, trace).instrument(span).await;
+        hear(&desk, &asks, message).await;
     }
     if !leaving {
         // The client is closed for good: nobody can be answered any more.
@@ -131,6 +128,14 @@ pub async fn receive(
 /// answer is dropped, which is an answer.
 async fn ask(asks: &mpsc::Sender<Ask>, ask: Ask) {
     drop(asks.send(ask).await);
+}
+
+/// Takes a message in a span of its own, that names the trace.
+async fn hear(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, message: Message) {
+    let trace = message.headers.as_ref().and_then(trace_of);
+    let (subject, id) = (&message.subject, trace.as_ref().map(Trace::id));
+    let span = info_span!(parent: None, "request", %subject, trace = id);
+    take(desk, asks, message, trace).instrument(span).await;
 }
 
 /// The trace of a message with these headers. NATS keeps the case of their names, and senders vary it.

@@ -12,7 +12,7 @@ use tracing::debug;
 
 /// How long another agent may take to answer. Where nobody listens the server says so at once; one that
 /// cannot know (or that still keeps the connection of a machine that fell silent) lets this time pass.
-const ANSWER: Duration = Duration::from_secs(2);
+const ANSWER: Duration = Duration::from_secs(5);
 
 /// Another agent with this host's id.
 #[derive(Debug, PartialEq, Eq)]
