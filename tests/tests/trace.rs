@@ -3,7 +3,7 @@
 use async_nats::{HeaderMap, Message, Request, Subscriber};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
-use tests::{Droplet, Host, patience};
+use tests::{Droplet, Host, Setup, patience};
 use tokio::time::timeout;
 
 const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
@@ -11,7 +11,7 @@ const OTHER: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-00";
 const STATE: &str = "rojo=00f067aa0ba902b7,congo=t61rcWkgMzE";
 
 /// Asks with these headers.
-async fn ask(host: &Host, verb: &str, headers: &[(&str, &str)], body: &Value) -> Message {
+async fn ask(host: &Host, subject: &str, headers: &[(&str, &str)], body: &Value) -> Message {
     let mut all = HeaderMap::new();
     for (name, value) in headers {
         all.append(*name, *value);
@@ -21,7 +21,7 @@ async fn ask(host: &Host, verb: &str, headers: &[(&str, &str)], body: &Value) ->
         .payload(body.to_string().into())
         .timeout(Some(patience()));
     host.nats()
-        .send_request(host.subject(verb), request)
+        .send_request(subject.to_owned(), request)
         .await
         .unwrap()
 }
@@ -68,7 +68,7 @@ async fn a_trace_goes_to_the_answer_the_app_and_what_is_told_of_it_also_by_the_n
     start["wait"] = json!("running");
     let mut output = host.output("app").await;
     let headers = [("Traceparent", PARENT), ("TRACESTATE", STATE)];
-    let answer = ask(&host, "start", &headers, &start).await;
+    let answer = ask(&host, &host.subject("start"), &headers, &start).await;
     assert_eq!(traced(&answer), both(PARENT, STATE), "{answer:?}");
     output
         .until("the environment", |output| {
@@ -82,22 +82,40 @@ async fn a_trace_goes_to_the_answer_the_app_and_what_is_told_of_it_also_by_the_n
 
     // Others who ask have their own, or none.
     let find = json!({"droplet": "app"});
-    let answer = ask(&host, "find", &[("traceparent", OTHER)], &find).await;
+    let answer = ask(
+        &host,
+        &host.subject("find"),
+        &[("traceparent", OTHER)],
+        &find,
+    )
+    .await;
     assert_eq!(traced(&answer), [Some(OTHER.into()), None]);
-    let answer = ask(&host, "find", &[], &find).await;
+    let answer = ask(&host, &host.subject("find"), &[], &find).await;
     assert_eq!(traced(&answer), [None, None]);
 
     // What began it is told with its end, whoever asked for that.
     host.restart().await;
     let mut exits = listen(&host, "droplet.exited").await;
     let stop = json!({"droplet": "app", "wait": "stopped"});
-    let answer = ask(&host, "stop", &[("traceparent", OTHER)], &stop).await;
+    let answer = ask(
+        &host,
+        &host.subject("stop"),
+        &[("traceparent", OTHER)],
+        &stop,
+    )
+    .await;
     assert_eq!(traced(&answer), [Some(OTHER.into()), None]);
     assert_eq!(traced(&about(&mut exits, "app").await), both(PARENT, STATE));
 
     // An instance that a scale begins belongs to the scale, not to the start before.
     let scale = json!({"droplet": "app", "instances": 1, "wait": "running"});
-    let answer = ask(&host, "scale", &[("traceparent", OTHER)], &scale).await;
+    let answer = ask(
+        &host,
+        &host.subject("scale"),
+        &[("traceparent", OTHER)],
+        &scale,
+    )
+    .await;
     assert_eq!(traced(&answer), [Some(OTHER.into()), None]);
     host.stop("app").await;
     let exit = about(&mut exits, "app").await;
@@ -111,7 +129,7 @@ async fn kills_and_refusals_bear_their_trace_and_the_log_names_it() {
     let mut exits = listen(&host, "droplet.exited").await;
     let eater = host.message("eater", &Droplet::shell("exec tail /dev/zero"));
     let headers = [("traceparent", PARENT), ("tracestate", STATE)];
-    let answer = ask(&host, "start", &headers, &eater).await;
+    let answer = ask(&host, &host.subject("start"), &headers, &eater).await;
     assert_eq!(traced(&answer), both(PARENT, STATE), "{answer:?}");
     assert_eq!(
         traced(&about(&mut ooms, "eater").await),
@@ -128,7 +146,13 @@ async fn kills_and_refusals_bear_their_trace_and_the_log_names_it() {
         for (key, value) in wrong.as_object().unwrap() {
             refused[key] = value.clone();
         }
-        let answer = ask(&host, "start", &[("traceparent", OTHER)], &refused).await;
+        let answer = ask(
+            &host,
+            &host.subject("start"),
+            &[("traceparent", OTHER)],
+            &refused,
+        )
+        .await;
         assert!(
             answer
                 .headers
@@ -163,7 +187,7 @@ async fn a_broken_trace_is_none_and_the_command_is_done() {
         let droplet = format!("app{number}");
         let mut output = host.output(&droplet).await;
         let start = host.message(&droplet, &app);
-        let answer = ask(&host, "start", headers, &start).await;
+        let answer = ask(&host, &host.subject("start"), headers, &start).await;
         let body: Value = serde_json::from_slice(&answer.payload).unwrap();
         assert_eq!(body["ok"], true, "{body}");
         assert_eq!(traced(&answer), [None, None], "{headers:?}");
@@ -174,6 +198,34 @@ async fn a_broken_trace_is_none_and_the_command_is_done() {
     }
     // A state that nobody can read goes alone.
     let headers = [("traceparent", PARENT), ("tracestate", "no list")];
-    let answer = ask(&host, "find", &headers, &json!({})).await;
+    let answer = ask(&host, &host.subject("find"), &headers, &json!({})).await;
     assert_eq!(traced(&answer), [Some(PARENT.into()), None]);
+}
+
+#[tokio::test]
+async fn an_answer_that_fits_without_its_trace_comes_without_it() {
+    let config = std::env::temp_dir().join(format!("ostler-narrow-{}", std::process::id()));
+    std::fs::write(&config, "max_payload: 2000\n").unwrap();
+    let host = Host::with(Setup {
+        bus: &["--config", config.to_str().unwrap()],
+        ..Default::default()
+    })
+    .await;
+    std::fs::remove_file(&config).unwrap();
+    let mut start = host.message("app", &Droplet::shell("exec sleep 1000"));
+    start["egress_network_rules"] = json!([]);
+    host.run(start).await;
+    let uris = json!(["x".repeat(1200)]);
+    let update = json!({"droplet": "app", "uris": uris});
+    host.request("dea.update", &update).await;
+    let long = format!("a={}", "x".repeat(510));
+    let headers = [("traceparent", PARENT), ("tracestate", long.as_str())];
+    let find = json!({"droplet": "app", "include_stats": true});
+    let answer = ask(&host, "dea.find.droplet", &headers, &find).await;
+    assert_eq!(traced(&answer), [None, None], "{answer:?}");
+    let body: Value = serde_json::from_slice(&answer.payload).unwrap();
+    assert_eq!(body["stats"]["uris"], uris, "{body}");
+    // A server closes the connection to whoever says too much at once.
+    assert!(!host.log().contains("connects=2"), "{}", host.log());
+    host.stop("app").await;
 }

@@ -8,6 +8,7 @@ use super::refusals::Refusals;
 use crate::instances::outlet::{Barrier, Echo, Inlet, Message, Request};
 use async_nats::{Client, HeaderMap};
 use futures_util::StreamExt;
+use messages::trace;
 use std::mem;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -93,8 +94,14 @@ async fn pause(answer: oneshot::Sender<oneshot::Sender<()>>) {
     }
 }
 
-async fn send(client: &Client, message: Message, refusals: &Refusals) {
-    let (subject, bytes, max) = (&message.subject, message.body.len(), client.max_payload());
+async fn send(client: &Client, mut message: Message, refusals: &Refusals) {
+    let max = client.max_payload();
+    if message.size() > max {
+        // What it says counts for more than the trace that it belongs to.
+        let of_trace = [trace::PARENT, trace::STATE];
+        message.headers.retain(|(name, _)| !of_trace.contains(name));
+    }
+    let (subject, bytes) = (&message.subject, message.size());
     if bytes > max {
         // The server would close the connection.
         if refusals.note(subject) {

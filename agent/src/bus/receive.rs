@@ -349,21 +349,20 @@ impl Desk {
     }
 
     async fn send(&self, subject: String, trace: Option<&Trace>, reply: &Reply) {
-        let message = |reply: &Reply| Outgoing {
+        let message = |subject: String, reply: &Reply| Outgoing {
             subject,
             headers: reply.headers(),
             body: reply.body(),
         };
-        let (size, most) = (reply.body().len(), self.world.outlet.mark().max_payload());
-        let message = if size > most {
+        let mut answer = message(subject, reply);
+        let (size, most) = (answer.size(), self.world.outlet.mark().max_payload());
+        if size > most {
             let why = format!(
                 "done, but its answer has {size} bytes and the bus takes {most}: ask for less at once"
             );
-            message(&Reply::error(ErrorCode::TooLarge, why))
-        } else {
-            message(reply)
-        };
-        self.world.outlet.send(message.within(trace)).await;
+            answer = message(answer.subject, &Reply::error(ErrorCode::TooLarge, why));
+        }
+        self.world.outlet.send(answer.within(trace)).await;
     }
 
     /// Whoever only publishes a start learns by an exit that it was refused.

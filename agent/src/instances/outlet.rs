@@ -39,6 +39,19 @@ impl Message {
         }
     }
 
+    /// Bytes that count for `max_payload`: the body, and the headers as they are sent (NATS client protocol, HPUB).
+    #[must_use]
+    pub fn size(&self) -> usize {
+        let line = |(name, value): &(&str, String)| name.len() + value.len() + ": \r\n".len();
+        let lines: usize = self.headers.iter().map(line).sum();
+        let around = if self.headers.is_empty() {
+            0
+        } else {
+            "NATS/1.0\r\n\r\n".len()
+        };
+        self.body.len() + lines + around
+    }
+
     /// With the headers of this trace, if it belongs to one.
     #[must_use]
     pub fn within(mut self, trace: Option<&Trace>) -> Self {
@@ -371,6 +384,16 @@ async fn confirmed(
 #[cfg(test)]
 mod tests {
     use super::{Barrier, Confirmation, Echo, Link, Message, Request, outlet};
+
+    /// As the client writes them: `NATS/1.0`, a line each, an empty line.
+    #[test]
+    fn headers_count_as_bytes() {
+        let mut message = Message::plain("a", b"{}".to_vec());
+        assert_eq!(message.size(), 2);
+        message.headers = vec![("a", "bc".to_owned()), ("d", String::new())];
+        let sent = "NATS/1.0\r\na: bc\r\nd: \r\n\r\n{}";
+        assert_eq!(message.size(), sent.len());
+    }
 
     #[tokio::test]
     async fn a_confirmation_counts_only_on_the_connection_of_its_mark() {
