@@ -12,6 +12,7 @@
 //! The mount belongs to descriptors and to the container's namespace, and the loop device to the mount:
 //! with the last of them both are gone, whoever died when.
 
+use super::pattern::{Kind, Patterns};
 use super::{Change, DiskError, Limit, Mkfs, Space, Usage, whole_mb};
 use crate::host::depot::Directory;
 use container::fault::{Context, SysError};
@@ -71,8 +72,12 @@ pub(super) fn program() -> Result<&'static str, String> {
     found.ok_or_else(|| "mkfs.ext4 is missing, install e2fsprogs".to_owned())
 }
 
-/// Makes the file of an image, as a hole.
-pub(super) fn create(directory: &Directory, limit: Limit) -> Result<(), SysError> {
+/// Makes the file of an image, as a hole; whether there is a file system in it already, for it is like one before.
+pub(super) fn create(
+    directory: &Directory,
+    limit: Limit,
+    patterns: &Patterns,
+) -> Result<bool, SysError> {
     let path = directory.image();
     let growth = limit
         .bytes
@@ -84,7 +89,13 @@ pub(super) fn create(directory: &Directory, limit: Limit) -> Result<(), SysError
     let file = fresh(&path)?;
     file.set_len(size.next_multiple_of(BLOCK))
         .context("ftruncate", path.display())?;
-    Ok(())
+    let made = patterns.write(kind(limit), &file);
+    made.context("write", path.display())
+}
+
+/// Images of one kind are made alike.
+fn kind(limit: Limit) -> Kind {
+    (limit.bytes, inodes(limit))
 }
 
 /// What makes the file system in it. Nobody needs it after a crash of the host: no journal. What is a
@@ -117,9 +128,12 @@ pub(super) fn complete(
     space: &Space,
     directory: &Directory,
     limit: Limit,
+    patterns: &Patterns,
 ) -> Result<Image, DiskError> {
     let path = directory.image();
     let file = open_file(&path)?;
+    let learned = patterns.learn(kind(limit), &file);
+    learned.context("read", path.display())?;
     let (device, number) = volume::attach(&file, 4096)?;
     let mount = mount(number)?;
     drop(device);

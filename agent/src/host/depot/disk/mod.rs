@@ -13,6 +13,7 @@
 //! directory, so it is the same for every agent after the first.
 
 mod image;
+mod pattern;
 mod quota;
 mod space;
 
@@ -24,6 +25,7 @@ use container::fault::{Context, SysError};
 use container::launch::Ids;
 use image::Image;
 use nix::unistd::Uid;
+use pattern::Patterns;
 use quota::{Project, Projects};
 use serde::Deserialize;
 use std::ffi::OsString;
@@ -150,7 +152,10 @@ pub struct Disks {
 #[derive(Debug, Clone)]
 enum Way {
     Quota(Arc<Projects>),
-    Image { mkfs: &'static str },
+    Image {
+        mkfs: &'static str,
+        patterns: Patterns,
+    },
     Unlimited,
 }
 
@@ -200,8 +205,8 @@ impl Disks {
     /// # Errors
     /// For a person.
     pub fn image(space: Space) -> Result<Self, String> {
-        let mkfs = image::program()?;
-        Ok(Self::new(space, Way::Image { mkfs }))
+        let (mkfs, patterns) = (image::program()?, Patterns::default());
+        Ok(Self::new(space, Way::Image { mkfs, patterns }))
     }
 
     /// No bounds.
@@ -254,10 +259,10 @@ impl Disks {
                 projects.give(&directory.disk(), limit)?;
                 Ok(None)
             }
-            Way::Image { mkfs } => {
+            Way::Image { mkfs, patterns } => {
                 self.space.has_room(limit.bytes)?;
-                image::create(directory, limit)?;
-                Ok(Some(image::mkfs(mkfs, directory, limit)))
+                let made = image::create(directory, limit, patterns)?;
+                Ok((!made).then(|| image::mkfs(mkfs, directory, limit)))
             }
             Way::Unlimited => Ok(None),
         }
@@ -274,11 +279,11 @@ impl Disks {
         limit: Limit,
     ) -> Result<Disk, DiskError> {
         let _turn = self.turn();
-        let disk = match self.way {
+        let disk = match &self.way {
             // From here on until the container's init has it, it lives by this descriptor alone.
-            Way::Image { .. } => Disk {
+            Way::Image { patterns, .. } => Disk {
                 directory: directory.disk(),
-                bounds: Bounds::Image(image::complete(&self.space, directory, limit)?),
+                bounds: Bounds::Image(image::complete(&self.space, directory, limit, patterns)?),
             },
             Way::Quota(_) | Way::Unlimited => self.find(directory)?,
         };
