@@ -29,9 +29,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::time::{Instant, timeout_at};
 
-/// How long a container's making may take in all. It takes some ten milliseconds. Shorter where a test
-/// waits for it.
-const DEADLINE: Duration = Duration::from_secs(if cfg!(test) { 5 } else { 30 });
+/// How long a container's making may take in all. It takes some ten milliseconds.
+pub(super) const DEADLINE: Duration = Duration::from_secs(30);
 
 /// What the container's end of the veth is called inside.
 const LINK_NAME: &str = "eth0";
@@ -57,6 +56,7 @@ struct Control {
     socket: AsyncFd<OwnedFd>,
     /// It has ended by itself once the init exists.
     launcher: Leash,
+    patience: Duration,
     end: Instant,
 }
 
@@ -95,7 +95,8 @@ pub(super) async fn start(
     group: &Group,
     lease: &Lease,
 ) -> Result<Launcher, EngineError> {
-    let end = Instant::now() + DEADLINE;
+    let patience = shared.launch_patience;
+    let end = Instant::now() + patience;
     let launch = launch(spec, (directory, ids), lease, shared.network.mtu());
     let (group, directory, disk) = (group.clone(), directory.clone(), Arc::clone(disk));
     let (ours, fds) = blocking(move || descriptors(launch, &group, &directory, &disk)).await?;
@@ -113,6 +114,7 @@ pub(super) async fn start(
         control: Control {
             socket,
             launcher: Leash(launcher),
+            patience,
             end,
         },
     })
@@ -210,7 +212,7 @@ impl Control {
             Err(_elapsed) => {
                 return Err(EngineError::Deadline {
                     what,
-                    waited: DEADLINE,
+                    waited: self.patience,
                 });
             }
             Ok(packet) => packet.map_err(|error| refused(&error))?,
@@ -230,7 +232,7 @@ impl Control {
             Ok(launcher) => EngineError::InitDied { launcher },
             Err(_elapsed) => EngineError::Deadline {
                 what: "its launcher's end",
-                waited: DEADLINE,
+                waited: self.patience,
             },
         }
     }

@@ -55,6 +55,7 @@ use std::collections::{BTreeSet, HashSet};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// Where the engine works and with what.
 #[derive(Debug, Clone)]
@@ -142,6 +143,8 @@ struct Shared {
     kills: KillLog,
     boot_id: String,
     spool_bytes: u64,
+    /// Shorter where a test waits for it.
+    launch_patience: Duration,
 }
 
 impl Engine {
@@ -173,6 +176,7 @@ impl Engine {
             kills,
             boot_id,
             spool_bytes,
+            launch_patience: launch::DEADLINE,
         };
         Ok(Self {
             shared: Arc::new(shared),

@@ -2,7 +2,7 @@
 
 use super::fs;
 use super::world::{
-    Told, appears, create, frame, fresh_handle, job, kill, processes, shell, world,
+    Told, appears, create, frame, fresh_handle, job, killed, processes, shell, world,
 };
 use crate::engine::adopt::{INIT_DIED, REBOOTED};
 use crate::engine::{Adopted, Container, Level, Saved};
@@ -262,7 +262,7 @@ fn a_supervisor_killed_with_its_container_still_ends_the_job() {
             .await
             .unwrap();
         app(&container).await;
-        kill("iomux-spawn", &container.inner.directory.job(1));
+        killed("iomux-spawn", &container.inner.directory.job(1)).await;
         container.kill().await.unwrap();
         let mut records = container.follow(1, Cursor::default());
         let told = Told::default().rest(&mut records).await;
@@ -299,7 +299,7 @@ fn a_kill_for_memory_is_reported_with_its_victim() {
             let pid = app(&container).await;
             if number == 2 {
                 let memory = container.inner.group.memory_dir();
-                kill("oom", &memory);
+                killed("oom", &memory).await;
             }
             fs::write(go, "").unwrap();
             let report = reports.recv().await.unwrap();

@@ -1,6 +1,6 @@
 //! What a writable layer may hold: images here, project quotas where the kernel has them.
 
-use super::world::{World, create, fresh_handle, job, run, world, world_within};
+use super::world::{World, create, fresh_handle, job, run, world};
 use crate::engine::{Adopted, Container, DiskChange, DiskUsage, DiskWay, Engine, EngineError};
 use crate::host::depot::disk::{DiskError, Disks, Space};
 use container::status::Status;
@@ -10,10 +10,6 @@ use std::fs::{self, File};
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::time::Duration;
-
-/// In the virtual machine, which alone has these quotas, everything takes its time.
-const SLOW: Duration = Duration::from_secs(150);
 
 const MB: u64 = 1 << 20;
 
@@ -285,7 +281,7 @@ fn mount_with_projects(base: &Path) -> bool {
 
 #[test]
 fn project_quotas_limit_bytes_and_inodes_where_the_kernel_has_them() {
-    world_within(SLOW, |world| async move {
+    world(|world| async move {
         if !mount_with_projects(&world.base) {
             let mut config = world.config();
             config.disk = DiskWay::Quota;
@@ -305,7 +301,7 @@ fn project_quotas_limit_bytes_and_inodes_where_the_kernel_has_them() {
 
 #[test]
 fn a_project_quota_changes_and_is_adopted_and_promises_are_counted() {
-    world_within(SLOW, |world| async move {
+    world(|world| async move {
         if !mount_with_projects(&world.base) {
             assert!(Disks::quota(Space::new(&world.base, 0)).is_err());
             return;
@@ -334,7 +330,7 @@ fn a_project_quota_changes_and_is_adopted_and_promises_are_counted() {
 
 #[test]
 fn an_operators_project_is_no_containers() {
-    world_within(SLOW, |world| async move {
+    world(|world| async move {
         if !mount_with_projects(&world.base) {
             assert!(Disks::quota(Space::new(&world.base, 0)).is_err());
             return;
@@ -402,7 +398,7 @@ fn quota_of(world: &World, number: u32) -> Quota {
 
 #[test]
 fn a_depot_that_is_too_small_is_no_depot_without_bounds() {
-    world_within(SLOW, |world| async move {
+    world(|world| async move {
         let base = mount_depot(&world.base, "48M");
         let engine = engine(&world, DiskWay::Auto).await;
         assert_eq!(engine.shared.disks.describe(), "images");

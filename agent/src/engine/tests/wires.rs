@@ -121,9 +121,14 @@ fn no_program_for_networks_runs_on_an_instances_path() {
 
         let engine = world.engine().await;
         assert!(started().contains("/nft\n"), "who starts one is seen");
-        // It looks at its table once more a second later.
-        tokio::time::sleep(Duration::from_secs(2)).await;
-        let before = started();
+        // It looks at its table once more a second later, or when it comes to it.
+        let (mut before, mut unchanged) = (started(), 0);
+        while unchanged < 2 {
+            tokio::time::sleep(Duration::from_secs(2)).await;
+            let now = started();
+            unchanged = if now == before { unchanged + 1 } else { 0 };
+            before = now;
+        }
         let mut spec = world.spec(&world.handle);
         spec.egress = vec![EgressRule {
             destination: ([192, 0, 2, 0].into(), [192, 0, 2, 255].into()),

@@ -20,8 +20,16 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
+/// For anything that a test waits for.
+pub(super) fn patience() -> Duration {
+    let seconds = std::env::var("OSTLER_PATIENCE").map_or(30, |seconds| seconds.parse().unwrap());
+    Duration::from_secs(seconds)
+}
+
 /// For everything that a test waits for.
-pub(super) const DEADLINE: Duration = Duration::from_secs(60);
+pub(super) fn deadline() -> Duration {
+    2 * patience()
+}
 
 pub(super) struct World {
     pub(super) base: PathBuf,
@@ -35,7 +43,7 @@ pub(super) struct World {
 
 /// Runs a test in a world of its own; what it leaves is removed, however it ends.
 pub(super) fn world<F: Future<Output = ()>>(test: impl FnOnce(World) -> F + Send + 'static) {
-    world_within(DEADLINE, test);
+    world_within(deadline(), test);
 }
 
 /// The same with another deadline.
@@ -184,7 +192,7 @@ impl World {
             if left.is_empty() {
                 return;
             }
-            assert!(began.elapsed() < Duration::from_secs(10), "left: {left:?}");
+            assert!(began.elapsed() < patience(), "left: {left:?}");
             sleep(Duration::from_millis(5)).await;
         }
     }
@@ -332,8 +340,10 @@ pub(super) fn processes(what: &str) -> Vec<(i32, String)> {
     found
 }
 
-/// Kills the one process whose title contains both.
-pub(super) fn kill(program: &str, job: &Path) {
+/// Kills the one process whose title contains both; false while there is none, or a copy of it that
+/// becomes another one.
+#[must_use]
+pub(super) fn kill(program: &str, job: &Path) -> bool {
     let job = job.display().to_string();
     let victims: Vec<i32> = processes(&job)
         .into_iter()
@@ -346,9 +356,18 @@ pub(super) fn kill(program: &str, job: &Path) {
         .map(|(pid, _)| pid)
         .collect();
     let [victim] = victims[..] else {
-        panic!("{program}: {victims:?}")
+        return false;
     };
-    pidfd::send_signal(pidfd::open(victim).unwrap(), 9).unwrap();
+    pidfd::open(victim)
+        .and_then(|victim| pidfd::send_signal(victim, 9))
+        .is_ok()
+}
+
+/// The same, as soon as there is one.
+pub(super) async fn killed(program: &str, job: &Path) {
+    while !kill(program, job) {
+        sleep(Duration::from_millis(5)).await;
+    }
 }
 
 pub(super) fn shell(script: &str) -> JobRequest {
