@@ -779,19 +779,29 @@ while os.getppid() == supervisor: time.sleep(0.01)
 
 #[test]
 fn killed_supervisors_lose_and_repeat_nothing() {
+    // A fast machine is done with a job before many of its supervisors are killed.
+    let (mut noise, mut kills) = (88_172_645_463_325_252, 0);
+    let enough = (0..20).any(|_| {
+        kills += with_supervisors_killed(&mut noise);
+        kills >= 10
+    });
+    assert!(enough, "{kills} kills");
+}
+
+/// Runs a job to its end, and tells how many of its supervisors were killed meanwhile.
+fn with_supervisors_killed(noise: &mut u64) -> u32 {
     let (place, dir) = (Place::new(), Scratch::new());
     let script = "busybox seq 1000000 >&2 & busybox seq 1000000 2000000; wait; exit 7";
     let mut supervisor = supervise(&place, sh(script), &dir.job());
     let mut kills = 0;
     let mut heard = Heard::default();
-    let mut noise = 88_172_645_463_325_252_u64;
     loop {
         let mut link = Link::start(&dir.job(), heard.cursor);
-        noise ^= noise << 13;
-        noise ^= noise >> 7;
-        noise ^= noise << 17;
+        *noise ^= *noise << 13;
+        *noise ^= *noise >> 7;
+        *noise ^= *noise << 17;
         // Killed after so many records, wherever it is then.
-        let mut left = 1 + noise % 12;
+        let mut left = 1 + *noise % 12;
         while let Some(frame) = link.next().unwrap() {
             heard.take(frame);
             left = left.saturating_sub(1);
@@ -809,7 +819,6 @@ fn killed_supervisors_lose_and_repeat_nothing() {
         assert_eq!(supervisor.wait().signal(), Some(9));
         supervisor = take_over(&place.socket(), &dir.job());
     }
-    assert!(kills >= 10, "{kills} kills");
     assert_eq!(
         (heard.missing, heard.uncertain, heard.started),
         ([0, 0], 0, 1)
@@ -824,6 +833,7 @@ fn killed_supervisors_lose_and_repeat_nothing() {
     let finished = take_over(&place.socket(), &dir.job());
     assert_eq!(finished.code(), 0);
     assert_eq!(place.client().info().unwrap(), [], "the job is forgotten");
+    kills
 }
 
 #[test]

@@ -25,7 +25,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// One generous limit for every wait.
-const DEADLINE: u16 = 20_000;
+const DEADLINE: u16 = 60_000;
 
 const APPLETS: [&str; 32] = [
     "cat", "chmod", "chown", "cut", "echo", "env", "grep", "head", "hostname", "id", "kill", "ls",
@@ -494,6 +494,10 @@ impl Child {
         pidfd::wait(&self.pidfd).unwrap()
     }
 
+    pub(crate) fn has_ended(&self) -> bool {
+        is_readable(&self.pidfd)
+    }
+
     pub(crate) fn signal(&self, signal: i32) {
         pidfd::send_signal(&self.pidfd, signal).unwrap();
     }
@@ -637,6 +641,12 @@ pub(crate) fn read_all(fd: &OwnedFd) -> String {
 pub(crate) fn wait_readable(fd: &impl AsFd) {
     let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
     assert_eq!(poll(&mut fds, DEADLINE), Ok(1), "nothing came");
+}
+
+/// Whether there is something to be read now.
+pub(crate) fn is_readable(fd: &impl AsFd) -> bool {
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::ZERO).unwrap() == 1
 }
 
 /// For what no descriptor tells: looks again every 10 ms, until the deadline.

@@ -8,8 +8,9 @@ use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::panic::resume_unwind;
+use std::sync::Arc;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// For whatever shall happen; what shall not happen is refused at once or shown by what comes after.
 pub(super) const DEADLINE: Duration = Duration::from_secs(60);
@@ -210,10 +211,15 @@ pub(super) fn exchange(client: &mut TcpStream, server: &mut TcpStream) {
     assert_eq!(&word, b"pong");
 }
 
-/// Without the chain that is tried, and whoever would mend it: shows that the packet would have come
-/// through.
+/// Without the chain that is tried, and whoever would mend it or is about to: shows that the packet would
+/// have come through.
 pub(super) fn without(network: Network, chain: &str) {
+    let (rules, end) = (Arc::downgrade(&network.rules), Instant::now() + DEADLINE);
     drop(network);
+    while rules.strong_count() > 0 {
+        assert!(Instant::now() < end, "it is mended all the time");
+        thread::yield_now();
+    }
     run("nft", &format!("flush chain inet ostler {chain}"));
 }
 

@@ -237,18 +237,15 @@ mod tests {
     #[test]
     fn what_cuts_containers_off_does_not_wait_for_what_may() {
         on_host(|| async {
-            let (_watch, times) = mendings(0, true);
-            let before = Instant::now();
-            run("nft", "add table inet ostler");
-            // While this one takes longer, the machine is too slow to tell.
-            run("nft", "delete table inet ostler");
-            let deleted = Instant::now();
-            let first = times.recv_timeout(DEADLINE).unwrap();
-            assert!(
-                first - before < PATIENCE || deleted - before > PATIENCE / 2,
-                "{:?}",
-                first - before
-            );
+            // While these take longer, the machine is too slow to tell.
+            let soon = (0..10).any(|_| {
+                let (_watch, times) = mendings(0, true);
+                let before = Instant::now();
+                run("nft", "add table inet ostler");
+                run("nft", "delete table inet ostler");
+                times.recv_timeout(DEADLINE).unwrap() - before < PATIENCE
+            });
+            assert!(soon);
         });
     }
 }

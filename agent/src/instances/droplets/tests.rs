@@ -154,7 +154,7 @@ fn quick() -> FetchOptions {
 /// With little patience for silence.
 fn impatient() -> FetchOptions {
     FetchOptions {
-        inactivity: Duration::from_millis(300),
+        inactivity: Duration::from_secs(3),
         ..quick()
     }
 }
@@ -453,7 +453,7 @@ async fn a_stalled_body_ends_with_the_inactivity() {
 #[tokio::test]
 async fn a_slow_but_steady_body_ends_with_the_deadline() {
     let options = FetchOptions {
-        total: Duration::from_millis(700),
+        total: Duration::from_secs(3),
         ..quick()
     };
     let error = failure(options, NONE, |mut request| {
@@ -692,7 +692,7 @@ async fn reaping_spares_what_is_in_use_or_in_the_making() {
         _ => request.answer("200 OK", "", &body),
     });
     let options = FetchOptions {
-        inactivity: Duration::from_secs(1),
+        inactivity: Duration::from_secs(10),
         ..quick()
     };
     let droplets = Droplets::open(scratch.path(), options).unwrap();
