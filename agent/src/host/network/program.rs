@@ -154,11 +154,11 @@ mod tests {
         let path = directory.to_str().unwrap();
         // Stopped, as by a terminal.
         let script = format!("echo $$ > {path}; kill -STOP $$");
-        let deadline = Duration::from_millis(300);
+        let deadline = Duration::from_secs(3);
         let begun = Instant::now();
         let error = run_within(deadline, "sh", &["-c", &script], &"x".repeat(MUCH)).unwrap_err();
-        assert!(begun.elapsed() < Duration::from_secs(5));
-        let told = "did not end within 300ms and was killed";
+        assert!(begun.elapsed() < Duration::from_secs(60));
+        let told = "did not end within 3s and was killed";
         assert!(error.to_string().ends_with(told), "{error}");
         let pid = std::fs::read_to_string(path).unwrap();
         std::fs::remove_file(path).unwrap();
