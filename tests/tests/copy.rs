@@ -5,9 +5,9 @@ use std::io::Read;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use tests::{Droplet, Host, tool};
+use tests::{Droplet, Host, patience, tool};
 
 async fn app(host: &Host) {
     let message = host.message("app", &Droplet::shell("echo up; exec sleep 1000"));
@@ -166,6 +166,18 @@ async fn what_a_tenant_has_made_leads_nowhere_and_blocks_nobody() {
     tool("rm", &["-rf", text(&desk)]);
 }
 
+/// What the descriptors of a process lead to, sorted: paths, and the kinds of what has none.
+fn open_files(proc: &Path) -> Vec<String> {
+    let mut files: Vec<String> = fs::read_dir(proc.join("fd"))
+        .unwrap()
+        // It may close one meanwhile.
+        .filter_map(|entry| fs::read_link(entry.unwrap().path()).ok())
+        .map(|link| text(&link).split(':').next().unwrap().to_owned())
+        .collect();
+    files.sort();
+    files
+}
+
 #[tokio::test]
 async fn a_copying_job_has_its_users_rights_and_nothing_of_the_init() {
     let host = Host::start().await;
@@ -200,20 +212,7 @@ async fn a_copying_job_has_its_users_rights_and_nothing_of_the_init() {
         ("1".into(), "2".into())
     );
     let inside_pid = field("NSpid:").split(' ').next_back().unwrap().to_owned();
-    let mut fds: Vec<String> = fs::read_dir(proc.join("fd"))
-        .unwrap()
-        .map(|entry| fs::read_link(entry.unwrap().path()).unwrap())
-        .map(|link| {
-            link.display()
-                .to_string()
-                .split(':')
-                .next()
-                .unwrap()
-                .to_owned()
-        })
-        .collect();
-    fds.sort();
-    // Its own three, a copy of 1, and what it reads.
+    // Its own three, a copy of 1, and what it reads, once it has opened that.
     let wanted = [
         "/dev/null",
         "/home/vcap",
@@ -222,7 +221,15 @@ async fn a_copying_job_has_its_users_rights_and_nothing_of_the_init() {
         "pipe",
         "pipe",
     ];
-    assert_eq!(fds, wanted);
+    let deadline = Instant::now() + patience();
+    loop {
+        let fds = open_files(&proc);
+        if fds == wanted {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{fds:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     let script = format!(
         "id -u; ls /proc/{inside_pid}/fd | wc -l; readlink /proc/{inside_pid}/exe; cat /proc/{inside_pid}/environ | wc -c"
     );
