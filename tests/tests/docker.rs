@@ -204,7 +204,7 @@ struct Talk(BufReader<TcpStream>);
 impl Talk {
     fn begin(port: u16, order: &str) -> std::io::Result<Self> {
         let mut stream = TcpStream::connect((Network::HOST, port))?;
-        stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+        stream.set_read_timeout(Some(patience()))?;
         writeln!(stream, "{order}")?;
         Ok(Self(BufReader::new(stream)))
     }
@@ -215,10 +215,14 @@ impl Talk {
         Ok(line.trim().to_owned())
     }
 
+    fn echoes(&mut self) -> std::io::Result<bool> {
+        writeln!(self.0.get_mut(), "are you there?")?;
+        Ok(self.hear()? == "are you there?")
+    }
+
     #[track_caller]
     fn lives(&mut self) {
-        writeln!(self.0.get_mut(), "are you there?").unwrap();
-        assert_eq!(self.hear().unwrap(), "are you there?");
+        assert!(self.echoes().unwrap());
     }
 }
 
@@ -326,6 +330,14 @@ async fn an_agent_beside_a_docker_that_was_there_cuts_nobody_off() {
     // It has switched forwarding on, and so drops what is nobody's.
     assert!(tool("iptables", &["-S"]).contains("-P FORWARD DROP"));
     let container = docker.run();
+    until("container that serves", || {
+        let echo = || Talk::begin(PUBLISHED, "echo")?.echoes();
+        match host.network.outside(echo) {
+            Ok(true) => Ok(()),
+            other => Err(format!("{other:?}")),
+        }
+    })
+    .await;
     let mut old = talk(&host, PUBLISHED);
     host.start_agent().await;
     old.lives();
