@@ -423,7 +423,7 @@ async fn term_reaches_each_process_of_a_job_once() {
     let mut output = host.output("family").await;
     let child = r#"perl -e '$| = 1; $SIG{TERM} = sub { print "term '$name'\n" }; print "up\n"; sleep 1 while 1'"#;
     let script = format!(
-        "for name in a b; do {} & done; trap 'sleep 0.5; exit 0' TERM; while :; do wait; done",
+        "for name in a b; do {} & done; trap 'sleep 3; exit 0' TERM; while :; do wait; done",
         child.replace("'$name'", "'\"$name\"'")
     );
     host.run(host.message("family", &Droplet::shell(&script)))

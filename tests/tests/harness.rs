@@ -265,7 +265,7 @@ async fn each_answer_is_counted_where_it_was_asked_for() {
             for number in ["1", "2"] {
                 let to = message.reply.clone().unwrap();
                 nats.publish(to, number.into()).await.unwrap();
-                tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+                tokio::time::sleep(std::time::Duration::from_millis(100)).await;
             }
         }
     });
