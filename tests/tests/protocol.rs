@@ -652,7 +652,7 @@ async fn a_crash_is_forgotten_when_its_time_is_over() {
 const OLD: &[(&str, &str)] = &[
     (
         "./startup",
-        "#!/bin/bash\ntrap : USR1\nsleep 1000 &\necho own in $PWD\nwait\nkill $!\n\
+        "#!/bin/bash\ntrap go=1 USR1\necho own in $PWD\nuntil [ \"$go\" ]; do sleep 0.05; done\n\
          echo '{\"state\": \"RUNNING\"}' >state.json\nexec sleep 1000\n",
     ),
     ("./droplet.yaml", "---\nstate_file: state.json\n"),
