@@ -139,10 +139,10 @@ async fn a_web_app_starts_answers_and_stops() {
     heartbeats
         .until("empty one", |beat| beat["droplets"] == json!([]))
         .await;
-    let tree = host
-        .tree_until("empty machine", |tree| tree.named("wshd").is_empty())
-        .await;
-    assert_eq!(tree.named("iomux-spawn"), Vec::<&tests::Process>::new());
+    host.tree_until("empty machine", |tree| {
+        tree.named("wshd").is_empty() && tree.named("iomux-spawn").is_empty()
+    })
+    .await;
     assert!(get(&format!("127.0.0.1:{port}"), "/").await.is_err());
 }
 
@@ -507,7 +507,12 @@ async fn an_agent_told_to_end_in_the_midst_of_unpacking_leaves_nothing() {
 
 #[tokio::test]
 async fn an_agent_tells_of_itself() {
-    let mut host = Host::start().await;
+    // As much as any machine has.
+    let mut host = Host::with(tests::Setup {
+        config: &[("disk_mb = 16384", "disk_mb = 1024")],
+        ..Default::default()
+    })
+    .await;
     let mut advertised = host.watch("dea.advertise").await;
     let mut goodbyes = host.watch("dea.shutdown").await;
     let advertisement = advertised.next().await;
@@ -523,7 +528,7 @@ async fn an_agent_tells_of_itself() {
     }
     assert_eq!(advertisement["id"], host.id);
     assert_eq!(advertisement["available_memory"], 4096);
-    assert_eq!(advertisement["available_disk"], 16384);
+    assert_eq!(advertisement["available_disk"], 1024);
     assert_eq!(advertisement["stacks"], json!(["debian"]));
     assert_eq!(advertisement["app_id_to_count"], json!({}));
     assert_eq!(advertisement["placement_properties"]["zone"], "default");
@@ -534,7 +539,7 @@ async fn an_agent_tells_of_itself() {
         .until("less memory", |one| one["available_memory"] != 4096)
         .await;
     assert_eq!(taken["available_memory"], 4096 - 128);
-    assert_eq!(taken["available_disk"], 16384 - 256);
+    assert_eq!(taken["available_disk"], 1024 - 256);
     assert_eq!(taken["app_id_to_count"], json!({"sleeper": 1}));
 
     let hello = host.restart().await;

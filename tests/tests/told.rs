@@ -139,9 +139,9 @@ async fn a_burst_of_changes_is_told_now_and_then_and_its_last_state_for_sure() {
         message["index"] = json!(index);
         host.run(message).await;
     }
+    let began = Instant::now();
     let mut beats = host.watch("dea.heartbeat").await;
     let mut adverts = host.watch("dea.advertise").await;
-    let began = Instant::now();
     // 500 changes, each of which a heartbeat must tell.
     for round in 0..50 {
         let version = format!("round-{round}");
