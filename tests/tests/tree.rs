@@ -36,6 +36,15 @@ fn line_of(tree: &Tree, comm: &str) -> Vec<String> {
     line
 }
 
+/// The tree, once the app is there and what the agent starts beside it.
+async fn whole(host: &Host) -> Tree {
+    let wanted = ["theapp", "iomux-link", "oom"];
+    host.tree_until("app with its followers", |tree| {
+        wanted.iter().all(|name| tree.named(name).len() == 1)
+    })
+    .await
+}
+
 #[tokio::test]
 async fn the_tree_is_the_one_of_the_design() {
     let host = Host::start().await;
@@ -45,9 +54,7 @@ async fn the_tree_is_the_one_of_the_design() {
         "no app, no helper"
     );
     host.run(host.message("app", &app())).await;
-    let tree = host
-        .tree_until("app", |tree| !tree.named("theapp").is_empty())
-        .await;
+    let tree = whole(&host).await;
     let container = container(&host);
     let handle = container.file_name().unwrap().to_str().unwrap();
     assert_eq!(handle.len(), 11);
@@ -219,9 +226,7 @@ async fn output_passes_neither_wsh_nor_wshd() {
 async fn killing_the_agent_ends_linkers_and_notifiers_and_nothing_else() {
     let mut host = Host::start().await;
     host.run(host.message("app", &app())).await;
-    let before = host
-        .tree_until("app", |tree| !tree.named("theapp").is_empty())
-        .await;
+    let before = whole(&host).await;
     host.kill9().await;
     let alone = host
         .tree_until("end of its followers", |tree| {
