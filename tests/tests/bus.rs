@@ -964,7 +964,7 @@ async fn a_server_that_is_going_to_end_is_left_in_time() {
     let flow = async {
         while connection("127.0.0.1:8223", &name).await.is_none() || answered < 100 {
             let request = async_nats::Request::new().payload(question.clone().into());
-            let request = request.timeout(Some(Duration::from_secs(5)));
+            let request = request.timeout(Some(patience() / 3));
             match client.send_request(subject.clone(), request).await {
                 Ok(answer) => {
                     let answer: serde_json::Value =
@@ -980,7 +980,7 @@ async fn a_server_that_is_going_to_end_is_left_in_time() {
             }
         }
     };
-    timeout(patience(), flow)
+    timeout(patience() * 2, flow)
         .await
         .expect("it comes to the other server");
     assert!(without_a_word <= 2, "{without_a_word}");

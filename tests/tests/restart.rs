@@ -4,7 +4,9 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::time::Duration;
-use tests::{Dice, Droplet, Frozen, Host, Network, Output, Process, Tree, Watch, numbered, rounds};
+use tests::{
+    Dice, Droplet, Frozen, Host, Network, Output, Process, Tree, Watch, numbered, patience, rounds,
+};
 
 /// Everything that must outlive an agent, by number and birth.
 fn survivors(tree: &Tree) -> BTreeSet<(i32, u64, String)> {
@@ -214,7 +216,7 @@ async fn an_agent_that_leaves_answers_whoever_reached_it() {
                 let body = json!({"droplet": "nobody", "request_id": format!("{round}-{count}")});
                 let request = async_nats::Request::new()
                     .payload(body.to_string().into())
-                    .timeout(Some(Duration::from_secs(5)));
+                    .timeout(Some(patience()));
                 if let Err(error) = nats.send_request(subject.clone(), request).await {
                     let nobody = async_nats::RequestErrorKind::NoResponders;
                     assert_eq!(error.kind(), nobody, "after {count} answers");
