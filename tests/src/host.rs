@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::watch::parse;
+use crate::watch::{known, parse};
 use crate::{
     Body, Droplet, Files, Network, Output, Running, Tree, Watch, fixtures, leftovers, patience,
     strict, tool,
@@ -109,6 +109,7 @@ impl Host {
         let bus = bus(&bus_arguments, &directory).await;
         let client = setup.client;
         let options = client
+            .connection_timeout(patience())
             .reconnect_delay_callback(|_| Duration::from_millis(20))
             .subscription_capacity(1 << 20);
         let nats = options.connect(Self::BUS).await.expect("it accepts");
@@ -555,8 +556,7 @@ impl Host {
             .iter()
             .for_each(|agent| agent.signal(Signal::SIGSTOP));
         self.bus = Some(bus(&self.bus_arguments, &self.directory).await);
-        let back = timeout(patience(), self.nats.flush()).await;
-        back.expect("reconnects").expect("connected");
+        known(&self.nats).await;
         self.agent
             .iter()
             .for_each(|agent| agent.signal(Signal::SIGCONT));

@@ -1,8 +1,9 @@
 //! Waiting for messages: subscribed before the cause, one deadline for the effect.
 
 use std::fmt::Write as _;
+use std::time::Duration;
 
-use async_nats::{Message, Subscriber};
+use async_nats::{Message, RequestErrorKind, Subscriber};
 use futures_util::{FutureExt, StreamExt};
 use serde_json::Value;
 use tokio::time::{Instant, timeout_at};
@@ -24,7 +25,7 @@ impl Watch {
             .subscribe(subject.to_owned())
             .await
             .expect("a good subject");
-        nats.flush().await.expect("connected");
+        known(nats).await;
         Self {
             subject: subject.to_owned(),
             messages,
@@ -98,6 +99,19 @@ impl Watch {
             let _ = write!(came, "\n  {value}");
         }
         came
+    }
+}
+
+/// Waits until the server has all that was said to it before, and we have all that it had for us: it has answered.
+pub(crate) async fn known(nats: &async_nats::Client) {
+    let deadline = Instant::now() + patience();
+    loop {
+        // Nobody is there, and so it is the server that answers. A question may go down with a connection.
+        let asked = async_nats::Request::new().timeout(Some(Duration::from_secs(1)));
+        match nats.send_request("$SRV.nobody", asked).await {
+            Err(error) if error.kind() == RequestErrorKind::NoResponders => return,
+            other => assert!(Instant::now() < deadline, "no answer: {other:?}"),
+        }
     }
 }
 
