@@ -458,18 +458,25 @@ async fn an_app_that_is_killed_itself_has_not_survived() {
             message
         };
         let (seen, unseen) = (message("seen"), message("unseen"));
+        let ended = |tree: &Tree| tree.named("themain").is_empty() && tree.named("wsh").is_empty();
         let (handle, app) = scene.run(seen, 32, "themain").await;
+        let began = std::time::Instant::now();
         app.signal(Signal::SIGUSR1);
-        scene.oom(&handle, &app, "instance", false).await;
-        scene.crash(&handle).await;
+        scene.host.tree_until("end of the app", ended).await;
+        if began.elapsed() < Duration::from_secs(1) {
+            scene.oom(&handle, &app, "instance", false).await;
+            scene.crash(&handle).await;
+        } else {
+            // The agent waits two seconds for word of the end, and no longer: it may have come later.
+            let is_exit = |event: &Value| event["handle"] == handle && event["exit_status"] == 137;
+            scene.events.until("exit", is_exit).await;
+            scene.empty().await;
+        }
 
         let (handle, app) = scene.run(unseen, 32, "themain").await;
         scene.host.kill9().await;
         app.signal(Signal::SIGUSR1);
-        scene
-            .host
-            .tree_until("end of the app", |tree| tree.named("themain").is_empty())
-            .await;
+        scene.host.tree_until("end of the app", ended).await;
         scene.host.start_agent().await;
         scene.oom(&handle, &app, "instance", false).await;
         scene.crash(&handle).await;
