@@ -36,7 +36,7 @@ impl Output {
     pub async fn of(nats: &async_nats::Client, droplet: &str) -> Self {
         let subject = format!("droplet.output.{droplet}.>");
         let messages = nats.subscribe(subject).await.expect("a good subject");
-        nats.flush().await.expect("connected");
+        crate::watch::known(nats).await;
         Self {
             messages,
             streams: BTreeMap::new(),

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::fs;
 use std::path::PathBuf;
+use std::time::{Duration, Instant};
 use tests::{Droplet, Host, Process, Tree, Watch, rounds, tool};
 
 /// Perl: takes memory without end, and writes to each page.
@@ -460,7 +461,7 @@ async fn an_app_that_is_killed_itself_has_not_survived() {
         let (seen, unseen) = (message("seen"), message("unseen"));
         let ended = |tree: &Tree| tree.named("themain").is_empty() && tree.named("wsh").is_empty();
         let (handle, app) = scene.run(seen, 32, "themain").await;
-        let began = std::time::Instant::now();
+        let began = Instant::now();
         app.signal(Signal::SIGUSR1);
         scene.host.tree_until("end of the app", ended).await;
         if began.elapsed() < Duration::from_secs(1) {
