@@ -252,7 +252,7 @@ impl Disks {
     /// # Errors
     /// [`DiskError::NotEnough`], or what the kernel refuses.
     pub fn begin(&self, directory: &Directory, limit: Limit) -> Result<Option<Mkfs>, DiskError> {
-        let _turn = self.turn();
+        let turn = self.turn();
         match &self.way {
             Way::Quota(projects) => {
                 self.space.has_room(limit.bytes)?;
@@ -261,6 +261,8 @@ impl Disks {
             }
             Way::Image { mkfs, patterns } => {
                 self.space.has_room(limit.bytes)?;
+                // Its bytes are taken by the second half, which looks again.
+                drop(turn);
                 let made = image::create(directory, limit, patterns)?;
                 Ok((!made).then(|| image::mkfs(mkfs, directory, limit)))
             }
