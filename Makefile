@@ -24,7 +24,7 @@ build: deps ## the agent (release) and the five static helpers
 stack: deps ## the Debian root with Ruby that sample apps run in (cached)
 	@fixtures/stack/build.sh >/dev/null
 
-test: deps ## all tests here, the bus on the newest nats-server, half of all in cgroup v2 machines; says at its end that nothing is left over
+test: deps ## all tests here, the bus on the newest nats-server, many in cgroup v2 machines; says at its end that nothing is left over
 	@.ci/run test
 
 test-v2: deps ## engine, wall, network and what cgroup v2 is for, in virtual machines (ONLY=regex of `file test`)

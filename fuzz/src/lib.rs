@@ -15,9 +15,10 @@ pub use seeds::seeds;
 pub type Target = fn(&[u8]);
 
 /// Every kind of foreign bytes, and what takes it.
-pub const TARGETS: [(&str, Target); 12] = [
+pub const TARGETS: [(&str, Target); 13] = [
     ("message", messages::message),
     ("subject", messages::subject),
+    ("trace", messages::trace),
     ("environment", messages::environment),
     ("stager", messages::stager),
     ("users", messages::users),

@@ -6,6 +6,7 @@ use messages::service::Question;
 use messages::start::{StartRequest, addresses, identity};
 use messages::state::State;
 use messages::subjects::{DropletId, Incoming, is_token};
+use messages::trace::Trace;
 use ostler::foreign;
 
 /// A message on each subject, and an answer that was kept.
@@ -67,6 +68,30 @@ pub(crate) fn subject(bytes: &[u8]) {
         // Neither control characters nor what stands before an `@`.
         assert!(!shown.chars().any(char::is_control), "{shown:?}");
     }
+}
+
+/// The values of a `traceparent` and of some `tracestate`s, one in a line.
+pub(crate) fn trace(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else {
+        return;
+    };
+    let mut lines = text.split('\n');
+    let parent = lines.next().unwrap_or_default();
+    let states: Vec<&str> = lines.collect();
+    let Some(trace) = Trace::read(&[parent], &states) else {
+        return;
+    };
+    assert_eq!(trace.id().len(), 32, "{parent:?}");
+    for (header, value) in trace.headers() {
+        // A header is one line, and a variable holds no NUL.
+        let one_line = |byte: u8| byte == b' ' || byte.is_ascii_graphic();
+        assert!(value.bytes().all(one_line), "{header} {value:?}");
+        assert!(value.len() <= 512, "{header} {value:?}");
+    }
+    // It is kept, and read by the next agent.
+    let kept = serde_json::to_string(&trace);
+    let again = kept.and_then(|kept| serde_json::from_str::<Trace>(&kept));
+    assert_eq!(again.ok(), Some(trace));
 }
 
 /// Variables of an app's own, one in a line; the first line has the services, as JSON.

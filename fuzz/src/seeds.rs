@@ -28,6 +28,7 @@ pub fn seeds(target: &str) -> io::Result<Vec<Vec<u8>>> {
     match target {
         "message" => seeds.extend(files(&fixtures().join("messages"))?),
         "subject" => seeds.extend(subjects()),
+        "trace" => seeds.extend(traces()),
         "environment" => seeds.push(environment()?),
         "stager" => {
             for app in list(&fixtures().join("apps"))? {
@@ -80,6 +81,18 @@ fn subjects() -> Vec<Vec<u8>> {
         .map(str::to_owned),
     );
     all.into_iter().map(String::into_bytes).collect()
+}
+
+fn traces() -> Vec<Vec<u8>> {
+    let ids = "0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331";
+    let states = "rojo=00f067aa0ba902b7,congo=t61rcWkgMzE";
+    [
+        format!("00-{ids}-01"),
+        format!("00-{ids}-00\n{states}\nmore@vendor=1"),
+        format!("cc-{ids}-01-what is to come"),
+    ]
+    .map(String::into_bytes)
+    .into()
 }
 
 fn environment() -> io::Result<Vec<u8>> {

@@ -173,6 +173,12 @@ impl Host {
         host
     }
 
+    /// The nats-server that tests start: the one of `OSTLER_NATS_SERVER`, or Debian's.
+    #[must_use]
+    pub fn nats_server() -> String {
+        std::env::var("OSTLER_NATS_SERVER").unwrap_or("nats-server".into())
+    }
+
     /// The connection that the test itself has to the bus.
     #[must_use]
     pub fn nats(&self) -> &Client {
@@ -738,11 +744,11 @@ parent = "{mark}"
     config
 }
 
-/// Starts a nats-server, the one of `OSTLER_NATS_SERVER` or Debian's, and waits until it accepts.
+/// Starts a nats-server and waits until it accepts.
 async fn bus(arguments: &[String], directory: &Path) -> Running {
     let (address, port) = Host::BUS.split_once(':').expect("an address and a port");
     // It ends with this thread also when the test itself is killed.
-    let program = std::env::var("OSTLER_NATS_SERVER").unwrap_or("nats-server".into());
+    let program = Host::nats_server();
     let mut all = vec![
         "--pdeathsig",
         "KILL",

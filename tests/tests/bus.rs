@@ -12,6 +12,7 @@ use std::time::Duration;
 use tests::{
     Certificates, Droplet, Host, Operator, Output, Running, Setup, Watch, get, numbered, patience,
 };
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 use tokio::time::{sleep, timeout};
 
@@ -871,10 +872,11 @@ async fn a_name_is_asked_for_again_at_each_connect() {
     host.spawn_agent_by(&["unshare", "--mount", "bash", "-c", &script, "bash"]);
     hellos.next().await;
     // The bus moves: another server, at another address, and the old one is gone.
+    let server = Host::nats_server();
     let arguments = [
         "--pdeathsig",
         "KILL",
-        "nats-server",
+        &server,
         "--addr",
         "127.0.0.2",
         "--port",
@@ -919,10 +921,11 @@ async fn a_server_that_is_going_to_end_is_left_in_time() {
         ..Setup::default()
     })
     .await;
+    let server = Host::nats_server();
     let arguments = [
         "--pdeathsig",
         "KILL",
-        "nats-server",
+        &server,
         "--addr",
         "127.0.0.1",
         "--port",
@@ -1068,4 +1071,70 @@ async fn an_event_that_is_too_large_is_said_to_a_server_that_takes_it() {
     host.start_bus().await;
     let exit = exits.next().await;
     assert_eq!(exit["reason"], "STOPPED");
+}
+
+/// Publishes as whoever writes to the server's socket by hand; returns when the server has taken it, or has closed the connection.
+async fn publish_raw(bytes: &[u8]) {
+    let mut stream = tokio::net::TcpStream::connect(Host::BUS).await.unwrap();
+    let hello = b"CONNECT {\"verbose\":false,\"headers\":true,\"no_responders\":false}\r\n";
+    stream.write_all(hello).await.unwrap();
+    stream.write_all(bytes).await.unwrap();
+    // It may have closed the connection by now.
+    let _ = stream.write_all(b"PING\r\n").await;
+    let mut said = Vec::new();
+    while !said.windows(6).any(|six| six == b"PONG\r\n") {
+        let mut some = [0; 4096];
+        match timeout(patience(), stream.read(&mut some)).await.unwrap() {
+            Ok(0) | Err(_) => return,
+            Ok(count) => said.extend_from_slice(&some[..count]),
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_is_broken_in_a_message_breaks_no_connection() {
+    let host = Host::start().await;
+    let find = host.subject("find");
+    let mut inboxes = host.watch("answers.*").await;
+    let headers: [&[u8]; 8] = [
+        b"NATS/1.0\r\nX: a\rb\r\n\r\n",
+        b"NATS/1.0\r\nno colon\r\n\r\n",
+        b"NATS/1.0\r\na name: x\r\n\r\n",
+        b"NATS/1.0\r\n: x\r\n\r\n",
+        b"NATS/1.0\r\nX: \xff\xfe\r\n\r\n",
+        b"NATS/9.9\r\nX: a\r\n\r\n",
+        b"NATS/1.0 x y\r\ntraceparent: x\r\n\r\n",
+        b"no headers",
+    ];
+    for (number, header) in headers.iter().enumerate() {
+        let body = b"{\"droplet\":\"x\"}\r\n";
+        let (length, all) = (header.len(), header.len() + body.len() - 2);
+        let line = format!("HPUB {find} answers.{number} {length} {all}\r\n");
+        publish_raw(&[line.as_bytes(), header, body].concat()).await;
+        // The command itself is as good as any.
+        let answer = inboxes.next().await;
+        assert_eq!(answer["ok"], true, "{number}: {answer}");
+    }
+    // Subjects are words of others, too.
+    for word in [&b"\xff"[..], "a\u{3000}b".as_bytes(), b"a\x0cb", b"\x1b[2J"] {
+        let subject = [b"dea.", host.id.as_bytes(), b".", word].concat();
+        let plain = [b"PUB ", &subject[..], b" answers.x 2\r\n{}\r\n"].concat();
+        let headed = [
+            b"HPUB ",
+            &subject[..],
+            b" answers.x 12 14\r\nNATS/1.0\r\n\r\n{}\r\n",
+        ];
+        for message in [plain, headed.concat()] {
+            publish_raw(&message).await;
+            let answer = inboxes.next().await;
+            assert_eq!(answer["error"]["code"], "bad_subject", "{answer}");
+        }
+    }
+    let log = host.log();
+    assert!(!log.contains("connects=2"), "{log}");
+    // What a terminal would obey does not reach one that shows the log.
+    assert!(!log.contains('\u{1b}'), "{log}");
+    host.run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
+    host.stop("app").await;
 }

@@ -74,19 +74,22 @@ fn figures(what: &str, took: &[Duration]) {
     );
 }
 
-/// The neighbour's and the agent's answers.
-async fn measure(host: &Host, when: &str, address: &str) {
+/// The median of the neighbour's and of the agent's answers.
+async fn measure(host: &Host, when: &str, address: &str) -> [Duration; 2] {
     let page = async || {
         let (code, body) = get(address, "/env/PORT").await.unwrap();
         assert_eq!(code, 200, "{body}");
     };
-    figures(&format!("neighbour {when}"), &ask(100, page).await);
+    let neighbour = ask(100, page).await;
+    figures(&format!("neighbour {when}"), &neighbour);
     let find = json!({"droplet": "neighbour", "include_stats": true});
     let agent = async || {
         let found = host.request("dea.find.droplet", &find).await;
         assert_eq!(found["state"], "RUNNING", "{found}");
     };
-    figures(&format!("agent {when}"), &ask(50, agent).await);
+    let agent = ask(50, agent).await;
+    figures(&format!("agent {when}"), &agent);
+    [neighbour, agent].map(|took| took[took.len() / 2])
 }
 
 async fn attack(host: &Host, droplet: &str, script: &str) -> Value {
@@ -112,7 +115,7 @@ async fn five_that_take_all_they_can_get_leave_a_neighbour_alone() {
     let find = json!({"droplet": "neighbour", "include_stats": true});
     let found = host.request("dea.find.droplet", &find).await;
     let address = format!("127.0.0.1:{}", found["stats"]["port"]);
-    measure(&host, "alone", &address).await;
+    let alone = measure(&host, "alone", &address).await;
 
     let mut ooms = host.watch("droplet.oom").await;
     let [mut filler, mut flood] = [host.output("filler").await, host.output("flooder").await];
@@ -154,7 +157,12 @@ async fn five_that_take_all_they_can_get_leave_a_neighbour_alone() {
         writer.text(0, "stdout"),
         flood.text(0, "stdout").replace('\n', " ")
     );
-    measure(&host, "beside five", &address).await;
+    let beside = measure(&host, "beside five", &address).await;
+    // They have a part of the processors like everybody, and nothing more: seconds would be another thing.
+    for (alone, beside) in alone.into_iter().zip(beside) {
+        let most = alone * 20 + Duration::from_millis(100);
+        assert!(beside < most, "{beside:?} beside {alone:?}");
+    }
 
     assert!(wshd.lives());
     let kills = ooms.arrived();

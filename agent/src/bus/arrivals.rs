@@ -5,10 +5,11 @@
 //! its messages over one after the other, and each time calls the waker of that channel's reader. So
 //! here the waker itself takes the message, there and then, and the order is kept.
 
+use crate::instances::outlet::Counter;
 use async_nats::{Message, Subscriber};
 use futures_util::{FutureExt, StreamExt};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use tokio::sync::mpsc;
@@ -32,17 +33,16 @@ pub(super) struct Arrivals {
 }
 
 impl Arrivals {
-    /// Begins to take; what came before is taken first, in the order of the subscriptions.
-    pub(super) fn of(subscribers: Vec<Subscriber>) -> Self {
+    /// Begins to take; what came before is taken first, in the order of the subscriptions. What finds no room is counted.
+    pub(super) fn of(subscribers: Vec<Subscriber>, dropped: &Counter) -> Self {
         let ends = subscribers.len();
-        let dropped = Arc::new(AtomicU64::new(0));
         let (into, queue) = mpsc::channel(WAITING + ends);
         let tap = |subscriber| {
             let source = Source {
                 subscriber,
                 into: Some(into.clone()),
                 ends,
-                dropped: Arc::clone(&dropped),
+                dropped: dropped.clone(),
             };
             Arc::new(Tap {
                 turn: AtomicU8::new(IDLE),
@@ -90,7 +90,7 @@ struct Source {
     /// Room in the queue that messages leave for the ends.
     ends: usize,
     /// Of all subscriptions.
-    dropped: Arc<AtomicU64>,
+    dropped: Counter,
 }
 
 const IDLE: u8 = 0;
@@ -133,7 +133,7 @@ impl Source {
                 (Some(message), Some(into)) => {
                     let room = into.capacity() > self.ends;
                     if !room || into.try_send(Arrival::Message(message)).is_err() {
-                        let dropped = self.dropped.fetch_add(1, Ordering::Relaxed) + 1;
+                        let dropped = self.dropped.count();
                         // A flood must not become one of the log.
                         if dropped.is_power_of_two() {
                             warn!(dropped, "messages were dropped: this host reads too slowly");

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
-use tracing::{Instrument, error, info_span, warn};
+use tracing::{Instrument, error, error_span, warn};
 
 /// How long an answer waits for a bus that is away.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
@@ -73,7 +73,7 @@ pub async fn receive(
             Err(error) => error!(%error, "cannot subscribe"),
         }
     }
-    let mut messages = Arrivals::of(subscribers);
+    let mut messages = Arrivals::of(subscribers, world.outlet.drops());
     let (owing, mut owed) = mpsc::channel(1);
     let desk = Arc::new(Desk {
         identity: tally::identity(&world),
@@ -133,8 +133,9 @@ async fn ask(asks: &mpsc::Sender<Ask>, ask: Ask) {
 /// Takes a message in a span of its own, that names the trace.
 async fn hear(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, message: Message) {
     let trace = message.headers.as_ref().and_then(trace_of);
-    let (subject, id) = (&message.subject, trace.as_ref().map(Trace::id));
-    let span = info_span!(parent: None, "request", %subject, trace = id);
+    // As strings, which are shown escaped.
+    let (subject, id) = (message.subject.as_str(), trace.as_ref().map(Trace::id));
+    let span = error_span!(parent: None, "request", subject, trace = id);
     take(desk, asks, message, trace).instrument(span).await;
 }
 
@@ -210,7 +211,8 @@ async fn command_to(
             Seen::Fresh => {}
             Seen::Answered(reply) => return desk.answer(call, &reply).await,
             Seen::Pending(reply) => {
-                tokio::spawn(answer_later(Arc::clone(desk), None, reply, call));
+                let answered = answer_later(Arc::clone(desk), None, reply, call);
+                tokio::spawn(answered.in_current_span());
                 return;
             }
         }
@@ -226,7 +228,7 @@ async fn command_to(
         trace: trace.clone(),
         answer,
     };
-    tokio::spawn(answer_later(Arc::clone(desk), id, answered, call));
+    tokio::spawn(answer_later(Arc::clone(desk), id, answered, call).in_current_span());
     if !may_be_busy {
         // Stops and updates are never refused: here they wait.
         return ask(asks, asked).await;

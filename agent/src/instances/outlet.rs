@@ -317,8 +317,8 @@ impl Outlet {
 
     /// How many messages to this host it did not get, because it read too slowly.
     #[must_use]
-    pub fn dropped(&self) -> u64 {
-        self.dropped.value()
+    pub fn drops(&self) -> &Counter {
+        &self.dropped
     }
 
     /// From here on nothing is said, whatever is asked for, until what this returns is dropped.

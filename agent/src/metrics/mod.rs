@@ -170,7 +170,7 @@ async fn metrics(sources: &Sources) -> String {
     page::page(&page::Numbers {
         standing,
         mark: sources.world.outlet.mark(),
-        dropped: sources.world.outlet.dropped(),
+        dropped: sources.world.outlet.drops().value(),
         counts: sources.tally.counts(),
         since: sources.tally.since,
         process: page::Process::read(),

@@ -1,0 +1,4 @@
+//! See `ostler_fuzz::TARGETS`.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| ostler_fuzz::run("trace", bytes));
