@@ -112,6 +112,11 @@ pub fn build(app: &AppEnv<'_>) -> Result<Vec<(String, String)>, EnvironmentError
         let value = expand(value, &environment.0).ok_or_else(|| too_long(name))?;
         environment.set(name, value)?;
     }
+    // What another tracing system keeps belongs to its parent alone.
+    let own = |wanted: &str| app.user.iter().any(|(name, _)| name == wanted);
+    if own("TRACEPARENT") && !own("TRACESTATE") {
+        environment.0.retain(|(name, _)| name != "TRACESTATE");
+    }
     Ok(environment.0)
 }
 
@@ -322,6 +327,39 @@ mod tests {
             started_at: 1_376_265_929,
             trace: None,
         })
+    }
+
+    #[test]
+    fn a_trace_is_whole_or_the_apps_own() {
+        let trace = Trace::read(
+            &["00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"],
+            &["a=1"],
+        );
+        let traced = |own: &[(&str, &str)]| {
+            let app = AppEnv {
+                vcap_application: &Map::new(),
+                services: &[],
+                user: &user(own),
+                application_id: "app",
+                instance_id: "0123456789abcdef0123456789abcdef",
+                index: 0,
+                memory_mb: 64,
+                host_ip: Ipv4Addr::LOCALHOST,
+                host_port: 61_001,
+                container_port: 61_001,
+                started_at: 0,
+                trace: trace.as_ref(),
+            };
+            let all = build(&app).unwrap().into_iter();
+            let of_trace = all.filter(|(name, _)| name.starts_with("TRACE"));
+            let values: Vec<String> = of_trace.map(|(_, value)| value).collect();
+            values.join(" ")
+        };
+        let given = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01 a=1";
+        assert_eq!(traced(&[]), given);
+        assert_eq!(traced(&[("TRACEPARENT", "own")]), "own");
+        let both = [("TRACEPARENT", "own"), ("TRACESTATE", "b=2")];
+        assert_eq!(traced(&both), "own b=2");
     }
 
     fn get(environment: &[(String, String)], name: &str) -> String {
