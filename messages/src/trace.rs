@@ -5,8 +5,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// The header that says which span a request belongs to. NATS keeps the case of header names, and others write
-/// this one in lower case (nats-server 2.11 looks for it so).
+/// The header that says which span a request belongs to. NATS keeps the case of header names; the recommendation
+/// wants this one sent in lower case, and taken in any (3.2.1).
 pub const PARENT: &str = "traceparent";
 
 /// The header with what tracing systems want to keep beside it.

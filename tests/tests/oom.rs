@@ -624,7 +624,8 @@ async fn a_crash_is_off_the_router_before_anything_is_waited_for() {
     // Its init answers nobody: to learn the app's status takes five seconds, and then its exit is told.
     scene.host.tree().one("wshd").signal(Signal::SIGSTOP);
     let mut said = scene.host.nats().subscribe(">").await.unwrap();
-    scene.host.nats().flush().await.unwrap();
+    // On the same connection: what is answered comes after what is subscribed to.
+    scene.host.request("dea.status", &json!({})).await;
     app.signal(Signal::SIGUSR1);
     scene.oom(&handle, &app, "instance", false).await;
     let mut all = Vec::new();
