@@ -1,5 +1,6 @@
 //! `ostler cp`: files and directories between the host and a container.
 
+use nix::sys::signal::Signal;
 use std::fs::{self, Permissions};
 use std::io::Read;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
@@ -248,6 +249,67 @@ async fn a_copying_job_has_its_users_rights_and_nothing_of_the_init() {
     assert!(child.wait().unwrap().success());
     assert!(stream.len() > 8 << 20);
     host.stop("app").await;
+}
+
+#[tokio::test]
+async fn whoever_unpacks_on_the_host_has_one_directory_of_it_and_no_rights() {
+    let host = Host::start().await;
+    app(&host).await;
+    let desk = desk(&host);
+    // More than is copied before its sender is seen and held still.
+    inside(&host, "vcap", "truncate -s 15G big");
+    let mut child = host
+        .ostler("cp")
+        .args(["--user", "vcap", "app:big", text(&desk)])
+        .spawn()
+        .unwrap();
+    let tree = host
+        .tree_until("copy", |tree| !tree.named("copy").is_empty())
+        .await;
+    tree.one("copy").signal(Signal::SIGSTOP);
+    let mark = format!("PPid:\t{}\n", child.id());
+    let deadline = Instant::now() + patience();
+    let (proc, status) = loop {
+        let found = fs::read_dir("/proc").unwrap().find_map(|entry| {
+            let proc = entry.unwrap().path();
+            let status = fs::read_to_string(proc.join("status")).ok()?;
+            let shut_in = status.contains("Name:\tunpack\n") && status.contains("NoNewPrivs:\t1\n");
+            (status.contains(&mark) && shut_in).then_some((proc, status))
+        });
+        if let Some(found) = found {
+            break found;
+        }
+        assert!(Instant::now() < deadline, "nobody unpacks");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
+    for set in ["Prm", "Eff", "Bnd"] {
+        // CAP_DAC_OVERRIDE
+        let wanted = format!("Cap{set}:\t0000000000000002\n");
+        assert!(status.contains(&wanted), "{set}: {status}");
+    }
+    assert_eq!(fs::read_link(proc.join("root")).unwrap(), desk);
+    for namespace in ["pid", "net", "ipc", "uts"] {
+        let of = |proc: &Path| fs::read_link(proc.join("ns").join(namespace)).unwrap();
+        assert_ne!(of(&proc), of(Path::new("/proc/self")), "{namespace}");
+    }
+    // The stream and its report; else what it makes, and nothing that was open before.
+    let files = open_files(&proc);
+    let (paths, others): (Vec<_>, Vec<_>) = files.iter().partition(|file| file.starts_with('/'));
+    assert_eq!(others, ["pipe", "pipe"]);
+    assert!(
+        paths.iter().all(|path| Path::new(path).starts_with(&desk)),
+        "{paths:?}"
+    );
+    // It ends with whoever asked for it.
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let deadline = Instant::now() + patience();
+    while proc.exists() {
+        assert!(Instant::now() < deadline, "it outlives its parent");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    host.stop("app").await;
+    tool("rm", &["-rf", text(&desk)]);
 }
 
 #[tokio::test]

@@ -2,8 +2,8 @@
 
 use super::{Outcome, open};
 use crate::config::Overrides;
-use crate::engine::{Copied, Inside, copy_into, copy_out, pour};
-use container::copy::{Limits, Links, Naming, pack, unpack_of};
+use crate::engine::{Copied, Inside, copy_into, copy_out, pour, unpack_apart};
+use container::copy::{Limits, Links, Naming, pack};
 use nix::sys::stat::{Mode, umask};
 use std::ffi::{OsStr, OsString};
 use std::io::{BufWriter, IsTerminal};
@@ -122,9 +122,9 @@ fn out(from: &Inside<'_>, links: Links, to: &Side, limits: Limits) -> Outcome<()
         return tell(&copied, 0);
     };
     let copied = copy_out(from, links, |stream| {
-        unpack_of(from.path, stream, path, limits, &mut complain)
+        unpack_apart(from.path, stream, path, limits, &mut complain)
     })?;
-    tell(&copied, copied.done.damaged)
+    tell(&copied, 0)
 }
 
 fn into(from: &Side, links: Links, to: &Inside<'_>) -> Outcome<()> {

@@ -5,7 +5,7 @@
 //! ```
 //!
 //! No program of the container's root file system takes part. The other side is taken for hostile: what it
-//! sends is a stream for [`container::copy::unpack`], its complaints are cleaned, and every wait for it has a
+//! sends is a stream for [`super::apart::unpack`], its complaints are cleaned, and every wait for it has a
 //! deadline.
 
 use super::{Container, EngineError, blocking};
@@ -20,7 +20,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
 use nix::unistd::{pipe2, read, write};
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::time::Duration;
@@ -59,6 +59,9 @@ pub enum CopyError {
     /// This side stopped.
     #[error(transparent)]
     Here(#[from] Fault),
+    /// The process that unpacks for this side did.
+    #[error("{0}")]
+    Apart(String),
     /// The container's side did.
     #[error("in the container: {0}")]
     Inside(String),
@@ -71,10 +74,10 @@ pub enum CopyError {
 ///
 /// # Errors
 /// [`CopyError`]. What was taken until then stays.
-pub fn out<T>(
+pub fn out<T, E: Into<CopyError>>(
     from: &Inside<'_>,
     links: Links,
-    take: impl FnOnce(&mut Patient) -> Result<T, Fault>,
+    take: impl FnOnce(&mut Patient) -> Result<T, E>,
 ) -> Result<Copied<T>, CopyError> {
     let (stream, theirs) = pipe2(OFlag::O_CLOEXEC).context("pipe2", "copy")?;
     let mut stream = Patient::new(stream)?;
@@ -203,6 +206,12 @@ impl Patient {
     }
 }
 
+impl AsRawFd for Patient {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
 impl Read for Patient {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.wait(PollFlags::POLLIN)?;
@@ -267,7 +276,7 @@ impl<'a> Talk<'a> {
     }
 
     /// The outcome of both sides. Where both failed, that of the one who failed first.
-    fn end<T>(self, here: Result<T, Fault>) -> Result<Copied<T>, CopyError> {
+    fn end<T>(self, here: Result<T, impl Into<CopyError>>) -> Result<Copied<T>, CopyError> {
         // Whoever is cut off ends at once; one that was stopped does not.
         let patience = if here.is_ok() {
             IDLE
@@ -299,7 +308,7 @@ impl<'a> Talk<'a> {
                 damaged,
             }),
             (_, Err(Some(why))) => Err(CopyError::Inside(why)),
-            (Err(fault), _) => Err(fault.into()),
+            (Err(here), _) => Err(here.into()),
             (Ok(_), Err(None)) => Err(CopyError::Inside("it failed without a word".to_owned())),
         }
     }
@@ -338,10 +347,13 @@ impl<'a> Talk<'a> {
             }
         }
         let text = String::from_utf8_lossy(&bytes);
-        // Rust escapes what does not show as itself, direction marks among it; quotes may stay.
-        let shows =
-            |one: &char| matches!(one, '"' | '\'' | '\\') || one.escape_debug().count() == 1;
         let clean = |line: &str| line.chars().filter(shows).take(400).collect();
         text.lines().map(clean).collect()
     }
+}
+
+/// Whether a terminal may get it: Rust escapes what does not show as itself, direction marks among it; quotes
+/// may stay.
+pub(super) fn shows(one: &char) -> bool {
+    matches!(one, '"' | '\'' | '\\') || one.escape_debug().count() == 1
 }

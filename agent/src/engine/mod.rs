@@ -10,6 +10,7 @@
 //! group, link, set elements), so that [`Engine::sweep`] finds what no record knows.
 
 mod adopt;
+mod apart;
 mod container;
 mod copy;
 mod create;
@@ -27,6 +28,7 @@ mod sweep;
 mod tests;
 
 pub use adopt::{Adopted, REBOOTED};
+pub use apart::unpack as unpack_apart;
 pub use container::Container;
 pub use copy::{Copied, CopyError, Inside, into as copy_into, out as copy_out, pour};
 pub use error::EngineError;

@@ -2,7 +2,8 @@
 //!
 //! One side makes a tar stream of a tree ([`pack`]), the other makes a tree of a tar stream ([`unpack`]).
 //! In the container that is a job of `wshd`'s own code, run as the job's user and with nothing more
-//! (`wshd::exec`): no program of the root file system has a part in it. On the host it is whoever asks.
+//! (`wshd::exec`): no program of the root file system has a part in it. On the host it is whoever asks, and a process without rights that unpacks
+//! (the engine's `apart`).
 //! Each side takes the other for hostile: no name, link, size or change of a tree leads out of the directory
 //! that was named, makes a device, or waits for what never comes.
 //!
@@ -19,7 +20,7 @@ mod unpack;
 
 pub(crate) use inside::run;
 pub use pack::pack;
-pub use unpack::{unpack, unpack_of};
+pub use unpack::{destination, unpack, unpack_of};
 
 use nix::errno::Errno;
 use std::fmt;

@@ -57,7 +57,10 @@ fn unpack_checked(
     limits: Limits,
     complain: Complain<'_>,
 ) -> Result<Done, Fault> {
-    let (root, renamed) = destination(path, naming)?;
+    let (root, renamed) = match naming {
+        Naming::AsGiven => (directory(path)?, None),
+        Naming::AsCopied => destination(path)?,
+    };
     let mut unpacker = Unpacker {
         root,
         renamed,
@@ -84,25 +87,33 @@ const MOST_NAMES: u64 = 64 << 20;
 /// Headers of one entry at most, the extended ones included.
 const MAX_HEADERS: u64 = 16;
 
-/// The directory that everything goes below, and the name that the first one of each path gets.
-fn destination(path: &Path, naming: Naming) -> Result<(OwnedFd, Option<OsString>), Fault> {
-    let refused = |errno| Fault::Refused {
-        doing: "open",
-        path: path.as_os_str().as_bytes().to_vec(),
-        errno,
-    };
-    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-    match open(path, flags, Mode::empty()) {
+/// Where a copy to `path` goes, as with `cp -r`: the directory below which everything is made, and the name
+/// that the first one of each of its paths gets there, unless `path` itself is that directory.
+///
+/// # Errors
+/// [`Fault::Refused`]: the directory cannot be opened.
+pub fn destination(path: &Path) -> Result<(OwnedFd, Option<OsString>), Fault> {
+    match directory(path) {
         Ok(root) => return Ok((root, None)),
-        Err(Errno::ENOENT | Errno::ENOTDIR) if naming == Naming::AsCopied => {}
-        Err(errno) => return Err(refused(errno)),
+        Err(Fault::Refused {
+            errno: Errno::ENOENT | Errno::ENOTDIR,
+            ..
+        }) => {}
+        Err(fault) => return Err(fault),
     }
-    let name = path.file_name().ok_or(refused(Errno::ENOENT))?;
+    let name = path
+        .file_name()
+        .ok_or(refused("open", path, Errno::ENOENT))?;
     let parent = path
         .parent()
         .filter(|parent| !parent.as_os_str().is_empty());
-    let root = open(parent.unwrap_or(Path::new(".")), flags, Mode::empty()).map_err(refused)?;
+    let root = directory(parent.unwrap_or(Path::new(".")))?;
     Ok((root, Some(name.to_owned())))
+}
+
+fn directory(path: &Path) -> Result<OwnedFd, Fault> {
+    let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    open(path, flags, Mode::empty()).map_err(|errno| refused("open", path, errno))
 }
 
 struct Unpacker<'a> {
