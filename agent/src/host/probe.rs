@@ -1,11 +1,11 @@
 //! What this machine must have for containers, and what it should have: asked of the kernel, once.
 //!
-//! Everything is tried in throw-away namespaces and child processes, and nothing of it stays. What a container
-//! cannot do without is [`required`]: the agent refuses to start without it, in the same words in which
-//! `ostler doctor` tells it (but for the network's rules, which it tries by loading them). To be called while
-//! the process has one thread: it forks.
+//! Everything is tried in throw-away namespaces and child processes, and nothing of it stays; what came of it
+//! is judged by pure functions. What a container cannot do without is [`required`]: the agent refuses to start
+//! without it, in the same words in which `ostler doctor` tells it (but for the network's rules, which it
+//! tries by loading them). To be called while the process has one thread: it forks.
 
-use super::cgroups::Cgroups;
+use super::cgroups::{CgroupError, Cgroups, Controller};
 use super::depot::disk;
 use super::network;
 use container::launch::Ids;
@@ -98,10 +98,26 @@ fn finding(name: &str, level: Level, meaning: impl Into<String>, advice: &str) -
 /// What containers cannot do without.
 #[must_use]
 pub fn required(wanted: &Wanted<'_>) -> Vec<Finding> {
-    let mut found = vec![kernel(), users(), namespaces(), seccomp(), memory_files()];
+    let others = CloneFlags::CLONE_NEWNS
+        | CloneFlags::CLONE_NEWPID
+        | CloneFlags::CLONE_NEWNET
+        | CloneFlags::CLONE_NEWIPC
+        | CloneFlags::CLONE_NEWUTS
+        | CloneFlags::CLONE_NEWCGROUP;
+    let mut found = vec![
+        kernel(&read_trimmed("/proc/sys/kernel/osrelease").unwrap_or_default()),
+        users(clone_into(CloneFlags::CLONE_NEWUSER)),
+        namespaces(clone_into(others)),
+        seccomp(&read_trimmed("/proc/sys/kernel/seccomp/actions_avail").unwrap_or_default()),
+        memory_files(
+            read_trimmed("/proc/sys/vm/memfd_noexec").as_deref(),
+            seal_memory_file(),
+        ),
+    ];
     found.extend(layers(wanted));
-    found.extend(cgroups(wanted.cgroup_parent));
-    found.extend([links(), helpers(wanted.helpers)]);
+    let swaps = read_trimmed("/proc/swaps").unwrap_or_default();
+    found.extend(cgroups(Cgroups::look(wanted.cgroup_parent), &swaps));
+    found.extend([links(elsewhere(network::try_link)), helpers(wanted.helpers)]);
     found
 }
 
@@ -109,20 +125,33 @@ pub fn required(wanted: &Wanted<'_>) -> Vec<Finding> {
 #[must_use]
 pub fn all(wanted: &Wanted<'_>) -> Vec<Finding> {
     let mut found = required(wanted);
-    found.extend([disk(wanted), rules(), bandwidth()]);
-    found.extend(foreign_chains());
-    found.push(conntrack());
-    found.push(ports(&wanted.ports));
-    found.push(terminals());
+    found.extend([
+        disk(wanted),
+        rules(elsewhere(|| {
+            network::try_rules().map_err(|error| error.to_string())
+        })),
+        bandwidth(elsewhere(|| {
+            network::try_bandwidth().map_err(|error| error.to_string())
+        })),
+    ]);
+    found.extend(match network::dropping_chains() {
+        Ok(chains) => foreign_chains(chains),
+        // That nft is missing is told already.
+        Err(error) => vec![finding(FIREWALLS, Level::Warn, error.to_string(), "")],
+    });
+    found.extend([
+        conntrack(read_trimmed("/proc/sys/net/netfilter/nf_conntrack_max").as_deref()),
+        ports(&wanted.ports),
+        terminals(read_trimmed("/proc/sys/dev/tty/legacy_tiocsti").as_deref()),
+    ]);
     found
 }
 
 /// The oldest kernel on which everything was tried (Debian 12).
 const FLOOR: (u32, u32) = (6, 1);
 
-fn kernel() -> Finding {
+fn kernel(release: &str) -> Finding {
     let name = "kernel";
-    let release = read_trimmed("/proc/sys/kernel/osrelease").unwrap_or_default();
     let mut numbers = release
         .split(['.', '-'])
         .map_while(|part| part.parse::<u32>().ok());
@@ -134,9 +163,9 @@ fn kernel() -> Finding {
     finding(name, Level::Missing, meaning, "Boot Linux 6.1 or newer")
 }
 
-fn users() -> Finding {
+fn users(made: Result<(), Errno>) -> Finding {
     let name = "user namespaces";
-    match clone_into(CloneFlags::CLONE_NEWUSER) {
+    match made {
         Ok(()) => ok(name, "every container has users of its own"),
         Err(errno) => {
             let advice = if matches!(errno, Errno::ENOSPC | Errno::EUSERS) {
@@ -152,15 +181,9 @@ fn users() -> Finding {
     }
 }
 
-fn namespaces() -> Finding {
+fn namespaces(made: Result<(), Errno>) -> Finding {
     let name = "other namespaces";
-    let all = CloneFlags::CLONE_NEWNS
-        | CloneFlags::CLONE_NEWPID
-        | CloneFlags::CLONE_NEWNET
-        | CloneFlags::CLONE_NEWIPC
-        | CloneFlags::CLONE_NEWUTS
-        | CloneFlags::CLONE_NEWCGROUP;
-    match clone_into(all) {
+    match made {
         Ok(()) => ok(name, "mount, pid, net, ipc, uts, cgroup; held by pidfd"),
         Err(errno) => {
             let meaning = format!("cannot be made ({})", errno.desc());
@@ -170,9 +193,8 @@ fn namespaces() -> Finding {
     }
 }
 
-fn seccomp() -> Finding {
+fn seccomp(actions: &str) -> Finding {
     let name = "seccomp filters";
-    let actions = read_trimmed("/proc/sys/kernel/seccomp/actions_avail").unwrap_or_default();
     if actions.split(' ').any(|action| action == "errno") {
         return ok(
             name,
@@ -183,19 +205,23 @@ fn seccomp() -> Finding {
     finding(name, Level::Missing, "the kernel has none", advice)
 }
 
-fn memory_files() -> Finding {
+/// A file as a container's init is kept in.
+fn seal_memory_file() -> Result<(), Errno> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let file = memfd_create(c"ostler", flags)?;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)).map(drop)
+}
+
+fn memory_files(noexec: Option<&str>, sealed: Result<(), Errno>) -> Finding {
     let name = "sealed memory files";
     // vm.memfd_noexec of Linux 6.3; 2 forbids what can be executed.
-    if read_trimmed("/proc/sys/vm/memfd_noexec").is_some_and(|value| value == "2") {
+    if noexec == Some("2") {
         let advice = "Set vm.memfd_noexec to 0 or 1, by sysctl";
         let meaning = "those of programs are forbidden, and a container's init is one";
         return finding(name, Level::Missing, meaning, advice);
     }
-    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
-    let sealed = memfd_create(c"ostler", flags)
-        .and_then(|file| fcntl(&file, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE)));
     match sealed {
-        Ok(_) => ok(name, "no container can rewrite the program of its init"),
+        Ok(()) => ok(name, "no container can rewrite the program of its init"),
         Err(errno) => {
             let meaning = format!("cannot be made ({})", errno.desc());
             finding(
@@ -210,11 +236,10 @@ fn memory_files() -> Finding {
 
 /// Overlays from mapped layers, as a container's root is made.
 fn layers(wanted: &Wanted<'_>) -> Vec<Finding> {
-    let on = |path: &Path| format!("\"{}\"", path.display());
     let desk = match Desk::new(wanted.base) {
         Ok(desk) => desk,
         Err(error) => {
-            let meaning = format!("{} cannot be written ({error})", on(wanted.base));
+            let meaning = format!("{} cannot be written ({error})", quoted(wanted.base));
             let advice = "Choose another `base`, or mount it for writing";
             return vec![finding("base directory", Level::Missing, meaning, advice)];
         }
@@ -233,40 +258,51 @@ fn layers(wanted: &Wanted<'_>) -> Vec<Finding> {
         .stacks
         .iter()
         .map(|(name, path)| (format!("stack {name}"), *path, *path));
-    let mut found = Vec::new();
-    for (name, layer, shown) in std::iter::once(droplets).chain(stacks) {
-        let made = in_child(|| {
-            unshare(CloneFlags::CLONE_NEWNS)?;
-            let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-            mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
-            map_layer(layer, &users)
-        });
-        if let Err(errno) = made {
-            let meaning = format!(
-                "{} lies on a file system that cannot be mapped to a container's users ({})",
-                on(shown),
+    let layers = std::iter::once(droplets).chain(stacks);
+    layers
+        .map(|(name, layer, shown)| {
+            let mapped = in_child(|| {
+                unshare(CloneFlags::CLONE_NEWNS)?;
+                let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
+                mount(None::<&str>, "/", None::<&str>, private, None::<&str>)?;
+                map_layer(layer, &users)
+            });
+            let laid = mapped.and_then(|()| in_child(|| desk.overlay(layer, &users)));
+            layer_finding(&name, (shown, wanted.base), mapped, laid)
+        })
+        .collect()
+}
+
+fn quoted(path: &Path) -> String {
+    format!("\"{}\"", path.display())
+}
+
+/// Whether a layer could be `mapped` to a container's users, and `laid` under its changes in `base`.
+fn layer_finding(
+    name: &str,
+    (layer, base): (&Path, &Path),
+    mapped: Result<(), Errno>,
+    laid: Result<(), Errno>,
+) -> Finding {
+    let (layer, base) = (quoted(layer), quoted(base));
+    let (meaning, advice) = match (mapped, laid) {
+        (Ok(()), Ok(())) => return ok(name, format!("{layer} can be a layer of containers")),
+        (Err(errno), _) => (
+            format!(
+                "{layer} lies on a file system that cannot be mapped to a container's users ({})",
                 errno.desc()
-            );
-            let advice = "Put it on ext4, xfs, btrfs or tmpfs; overlay, 9p, FUSE and most network file systems cannot";
-            found.push(finding(&name, Level::Missing, meaning, advice));
-            continue;
-        }
-        let made = in_child(|| desk.overlay(layer, &users));
-        found.push(match made {
-            Ok(()) => ok(&name, format!("{} can be a layer of containers", on(shown))),
-            Err(errno) => {
-                let meaning = format!(
-                    "no overlay can be made of {} with its changes in {} ({})",
-                    on(shown),
-                    on(wanted.base),
-                    errno.desc()
-                );
-                let advice = "Load the module overlay, and put `base` on ext4, xfs or btrfs";
-                finding(&name, Level::Missing, meaning, advice)
-            }
-        });
-    }
-    found
+            ),
+            "Put it on ext4, xfs, btrfs or tmpfs; overlay, 9p, FUSE and most network file systems cannot",
+        ),
+        (Ok(()), Err(errno)) => (
+            format!(
+                "no overlay can be made of {layer} with its changes in {base} ({})",
+                errno.desc()
+            ),
+            "Load the module overlay, and put `base` on ext4, xfs or btrfs",
+        ),
+    };
+    finding(name, Level::Missing, meaning, advice)
 }
 
 fn map_layer(layer: &Path, users: &OwnedFd) -> Result<(), Errno> {
@@ -398,37 +434,41 @@ fn ended(child: &OwnedFd) -> Result<i32, Errno> {
     }
 }
 
-fn cgroups(parent: &str) -> Vec<Finding> {
-    match Cgroups::look(parent) {
+/// Of what this host has, and of the text of `/proc/swaps` (proc(5)).
+fn cgroups(look: Result<(Vec<Controller>, bool), CgroupError>, swaps: &str) -> Vec<Finding> {
+    let (controllers, swap_limited) = match look {
+        Ok(found) => found,
         Err(error) => {
             let mut meaning = error.to_string();
             if let Some(cause) = std::error::Error::source(&error) {
                 meaning = format!("{meaning}: {cause}");
             }
-            vec![finding("control groups", Level::Missing, meaning, "")]
+            return vec![finding("control groups", Level::Missing, meaning, "")];
         }
-        Ok(described) => described
-            .split(", ")
-            .map(|line| {
-                let (name, how) = line.split_once(' ').unwrap_or((line, ""));
-                let name = format!("control group {name}");
-                if !how.starts_with("absent") && !how.starts_with("not ") {
-                    return ok(&name, how);
-                }
-                let advice = match &*name {
-                    "control group swap" => "Boot with swapaccount=1, or without swap",
-                    // v2 has neither a controller for devices nor one for freezing.
-                    "control group devices" => "On cgroup v2 this is as it should be",
-                    _ => "Mount the controller, or boot with a pure cgroup v2 hierarchy",
-                };
-                finding(
-                    &name,
-                    Level::Warn,
-                    format!("{how}: it limits nobody"),
-                    advice,
-                )
-            })
-            .collect(),
+    };
+    let found = controllers.into_iter().map(|(controller, version)| {
+        let how = version.map_or_else(
+            // Nothing else is found missing here: without it there is no layout.
+            || "absent: nobody can freeze a container".to_owned(),
+            |version| version.to_string(),
+        );
+        ok(&format!("control group {controller}"), how)
+    });
+    found.chain([swap(swap_limited, swaps)]).collect()
+}
+
+fn swap(limited: bool, swaps: &str) -> Finding {
+    let name = "control group swap";
+    // One line is its heading.
+    let some = swaps.lines().count() > 1;
+    match (limited, some) {
+        (true, _) => ok(name, "limited"),
+        (false, false) => ok(name, "not counted, and this host has none"),
+        (false, true) => {
+            let meaning = "not counted: beyond its memory an instance may fill the host's swap";
+            let advice = "Boot with swapaccount=1, or without swap";
+            finding(name, Level::Missing, meaning, advice)
+        }
     }
 }
 
@@ -518,9 +558,9 @@ fn elsewhere(work: fn() -> Result<(), String>) -> Result<(), String> {
         .unwrap_or_else(|_| Err("nobody knows".to_owned()))
 }
 
-fn links() -> Finding {
+fn links(made: Result<(), String>) -> Finding {
     let name = "network links";
-    match elsewhere(network::try_link) {
+    match made {
         Ok(()) => ok(name, "a container has a link of its own"),
         Err(why) => {
             let meaning = format!("cannot be made ({why})");
@@ -529,9 +569,9 @@ fn links() -> Finding {
     }
 }
 
-fn rules() -> Finding {
+fn rules(loaded: Result<(), String>) -> Finding {
     let name = "network rules";
-    match elsewhere(|| network::try_rules().map_err(|error| error.to_string())) {
+    match loaded {
         Ok(()) => ok(name, "nft loads the table"),
         Err(why) => {
             let advice = "Install nftables, and load the modules nf_tables, nft_ct, nft_fib_inet, nft_masq and nft_nat";
@@ -546,9 +586,9 @@ fn rules() -> Finding {
 }
 
 /// With a program that the agent itself never runs.
-fn bandwidth() -> Finding {
+fn bandwidth(tried: Result<(), String>) -> Finding {
     let name = "bandwidth limits";
-    match elsewhere(|| network::try_bandwidth().map_err(|error| error.to_string())) {
+    match tried {
         Ok(()) => ok(name, "in both directions"),
         Err(why) => {
             let advice = "Install tc (iproute2) to have it tried, and load the modules sch_tbf and nft_limit";
@@ -562,13 +602,10 @@ fn bandwidth() -> Finding {
     }
 }
 
-fn foreign_chains() -> Vec<Finding> {
-    let name = "others' firewalls";
-    let chains = match network::dropping_chains() {
-        Ok(chains) => chains,
-        // That nft is missing is told already.
-        Err(error) => return vec![finding(name, Level::Warn, error.to_string(), "")],
-    };
+const FIREWALLS: &str = "others' firewalls";
+
+fn foreign_chains(chains: Vec<String>) -> Vec<Finding> {
+    let name = FIREWALLS;
     if chains.is_empty() {
         return vec![ok(name, "none drops what is forwarded")];
     }
@@ -587,9 +624,9 @@ fn foreign_chains() -> Vec<Finding> {
     chains.into_iter().map(tell).collect()
 }
 
-fn conntrack() -> Finding {
+fn conntrack(most: Option<&str>) -> Finding {
     let name = "connection tracking";
-    match read_trimmed("/proc/sys/net/netfilter/nf_conntrack_max") {
+    match most {
         Some(most) => ok(name, format!("{most} connections at most")),
         None => {
             let advice = "Load the module nf_conntrack";
@@ -634,9 +671,9 @@ fn overlap(mapped: &RangeInclusive<u16>, range: &str, reserved: &str) -> Option<
     mapped.clone().find(free)
 }
 
-fn terminals() -> Finding {
+fn terminals(legacy: Option<&str>) -> Finding {
     let name = "terminals";
-    match read_trimmed("/proc/sys/dev/tty/legacy_tiocsti").as_deref() {
+    match legacy {
         Some("0") => ok(name, "nobody types into another's terminal (TIOCSTI)"),
         _ => {
             let meaning =
@@ -656,9 +693,155 @@ fn read_trimmed(path: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Level, disk_finding, overlap, project_quotas};
+    use super::*;
     use crate::host::depot::disk::Wanted;
-    use std::path::Path;
+
+    /// Each with its level and a word of what it says or advises.
+    fn judged(table: impl IntoIterator<Item = (Finding, Level, &'static str)>) {
+        for (found, level, word) in table {
+            assert_eq!(found.level, level, "{found}");
+            assert!(found.to_string().contains(word), "{word}: {found}");
+            let to_do = !found.advice.is_empty();
+            assert_eq!(to_do, level != Level::Ok, "{found}");
+        }
+    }
+
+    #[test]
+    fn a_kernel_is_judged_by_what_it_is_and_does() {
+        use Level::{Missing, Ok as Good};
+        judged([
+            (kernel("6.1.0-18-amd64"), Good, "Linux 6.1.0-18-amd64"),
+            (kernel("7.0-rc1"), Good, "7.0"),
+            (kernel("6.0.19"), Missing, "Boot Linux 6.1 or newer"),
+            (kernel("5.15.0"), Missing, "too old"),
+            (kernel(""), Missing, "too old"),
+            (users(Ok(())), Good, ""),
+            (
+                users(Err(Errno::ENOSPC)),
+                Missing,
+                "user.max_user_namespaces",
+            ),
+            (
+                users(Err(Errno::EUSERS)),
+                Missing,
+                "user.max_user_namespaces",
+            ),
+            (users(Err(Errno::EPERM)), Missing, "CAP_SYS_ADMIN"),
+            (users(Err(Errno::EINVAL)), Missing, "CONFIG_USER_NS"),
+            (namespaces(Ok(())), Good, "pidfd"),
+            (
+                namespaces(Err(Errno::EPERM)),
+                Missing,
+                "Operation not permitted",
+            ),
+            (
+                seccomp("kill_process kill_thread trap errno user_notif"),
+                Good,
+                "",
+            ),
+            (
+                seccomp("kill_process noerrno"),
+                Missing,
+                "CONFIG_SECCOMP_FILTER",
+            ),
+            (seccomp(""), Missing, "CONFIG_SECCOMP_FILTER"),
+            (memory_files(None, Ok(())), Good, ""),
+            (memory_files(Some("1"), Ok(())), Good, ""),
+            (memory_files(Some("2"), Ok(())), Missing, "vm.memfd_noexec"),
+            (
+                memory_files(None, Err(Errno::ENOSYS)),
+                Missing,
+                "CONFIG_MEMFD_CREATE",
+            ),
+            (links(Ok(())), Good, ""),
+            (links(Err("no".to_owned())), Missing, "module veth"),
+            (rules(Ok(())), Good, ""),
+            (rules(Err("no".to_owned())), Missing, "nftables"),
+        ]);
+    }
+
+    #[test]
+    fn a_layer_is_judged_by_what_stops_it_first() {
+        let layer = |mapped, laid| {
+            let paths = (Path::new("/stack"), Path::new("/base"));
+            layer_finding("stack debian", paths, mapped, laid)
+        };
+        let refused = Err(Errno::EINVAL);
+        judged([
+            (layer(Ok(()), Ok(())), Level::Ok, "\"/stack\" can be"),
+            (
+                layer(refused, refused),
+                Level::Missing,
+                "\"/stack\" lies on a file system",
+            ),
+            (
+                layer(Ok(()), refused),
+                Level::Missing,
+                "of \"/stack\" with its changes in \"/base\" (Invalid argument). Load",
+            ),
+        ]);
+    }
+
+    #[test]
+    fn control_groups_that_bind_nobody_are_missing() {
+        let none = "Filename\tType\tSize\tUsed\tPriority";
+        let some = "Filename\tType\tSize\tUsed\tPriority\n/dev/sda2 partition 1 0 -2";
+        judged([
+            (swap(true, some), Level::Ok, "limited"),
+            (swap(false, none), Level::Ok, "has none"),
+            // A kernel without swap has no such file.
+            (swap(false, ""), Level::Ok, "has none"),
+            (swap(false, some), Level::Missing, "swapaccount=1"),
+        ]);
+        let found = cgroups(Ok((vec![("memory", None)], true)), none);
+        let names: Vec<&str> = found.iter().map(|found| &*found.name).collect();
+        assert_eq!(names, ["control group memory", "control group swap"]);
+        for (error, word) in [
+            (CgroupError::NoMemory, "cgroup_enable=memory"),
+            (CgroupError::NoCpu, "'cpu'"),
+            (CgroupError::NoPids, "'pids'"),
+            (CgroupError::NoDevices, "devices"),
+        ] {
+            let found = cgroups(Err(error), none);
+            assert_eq!(found.len(), 1);
+            assert_eq!(found[0].level, Level::Missing);
+            assert!(found[0].meaning.contains(word), "{}", found[0]);
+        }
+    }
+
+    #[test]
+    fn what_is_weaker_without_harm_to_others_is_a_warning() {
+        use Level::{Ok as Good, Warn};
+        judged([
+            (bandwidth(Ok(())), Good, ""),
+            (bandwidth(Err("no".to_owned())), Warn, "sch_tbf"),
+            (conntrack(Some("65536")), Good, "65536 connections"),
+            (conntrack(None), Warn, "nf_conntrack"),
+            (terminals(Some("0")), Good, "TIOCSTI"),
+            (terminals(Some("1")), Warn, "dev.tty.legacy_tiocsti"),
+            (terminals(None), Warn, "6.2"),
+        ]);
+        let chains = |chains: &[&str]| {
+            foreign_chains(chains.iter().map(|chain| (*chain).to_owned()).collect())
+        };
+        let levels =
+            |found: Vec<Finding>| found.iter().map(|found| found.level).collect::<Vec<_>>();
+        assert_eq!(levels(chains(&[])), [Good]);
+        assert_eq!(
+            levels(chains(&["ip filter FORWARD", "inet others passing"])),
+            [Good, Warn]
+        );
+    }
+
+    #[test]
+    fn helpers_that_are_not_there_are_named() {
+        let empty = std::env::temp_dir();
+        judged([(
+            helpers(&empty),
+            Level::Missing,
+            "has no wshd, wsh, iomux-spawn",
+        )]);
+    }
 
     #[test]
     fn disks_are_judged_by_what_is_configured() {

@@ -11,10 +11,24 @@ pub(super) const WANTED: [&str; 3] = ["memory", "cpu", "pids"];
 
 /// The two generations of control groups; they differ in nearly every file name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Version {
+pub enum Version {
+    /// A hierarchy for each controller.
     V1,
+    /// One for all.
     V2,
 }
+
+impl std::fmt::Display for Version {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::V1 => "v1",
+            Self::V2 => "v2",
+        })
+    }
+}
+
+/// What binds containers, by the kernel's name, and the generation that has it here.
+pub type Controller = (&'static str, Option<Version>);
 
 /// A mounted hierarchy.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,7 +44,7 @@ pub(super) struct Layout {
     /// The parent of all our groups, relative to each mount point.
     pub(super) parent: PathBuf,
     pub(super) memory: Place,
-    pub(super) cpu: Option<Place>,
+    pub(super) cpu: Place,
     pub(super) pids: Place,
     /// v1 only: v2 counts time in every group.
     pub(super) cpuacct: Option<Place>,
@@ -51,7 +65,7 @@ impl Layout {
     ///
     /// # Errors
     /// [`CgroupError::NoMemory`] if the memory controller is mounted nowhere, or only read-only:
-    /// without it no promise about memory can be kept. [`CgroupError::NoPids`] and
+    /// without it no promise about memory can be kept. [`CgroupError::NoCpu`], [`CgroupError::NoPids`] and
     /// [`CgroupError::NoDevices`] likewise.
     pub(super) fn decide(
         parent: &Path,
@@ -88,13 +102,12 @@ impl Layout {
         };
         let memory = place("memory").ok_or(CgroupError::NoMemory)?;
         let pids = place("pids").ok_or(CgroupError::NoPids)?;
-        let cpu = place("cpu");
+        let cpu = place("cpu").ok_or(CgroupError::NoCpu)?;
         let devices = v1("devices")
             .or_else(unified)
             .ok_or(CgroupError::NoDevices)?;
-        let unified = [Some(&memory), cpu.as_ref(), Some(&pids), Some(&devices)]
+        let unified = [&memory, &cpu, &pids, &devices]
             .into_iter()
-            .flatten()
             .find(|place| place.version == Version::V2)
             .cloned();
         Ok(Self {
@@ -114,7 +127,7 @@ impl Layout {
     pub(super) fn places(&self) -> Vec<&Place> {
         let all = [
             Some(&self.memory),
-            self.cpu.as_ref(),
+            Some(&self.cpu),
             self.cpuacct.as_ref(),
             Some(&self.pids),
             Some(&self.devices),
@@ -131,18 +144,22 @@ impl Layout {
         places
     }
 
-    /// One line for a person: `memory v1, cpu v1, pids v2, freezer absent, …`.
-    pub(super) fn describe(&self) -> String {
-        let all = [
+    /// What binds containers, and by which generation.
+    pub(super) fn controllers(&self) -> [Controller; 5] {
+        [
             ("memory", Some(&self.memory)),
-            ("cpu", self.cpu.as_ref()),
+            ("cpu", Some(&self.cpu)),
             ("pids", Some(&self.pids)),
             ("devices", Some(&self.devices)),
             ("freezer", self.freezer.as_ref().or(self.unified.as_ref())),
-        ];
-        let words = all.map(|(name, place)| match place.map(|place| place.version) {
-            Some(Version::V1) => format!("{name} v1"),
-            Some(Version::V2) => format!("{name} v2"),
+        ]
+        .map(|(name, place)| (name, place.map(|place| place.version)))
+    }
+
+    /// One line for a person: `memory v1, cpu v1, pids v2, freezer absent, …`.
+    pub(super) fn describe(&self) -> String {
+        let words = self.controllers().map(|(name, version)| match version {
+            Some(version) => format!("{name} {version}"),
             None => format!("{name} absent"),
         });
         words.join(", ")
@@ -309,11 +326,16 @@ mod tests {
     }
 
     #[test]
-    fn a_host_that_cannot_count_processes_is_refused() {
+    fn a_host_that_cannot_count_processes_or_share_its_processors_is_refused() {
         let without = V1.replace("rw,pids", "rw,misc");
         assert!(matches!(
             decide(&without, "hugetlb\n"),
             Err(CgroupError::NoPids)
+        ));
+        let without = V1.replace("rw,cpu,cpuacct", "rw,cpuacct");
+        assert!(matches!(
+            decide(&without, "hugetlb\n"),
+            Err(CgroupError::NoCpu)
         ));
     }
 

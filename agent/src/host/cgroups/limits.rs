@@ -46,8 +46,8 @@ impl Group {
         self.apply(limits).inspect_err(|_| {
             // Memory comes last and undoes itself, so these are all that can have changed. What was
             // accepted before is accepted again; if the group is gone nothing matters.
-            if let (Some(cpu), Some(shares)) = (self.cpu(), shares) {
-                let _gone = cpu.set_shares(shares);
+            if let Some(shares) = shares {
+                let _gone = self.cpu().set_shares(shares);
             }
             if let Some((file, cap)) = cap {
                 let _gone = write(&file, &cap);
@@ -60,7 +60,8 @@ impl Group {
 
     /// Writes the limits; on failure those before it in the order shares, cap, pids, memory have changed.
     pub(super) fn apply(&self, limits: &Limits) -> Result<(), CgroupError> {
-        if let (Some(cpu), Some(shares)) = (self.cpu(), limits.cpu_shares) {
+        if let Some(shares) = limits.cpu_shares {
+            let cpu = self.cpu();
             let value = match cpu.v2() {
                 true => weight_of_shares(shares),
                 false => shares.clamp(MIN_SHARES, MAX_SHARES),
@@ -97,18 +98,15 @@ impl Group {
         self.pids_controller().get_pid_max().ok()
     }
 
-    fn cpu(&self) -> Option<CpuController> {
-        let place = self.layout.cpu.as_ref()?;
-        Some(CpuController::new(
-            self.directory(place),
-            place.version == Version::V2,
-        ))
+    fn cpu(&self) -> CpuController {
+        let place = &self.layout.cpu;
+        CpuController::new(self.directory(place), place.version == Version::V2)
     }
 
-    /// The file with the cap on processor time, in hierarchies and kernels (`CONFIG_CFS_BANDWIDTH`) that
-    /// have one, and its text.
+    /// The file with the cap on processor time, in kernels (`CONFIG_CFS_BANDWIDTH`) that have one, and its
+    /// text.
     fn cpu_cap(&self) -> Option<(PathBuf, String)> {
-        let place = self.layout.cpu.as_ref()?;
+        let place = &self.layout.cpu;
         let file = self.directory(place).join(match place.version {
             Version::V1 => "cpu.cfs_quota_us",
             Version::V2 => "cpu.max",
@@ -123,12 +121,9 @@ impl Group {
             return unlimited.then_some(()).ok_or(CgroupError::NoCpuCap);
         };
         let quota = percent.saturating_mul(CPU_PERIOD_US / 100);
-        let text = match (
-            self.layout.cpu.as_ref().map(|place| place.version),
-            unlimited,
-        ) {
-            (Some(Version::V2), true) => "max".to_owned(),
-            (_, true) => "-1".to_owned(),
+        let text = match (self.layout.cpu.version, unlimited) {
+            (Version::V2, true) => "max".to_owned(),
+            (Version::V1, true) => "-1".to_owned(),
             // v1's period and v2's, which is kept when only one number is written, are never changed.
             (_, false) => quota.to_string(),
         };
@@ -140,7 +135,7 @@ impl Group {
 
     /// As the kernel spells it: shares on v1, weight on v2.
     fn cpu_weight(&self) -> Option<u64> {
-        self.cpu()?.shares().ok()
+        self.cpu().shares().ok()
     }
 }
 

@@ -24,6 +24,7 @@ pub(crate) mod tests;
 mod usage;
 
 use devices::Confinement;
+pub use layout::Controller;
 use layout::{Layout, Place, Version};
 pub use limits::Limits;
 use nix::errno::Errno;
@@ -67,6 +68,11 @@ pub enum CgroupError {
         "no writable hierarchy has the controller 'pids', processes cannot be limited: mount it, or boot with a pure cgroup v2 hierarchy"
     )]
     NoPids,
+    /// No controller shares processors: weights and caps would bind nobody.
+    #[error(
+        "no writable hierarchy has the controller 'cpu', processor time cannot be shared or capped: mount it, or boot with a pure cgroup v2 hierarchy"
+    )]
+    NoCpu,
     /// v2 hands controllers on only from groups without processes, the root excepted.
     #[error(
         "'{0}' has processes of its own, so its children cannot have controllers: move them into a \
@@ -144,11 +150,12 @@ impl Cgroups {
         Ok(cgroups)
     }
 
-    /// [`Self::describe`] of this host, whether or not there is a parent; nothing is made.
+    /// Each controller with its generation, and whether swap is counted, whether or not there is a parent;
+    /// nothing is made.
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub fn look(parent: &str) -> Result<String, CgroupError> {
+    pub fn look(parent: &str) -> Result<(Vec<Controller>, bool), CgroupError> {
         let cgroups = Self::find(parent)?;
         let memory = &cgroups.layout.memory;
         // The root of v2 has no limits; any group below it has.
@@ -163,12 +170,7 @@ impl Cgroups {
         let limited = groups
             .iter()
             .any(|group| memory.mount.join(group).join(file).exists());
-        let swap = if limited {
-            "limited"
-        } else {
-            "not limited (no swap accounting)"
-        };
-        Ok(format!("{}, swap {swap}", cgroups.layout.describe()))
+        Ok((cgroups.layout.controllers().to_vec(), limited))
     }
 
     fn find(parent: &str) -> Result<Self, CgroupError> {

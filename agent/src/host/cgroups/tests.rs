@@ -170,7 +170,7 @@ fn read_back(group: &Group) -> [String; 4] {
             "memory.memsw.limit_in_bytes",
             "memory.swap.max",
         ),
-        read(layout.cpu.as_ref().unwrap(), "cpu.shares", "cpu.weight"),
+        read(&layout.cpu, "cpu.shares", "cpu.weight"),
         read(&layout.pids, "pids.max", "pids.max"),
     ]
 }
@@ -190,7 +190,7 @@ fn expected(
         (true, Version::V1) => bytes.clone(),
         (true, Version::V2) => "0".to_owned(),
     };
-    let weight = match group.layout.cpu.as_ref().unwrap().version {
+    let weight = match group.layout.cpu.version {
         Version::V1 => shares_and_weight.0,
         Version::V2 => shares_and_weight.1,
     };
@@ -227,7 +227,7 @@ fn limits_are_written_and_change_in_both_directions() {
 
 /// The kernel's own words for the cap on processor time.
 fn cap(group: &Group) -> String {
-    let place = group.layout.cpu.as_ref().unwrap();
+    let place = &group.layout.cpu;
     let file = match place.version {
         Version::V1 => "cpu.cfs_quota_us",
         Version::V2 => "cpu.max",
@@ -274,21 +274,13 @@ fn processor_time_is_capped_and_the_cap_changes() {
     assert_eq!(cap(&group), "-1");
 }
 
-/// What is left out, because there is nothing to cap it with, is refused and not forgotten.
+/// As with a kernel without `CONFIG_CFS_BANDWIDTH`: a cap that cannot be is refused and not forgotten.
 #[test]
-fn a_host_without_a_cpu_controller_caps_nobody() {
-    let mountinfo = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let without: String = mountinfo
-        .lines()
-        .filter(|line| !line.split([' ', ',']).any(|word| word == "cpu"))
-        .fold(String::new(), |all, line| all + line + "\n");
-    let controllers = |mount: &Path| {
-        let all = fs::read_to_string(mount.join("cgroup.controllers")).unwrap_or_default();
-        all.replace("cpu ", "")
-    };
-    let layout = Layout::decide(Path::new("ostler"), &without, controllers).unwrap();
+fn where_no_group_has_a_quota_nobody_is_capped() {
+    let parent = Parent::new();
+    // It was not made, so it has no file.
     let group = Group {
-        layout: Arc::new(layout),
+        layout: Arc::clone(&parent.layout),
         handle: "nobody".into(),
     };
     let capped = |percent| Limits {
@@ -393,7 +385,7 @@ fn a_limit_below_a_stream_of_page_cache_is_set_or_refused_in_time() {
     };
     let group = parent.create("one", &limits(200)).unwrap();
     // Beside whatever else the machine does.
-    let ours = group.directory(group.layout.cpu.as_ref().unwrap());
+    let ours = group.directory(&group.layout.cpu);
     let _v1 = fs::write(ours.parent().unwrap().join("cpu.shares"), "8192");
     // Gone with this descriptor, however the test ends.
     let file = std::env::temp_dir().join(format!("ostler-stream-{}", std::process::id()));
@@ -678,7 +670,7 @@ fn a_v2_group_beside_v1_is_joined_killed_and_waited_for() {
     let layout = Layout {
         parent: ours.layout.parent.clone(),
         memory: ours.layout.memory.clone(),
-        cpu: None,
+        cpu: ours.layout.cpu.clone(),
         pids: ours.layout.pids.clone(),
         cpuacct: None,
         devices: place.clone(),
