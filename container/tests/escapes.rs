@@ -357,6 +357,43 @@ fn users_are_read_from_short_plain_files_only() {
     assert_eq!(silence, Errno::ETIMEDOUT, "it waits for a writer");
 }
 
+#[test]
+fn users_are_read_from_no_device() {
+    let (devices, plain) = ("--without=no-devices", "--without=plain-files");
+    let make = |device: Put<'_>, without: &[&'static str]| {
+        let files = files(without);
+        let passwd = files.dir.join("stack/etc/passwd");
+        std::fs::remove_file(&passwd).unwrap();
+        device(&passwd);
+        let place = Place::make(files, &[], None);
+        let frames = place.spawn("vcap", &sh("exit")).finish().2;
+        let [Status::Failed { step, errno }] = frames[..] else {
+            panic!("{without:?}: {frames:?}");
+        };
+        assert_eq!(step, Step::User, "{without:?}");
+        assert_eq!(place.client().info().unwrap(), [], "the init serves on");
+        (Errno::from_raw(errno), peak(&place) > 20 << 10)
+    };
+    // A node that the root file system brings itself, and a way to one that every container has. Endless ones.
+    let node = |path: &Path| {
+        let zero = nix::sys::stat::makedev(1, 5);
+        let (kind, mode) = (nix::sys::stat::SFlag::S_IFCHR, nix::sys::stat::Mode::all());
+        nix::sys::stat::mknod(path, kind, mode, zero).unwrap();
+    };
+    let link = |path: &Path| symlink("/dev/zero", path).unwrap();
+    // Without both, the init takes its fill of it, as much as a test lets it have.
+    for (device, without, found) in [
+        (&node as Put<'_>, &[][..], (Errno::EACCES, false)),
+        (&node, &[plain], (Errno::EACCES, false)),
+        (&node, &[devices], (Errno::EINVAL, false)),
+        (&node, &[devices, plain], (Errno::EFBIG, true)),
+        (&link, &[], (Errno::EINVAL, false)),
+        (&link, &[plain], (Errno::EFBIG, true)),
+    ] {
+        assert_eq!(make(device, without), found, "{without:?}");
+    }
+}
+
 /// A root file system with nothing but the attacker under the names of what an engine could want to run.
 fn traps() -> Files {
     const NAMES: &str = "bash sh init wshd mount ip ifconfig hostname nft env id tar busybox \
@@ -564,22 +601,22 @@ fn what_the_root_file_system_has_where_the_kernels_files_come_to_lie_does_not_ma
 
 #[test]
 fn devices_cannot_be_made() {
-    // mknod(2): the first disk, the machine's memory.
-    let nodes = "disk 133 s:/tmp/disk 0x6180 0x800\nmemory 133 s:/tmp/memory 0x2180 0x101";
+    // mknod(2): the first disk, the null device.
+    let nodes = "disk 133 s:/tmp/disk 0x6180 0x800\nnull 133 s:/tmp/null 0x2180 0x103";
     let make = |user: &str, without: &[&'static str]| calls(&place(without), user, nodes);
-    let refused = ["disk EPERM", "memory EPERM"];
+    let refused = ["disk EPERM", "null EPERM"];
     assert_eq!(make("vcap", &[]), refused);
     assert_eq!(make("vcap", &["--without=users"]), refused);
     // Root may, by its capabilities; but it is nobody's root.
     assert_eq!(make("", &[]), refused);
     assert_eq!(make("", &["--without=capabilities"]), refused);
-    let open = place(&["--without=users"]);
-    assert_eq!(calls(&open, "", nodes), ["disk ok", "memory ok"]);
-    // And still they are none: nodev.
-    assert_eq!(
-        inside(&open, "", &["open", "/tmp/memory"], "").0,
-        "EACCES\n"
-    );
+    // And once they are made they are none still.
+    let (users, devices) = ("--without=users", "--without=no-devices");
+    for (without, opened) in [(&[users][..], "EACCES\n"), (&[users, devices], "ok\n")] {
+        let open = place(without);
+        assert_eq!(calls(&open, "", nodes), ["disk ok", "null ok"]);
+        assert_eq!(inside(&open, "", &["open", "/tmp/null"], "").0, opened);
+    }
 }
 
 #[test]
@@ -665,6 +702,36 @@ fn processes_of_others_can_be_neither_traced_nor_signalled() {
             "{step:?}: {said}"
         );
     }
+}
+
+/// Whether a process of one container can be traced, signalled and written to by one of another that knows
+/// what the host calls it.
+fn across(ours: &Place, theirs: &Place) -> [String; 3] {
+    let (mut run, victim) = sleeper(theirs);
+    let memory = format!("/proc/{victim}/mem");
+    let steps = [["trace", &victim], ["signal", &victim], ["open", &memory]];
+    let said = steps.map(|step| inside(ours, "", &step, "").0.trim().to_owned());
+    // By its own init: without numbers of its own it would outlive that.
+    theirs.client().signal(run.job, 9).unwrap();
+    assert_eq!(run.next_frame(), Some(Status::Signaled(9)));
+    said
+}
+
+#[test]
+fn a_process_of_another_container_has_no_number_and_is_a_strangers() {
+    let (numbers, users) = ("--without=pid-namespace", "--without=users");
+    for (without, wanted) in [
+        (&[][..], ["ESRCH", "ESRCH", "ENOENT"]),
+        (&[users], ["ESRCH", "ESRCH", "ENOENT"]),
+        (&[numbers], ["EPERM", "EPERM", "EACCES"]),
+        (&[numbers, users], ["ok", "ok", "ok"]),
+    ] {
+        let (ours, theirs) = (place(without), neighbour(without));
+        assert_eq!(across(&ours, &theirs), wanted, "{without:?}");
+    }
+    // The same ids on the host are enough for a signal; for the rest they must mean the same, too.
+    let [ours, theirs] = [place(&[numbers]), place(&[numbers])];
+    assert_eq!(across(&ours, &theirs)[..2], ["EPERM", "ok"]);
 }
 
 /// What a debug build of the init, which is not static, would load: what this process has loaded.

@@ -52,7 +52,10 @@ pub(super) fn launch() -> Result<(), SysError> {
         // In the host's network namespace: /proc/net/unix inside would tell its path.
         let listener = setup::bind_to(&given.launch.socket)?;
         let own = namespaces(given.launch.ids)?;
-        let ours = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID;
+        let mut ours = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWPID;
+        if !Measure::PidNamespace.holds() {
+            ours.remove(CloneFlags::CLONE_NEWPID);
+        }
         let side = into_namespaces(ours, given.v2_dir.as_ref().map(AsFd::as_fd))?;
         Ok((side, given, own, listener))
     });

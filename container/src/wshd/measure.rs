@@ -25,12 +25,16 @@ pub(super) enum Measure {
     UserId,
     /// What has kept a right that it should have dropped is not executed.
     SecondLook,
+    /// A container has numbers for its own processes, and for no others.
+    PidNamespace,
     /// Its control groups are the roots of all that it sees.
     CgroupNamespace,
     /// Mounts are told of to nobody, and heard of from nobody.
     PrivateMounts,
     /// Nothing on the root file system makes a program another user's.
     NoSetuid,
+    /// No file on the root file system is a device.
+    NoDevices,
     /// What the root file system calls a path leads nowhere but into it.
     InsideRoot,
     /// Where the kernel's file systems are mounted is no symlink.
@@ -65,9 +69,11 @@ impl Measure {
             Self::GroupId => "--without=group-id",
             Self::UserId => "--without=user-id",
             Self::SecondLook => "--without=second-look",
+            Self::PidNamespace => "--without=pid-namespace",
             Self::CgroupNamespace => "--without=cgroup-namespace",
             Self::PrivateMounts => "--without=private-mounts",
             Self::NoSetuid => "--without=no-setuid",
+            Self::NoDevices => "--without=no-devices",
             Self::InsideRoot => "--without=inside-root",
             Self::NoSymlinks => "--without=no-symlinks",
             Self::Masks => "--without=masks",

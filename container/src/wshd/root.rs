@@ -69,6 +69,9 @@ pub(super) fn mount_overlay(launch: &Launch, users: &OwnedFd) -> Result<Root, Sy
     if !Measure::NoSetuid.holds() {
         flags.remove(MsFlags::MS_NOSUID);
     }
+    if !Measure::NoDevices.holds() {
+        flags.remove(MsFlags::MS_NODEV);
+    }
     let overlay = |options: &str| {
         mount(
             Some("overlay"),

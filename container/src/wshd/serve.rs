@@ -5,6 +5,7 @@
 //! container's.
 
 use super::jobs::Jobs;
+use super::measure::Measure;
 use super::setup::Server;
 use crate::request::{Answer, MAX_REQUEST, Request};
 use crate::status::{Status, Step};
@@ -123,7 +124,8 @@ impl Hall {
                 // Whoever has no number here is outside of the container: root of the host, as the
                 // socket's mode says. (Its user has no number here either, and shows as nobody.)
                 let peer = getsockopt(&visitor, PeerCredentials);
-                if peer.is_ok_and(|peer| peer.pid() == 0) {
+                let outside = |pid| pid == 0 || !Measure::PidNamespace.holds();
+                if peer.is_ok_and(|peer| outside(peer.pid())) {
                     if self.visitors.len() >= MAX_VISITORS {
                         self.visitors.pop_first();
                     }

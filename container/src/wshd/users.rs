@@ -65,7 +65,7 @@ fn read(path: &str) -> Result<Vec<u8>, Errno> {
         return Err(Errno::EINVAL);
     }
     let mut bytes = Vec::new();
-    let most = if plain { MAX_FILE } else { MAX_FILE << 10 };
+    let most = if plain { MAX_FILE } else { MAX_FILE << 5 };
     file.take(most + 1).read_to_end(&mut bytes).map_err(errno)?;
     if u64::try_from(bytes.len()).is_ok_and(|length| length <= most) {
         Ok(bytes)
