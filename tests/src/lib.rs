@@ -91,6 +91,15 @@ pub fn tool(program: &str, arguments: &[&str]) -> String {
     String::from_utf8_lossy(&run.stdout).into_owned()
 }
 
+/// Says that a test cannot be held for want of something of the machine.
+///
+/// # Panics
+/// In `.ci/run`, which holds all of them or fails.
+pub fn missing(what: &str) {
+    assert!(std::env::var_os("OSTLER_CI_RUN").is_none(), "{what}");
+    eprintln!("skipped: {what}");
+}
+
 fn number(variable: &str, otherwise: u64) -> u64 {
     match std::env::var(variable) {
         Ok(text) => text

@@ -2,8 +2,8 @@
 //!
 //! The Docker here is the machine's program, and nobody's service: it has directories, a containerd and
 //! namespaces of mounts and processes of its own, and the test's network. Where a machine has none, these
-//! tests say so and end; `make deps` does not install it, because that would start it, and change the
-//! machine's own rules.
+//! tests say so and end, but those of `.ci/run` fail; `make deps` does not install it, because that would start
+//! it, and change the machine's own rules.
 
 #![allow(
     clippy::disallowed_methods,
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use tests::{Droplet, Host, Network, Running, patience, tool};
+use tests::{Droplet, Host, Network, Running, missing, patience, tool};
 
 /// The port that Docker publishes for its container.
 const PUBLISHED: u16 = 8080;
@@ -53,7 +53,7 @@ impl Docker {
     async fn start(host: &Host) -> Option<Self> {
         for program in ["dockerd", "docker", "containerd", "busybox"] {
             if Command::new(program).arg("--help").output().is_err() {
-                eprintln!("skipped: this machine has no {program}");
+                missing(&format!("this machine has no {program}"));
                 return None;
             }
         }
