@@ -7,7 +7,7 @@ use super::twin::{self, Found, Twin};
 use crate::host::blocking;
 use crate::instances::outlet::{Counter, Link};
 use async_nats::connection::State;
-use async_nats::{Client, ClientError, Event, ServerAddr};
+use async_nats::{Client, ClientError, ConnectOptions, Event, ServerAddr};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -47,14 +47,10 @@ pub(super) async fn connect(
 ) -> Result<Client, ConnectError> {
     let (events, occurred) = mpsc::unbounded_channel();
     let inbox = access.inbox_prefix.clone();
-    let options = access
-        .options()
+    let options = untiring(access.options(), delay)
         .name(format!("ostler/{id}"))
         .custom_inbox_prefix(inbox.unwrap_or_else(|| format!("_INBOX_{id}")))
-        .retry_on_initial_connect()
-        .max_reconnects(None)
         .ping_interval(Duration::from_secs(10))
-        .reconnect_delay_callback(delay)
         .event_callback(move |event| {
             hear(&event, &refusals);
             // The receiver lives as long as the client; few events, each handled at once.
@@ -70,6 +66,17 @@ pub(super) async fn connect(
     let (watched, access) = ((client.clone(), id.to_owned()), Arc::new(access));
     tokio::spawn(watch_link(watched, access, occurred, (link, dropped), twin));
     Ok(client)
+}
+
+/// A client with these options tries for ever, the first time and each time after, with `delay` before each try.
+fn untiring(
+    options: ConnectOptions,
+    delay: impl Fn(usize) -> Duration + Send + Sync + 'static,
+) -> ConnectOptions {
+    options
+        .retry_on_initial_connect()
+        .max_reconnects(None)
+        .reconnect_delay_callback(delay)
 }
 
 /// What the publisher must know before it sees the next barrier.
@@ -251,7 +258,35 @@ impl Trouble {
 
 #[cfg(test)]
 mod tests {
-    use super::{RECONNECT_CAP_MS, delay};
+    use super::{RECONNECT_CAP_MS, delay, untiring};
+    use async_nats::ConnectOptions;
+    use std::time::Duration;
+    use tokio::net::TcpSocket;
+    use tokio::sync::watch;
+
+    /// More tries than an hour has: one takes half of the longest delay, more or less.
+    const HOUR: usize = 1000;
+
+    #[tokio::test]
+    async fn a_bus_that_was_away_for_an_hour_is_tried_again() {
+        // Nobody else gets this port, and nobody listens.
+        let socket = TcpSocket::new_v4().unwrap();
+        socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = socket.local_addr().unwrap().to_string();
+        let (tell, mut told) = watch::channel(0);
+        let at_once = move |attempt| {
+            tell.send_replace(attempt);
+            Duration::ZERO
+        };
+        let options = untiring(ConnectOptions::new(), at_once);
+        let _client = options.connect(&address).await.unwrap();
+        for tries in [HOUR, 2 * HOUR] {
+            let tried = told.wait_for(|attempt| *attempt >= tries).await;
+            assert!(tried.is_ok(), "it gave up before {tries}");
+        }
+        let server = socket.listen(1).unwrap();
+        server.accept().await.unwrap();
+    }
 
     #[test]
     fn delays_are_bounded_for_any_attempt() {
