@@ -151,3 +151,126 @@ impl Source {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{Arrival, Arrivals, WAITING};
+    use crate::instances::outlet::outlet;
+    use async_nats::{Client, ConnectOptions};
+    use futures_util::StreamExt;
+    use std::path::PathBuf;
+    use std::process::{Child, Command, Stdio};
+    use std::time::Duration;
+    use tokio::time::sleep;
+
+    /// A nats-server on a free port; goes with the test.
+    struct Server {
+        process: Child,
+        ports: PathBuf,
+    }
+
+    impl Server {
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the server is another program, and no helper"
+        )]
+        fn start() -> Self {
+            let ports = std::env::temp_dir().join(format!("ostler-flood-{}", std::process::id()));
+            std::fs::create_dir_all(&ports).unwrap();
+            let program = std::env::var("OSTLER_NATS_SERVER").unwrap_or("nats-server".into());
+            let process = Command::new(program)
+                .args(["--addr", "127.0.0.1", "--port", "-1", "--ports_file_dir"])
+                .arg(&ports)
+                .stderr(Stdio::null())
+                .spawn()
+                .expect("run `make deps`");
+            Self { process, ports }
+        }
+
+        /// Where it listens, once it does.
+        async fn address(&self) -> String {
+            loop {
+                let files = std::fs::read_dir(&self.ports).unwrap().flatten();
+                for file in files {
+                    let text = std::fs::read_to_string(file.path()).unwrap_or_default();
+                    let ports: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
+                    if let Some(address) = ports["nats"][0].as_str() {
+                        return address.to_owned();
+                    }
+                }
+                sleep(Duration::from_millis(10)).await;
+            }
+        }
+    }
+
+    impl Drop for Server {
+        fn drop(&mut self) {
+            let _ = self.process.kill();
+            let _ = self.process.wait();
+            let _ = std::fs::remove_dir_all(&self.ports);
+        }
+    }
+
+    /// Publishes the numbers of `range` on `a` and `b` in turns, waiting for nothing.
+    async fn flood(client: &Client, range: std::ops::Range<usize>) {
+        for number in range {
+            let subject = if number % 2 == 0 { "a" } else { "b" };
+            let said = client.publish(subject, number.to_string().into());
+            said.await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn what_finds_no_room_is_counted_and_the_rest_and_the_ends_come() {
+        const TOO_MANY: usize = 500;
+        let server = Server::start();
+        let options = ConnectOptions::new().retry_on_initial_connect();
+        let client = options.connect(server.address().await).await.unwrap();
+        let subscribers = vec![
+            client.subscribe("a").await.unwrap(),
+            client.subscribe("b").await.unwrap(),
+        ];
+        let mut last = client.subscribe("last").await.unwrap();
+        let (outlet, _inlet) = outlet();
+        let mut arrivals = Arrivals::of(subscribers, outlet.drops());
+        // Nobody reads the queue. All of this has come before `last`.
+        flood(&client, 0..WAITING + TOO_MANY).await;
+        client.publish("last", "".into()).await.unwrap();
+        last.next().await.unwrap();
+        assert_eq!(outlet.drops().value(), TOO_MANY as u64);
+        let mut next = async || match arrivals.next().await {
+            Some(Arrival::Message(message)) => {
+                let text = str::from_utf8(&message.payload).unwrap();
+                text.parse::<usize>().ok()
+            }
+            Some(Arrival::End) | None => None,
+        };
+        for number in 0..WAITING {
+            assert_eq!(next().await, Some(number), "the oldest, in their order");
+        }
+        // There is room again, and none is counted twice.
+        flood(&client, 0..10).await;
+        for number in 0..10 {
+            assert_eq!(next().await, Some(number));
+        }
+        assert_eq!(outlet.drops().value(), TOO_MANY as u64);
+        // With a full queue the ends still find their places.
+        flood(&client, 0..WAITING + 1).await;
+        client.publish("last", "".into()).await.unwrap();
+        last.next().await.unwrap();
+        assert_eq!(outlet.drops().value(), TOO_MANY as u64 + 1);
+        for _ in 0..2 {
+            arrivals.drain_one();
+            client.publish("last", "".into()).await.unwrap();
+            last.next().await.unwrap();
+        }
+        let (mut messages, mut ends) = (0, 0);
+        while let Some(arrival) = arrivals.next().await {
+            match arrival {
+                Arrival::Message(_) => messages += 1,
+                Arrival::End => ends += 1,
+            }
+        }
+        assert_eq!((messages, ends), (WAITING, 2));
+    }
+}
