@@ -118,6 +118,23 @@ impl Reply {
         Self::Error { code, message }
     }
 
+    /// This error with a message that is shorter by a character or so; `None` if there is no message to cut.
+    #[must_use]
+    pub fn cut(&self) -> Option<Self> {
+        let Self::Error { code, message } = self else {
+            return None;
+        };
+        let mut rest = message.strip_suffix('…').unwrap_or(message).to_owned();
+        rest.pop().or_else(|| message.chars().next())?;
+        if !rest.is_empty() {
+            rest.push('…');
+        }
+        Some(Self::Error {
+            code: *code,
+            message: rest,
+        })
+    }
+
     /// The body.
     #[must_use]
     pub fn body(&self) -> Vec<u8> {
@@ -210,6 +227,23 @@ impl Reply {
 mod tests {
     use super::{ErrorCode, Reply};
     use serde_json::json;
+
+    #[test]
+    fn an_error_is_cut_to_its_code() {
+        let mut reply = Reply::error(ErrorCode::Busy, "né…");
+        let mut said = Vec::new();
+        while let Some(shorter) = reply.cut() {
+            let Reply::Error { code, message } = &shorter else {
+                panic!("{shorter:?}")
+            };
+            assert_eq!(*code, ErrorCode::Busy);
+            said.push(message.clone());
+            reply = shorter;
+        }
+        assert_eq!(said, ["n…", ""]);
+        assert_eq!(Reply::error(ErrorCode::Busy, "…").cut(), Some(reply));
+        assert_eq!(Reply::ok(json!({})).cut(), None);
+    }
 
     #[test]
     fn answers_survive_their_bodies() {

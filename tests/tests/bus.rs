@@ -1046,6 +1046,50 @@ async fn a_smaller_largest_message_is_kept_to_after_a_reconnect() {
 }
 
 #[tokio::test]
+async fn an_error_that_does_not_fit_keeps_its_code() {
+    let directory = Directory::new();
+    let server = directory.write("server.conf", "max_payload: 1048576");
+    let mut host = Host::with(Setup {
+        bus: &["--config", &server],
+        ..Setup::default()
+    })
+    .await;
+    let scale = host.subject("scale");
+    // Its message repeats the name.
+    let wrong = json!({"droplet": "none", "instances": "x".repeat(40)});
+    let whole = host.request(&scale, &wrong).await;
+    let code = whole["error"]["code"].clone();
+    let told = whole["error"]["message"].as_str().unwrap();
+    let mut lengths = vec![told.chars().count()];
+    for (number, most) in (2..).zip([260, 160, 120]) {
+        host.stop_bus().await;
+        directory.write("server.conf", &format!("max_payload: {most}"));
+        host.start_bus().await;
+        host.logged(0, &format!("connects={number} max_payload={most}"))
+            .await;
+        let answer = host.request_bytes(&scale, &wrong.to_string()).await;
+        let body: serde_json::Value = serde_json::from_slice(&answer.payload).unwrap();
+        assert_eq!(body["error"]["code"], code, "{most}: {body}");
+        let message = body["error"]["message"].as_str().unwrap();
+        let rest = message.strip_suffix('…').unwrap_or(message);
+        assert!(told.starts_with(rest), "{most}: {body}");
+        lengths.push(rest.chars().count());
+        // The name of the code alone takes more than there is.
+        assert_eq!(answer.headers.is_some(), most > 120, "{answer:?}");
+    }
+    assert!(
+        lengths.is_sorted_by(|one, next| one > next || *next == 0),
+        "{lengths:?}"
+    );
+    host.stop_bus().await;
+    directory.write("server.conf", "max_payload: 1048576");
+    host.start_bus().await;
+    host.logged(0, "connects=5").await;
+    let again = host.request(&scale, &wrong).await;
+    assert_eq!(again, whole);
+}
+
+#[tokio::test]
 async fn an_event_that_is_too_large_is_said_to_a_server_that_takes_it() {
     let directory = Directory::new();
     let server = directory.write("server.conf", "max_payload: 1048576");

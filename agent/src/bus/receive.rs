@@ -252,6 +252,35 @@ async fn command_to(
     }
 }
 
+/// The answer as a bus that takes `most` bytes takes it. What was done and does not fit becomes an error that says
+/// both; an error keeps its code, and its message is cut. Where nothing of that is left, the headers go, too.
+fn fitting(subject: &str, reply: &Reply, most: usize) -> Outgoing {
+    let message = |reply: &Reply| Outgoing {
+        subject: subject.to_owned(),
+        headers: reply.headers(),
+        body: reply.body(),
+    };
+    let mut answer = message(reply);
+    let size = answer.size();
+    let mut reply = reply.clone();
+    if size > most && matches!(reply, Reply::Ok(_)) {
+        let why = format!(
+            "done, but its answer has {size} bytes and the bus takes {most}: ask for less at once"
+        );
+        reply = Reply::error(ErrorCode::TooLarge, why);
+        answer = message(&reply);
+    }
+    while answer.size() > most {
+        let Some(shorter) = reply.cut() else {
+            answer.headers.clear();
+            break;
+        };
+        reply = shorter;
+        answer = message(&reply);
+    }
+    answer
+}
+
 /// Answers when the answer is there; if it is lost, that is the answer.
 async fn answer_later(
     desk: Arc<Desk>,
@@ -351,19 +380,7 @@ impl Desk {
     }
 
     async fn send(&self, subject: String, trace: Option<&Trace>, reply: &Reply) {
-        let message = |subject: String, reply: &Reply| Outgoing {
-            subject,
-            headers: reply.headers(),
-            body: reply.body(),
-        };
-        let mut answer = message(subject, reply);
-        let (size, most) = (answer.size(), self.world.outlet.mark().max_payload());
-        if size > most {
-            let why = format!(
-                "done, but its answer has {size} bytes and the bus takes {most}: ask for less at once"
-            );
-            answer = message(answer.subject, &Reply::error(ErrorCode::TooLarge, why));
-        }
+        let answer = fitting(&subject, reply, self.world.outlet.mark().max_payload());
         self.world.outlet.send(answer.within(trace)).await;
     }
 
