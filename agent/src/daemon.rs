@@ -1,8 +1,8 @@
 //! The agent's life from its configuration to its last word, as a list of steps.
 
-use crate::bus::{self, Access, Surroundings};
+use crate::bus::{self, Access, AccessError, Surroundings};
 use crate::cli;
-use crate::config::{self, Config, Overrides};
+use crate::config::{self, Config, ConfigError, Overrides};
 use crate::engine::{Engine, EngineConfig, NetworkConfig};
 use crate::host::{blocking, depot};
 use crate::instances::crashes::Crashes;
@@ -48,6 +48,38 @@ const LOCK_PAUSE: Duration = Duration::from_millis(20);
 /// The abstract socket that an agent holds.
 const HOST_LOCK: &str = "ostler-agent";
 
+/// Why an agent ends that a new start alone does not help. Each has an exit code of its own, which the systemd unit
+/// names: such an agent is not started again.
+#[derive(Debug, thiserror::Error)]
+pub enum Hopeless {
+    /// The configuration file.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// What the flag, the environment or a context say of the bus.
+    #[error(transparent)]
+    Access(#[from] AccessError),
+    /// Another agent has this host's id.
+    #[error("{0}")]
+    Cloned(String),
+}
+
+impl Hopeless {
+    /// Of a wrong configuration: `EX_CONFIG` of sysexits.h(3head).
+    pub const WRONG: u8 = 78;
+
+    /// Of a cloned host: the first number behind those of sysexits.h(3head).
+    pub const CLONED: u8 = 79;
+
+    /// The exit code.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config(_) | Self::Access(_) => Self::WRONG,
+            Self::Cloned(_) => Self::CLONED,
+        }
+    }
+}
+
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
 /// Threads that run tasks. The agent waits far more than it computes.
@@ -56,11 +88,11 @@ const WORKERS: usize = 2;
 /// `ostler agent`.
 ///
 /// # Errors
-/// Whatever keeps the agent from starting; once it runs, nothing ends it but a signal.
+/// Whatever keeps the agent from starting, [`Hopeless`] or not; once it runs, nothing ends it but a signal.
 pub fn agent(path: &Path, overrides: Overrides) -> Outcome<()> {
-    let config = config::load(path, overrides, host_memory_mb())?;
+    let config = config::load(path, overrides, host_memory_mb()).map_err(Hopeless::from)?;
     let around = Surroundings::of(|name| std::env::var(name).ok());
-    let access = Access::gather(&config.nats, around)?;
+    let access = Access::gather(&config.nats, around).map_err(Hopeless::from)?;
     if nix::unistd::geteuid().is_root() {
         // While there is one thread: it forks.
         cli::refuse_weaker(&config)?;
@@ -240,7 +272,7 @@ async fn run(config: Config, access: Access) -> Outcome<()> {
     let mut receiver = tokio::spawn(bus::receive(client, told, asks, leaving));
     let parting = tokio::select! {
         parting = order(&mut signals, &orders, &mut relieved) => parting,
-        twin = found(twins) => return Err(cloned(&world, &twin).into()),
+        twin = found(twins) => return Err(Hopeless::Cloned(cloned(&world, &twin)).into()),
         ended = &mut receiver => {
             ended??;
             return Err("the bus client has closed: apps run on, start the agent again".into());
@@ -453,4 +485,21 @@ pub fn host_memory_mb() -> u64 {
             line.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()
         })
         .map_or(8192, |kilobytes| kilobytes / 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Hopeless;
+
+    #[test]
+    fn systemd_starts_no_hopeless_agent_again() {
+        let unit = include_str!("../../packaging/ostler.service");
+        let (wrong, cloned) = (Hopeless::WRONG, Hopeless::CLONED);
+        let line = format!("RestartPreventExitStatus={wrong} {cloned}");
+        assert!(unit.lines().any(|one| one == line), "no {line}");
+        let text = include_str!("main.rs");
+        for code in [wrong, cloned] {
+            assert!(text.contains(&format!("with {code} if")), "--help: {code}");
+        }
+    }
 }

@@ -32,6 +32,10 @@ enum Verb {
     /// The agent needs root, Linux 6.1 or newer, and a configuration (packaging/ostler.toml is a
     /// commented sample). It starts without a reachable bus and waits for it.
     ///
+    /// It ends with 0 after a signal, with 78 if its configuration is wrong, with 79 if another agent
+    /// answers to this host's id (a copied machine), else with 1. The systemd unit does not start it again
+    /// after 78 and 79.
+    ///
     /// The bus is found by the same environment as by the nats command, which wins over the configuration:
     /// NATS_URL, NATS_USER, NATS_PASSWORD, NATS_TOKEN, NATS_CREDS, NATS_NKEY, NATS_JWT, NATS_SEED,
     /// NATS_CERT, NATS_KEY, NATS_CA, NATS_TIMEOUT, NATS_CONTEXT. Files are read again at each connect.
@@ -153,7 +157,8 @@ fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             eprintln!("ostler: {}", chain(&*error));
-            ExitCode::FAILURE
+            let hopeless = error.downcast_ref::<daemon::Hopeless>();
+            hopeless.map_or(ExitCode::FAILURE, |why| why.exit_code().into())
         }
     }
 }

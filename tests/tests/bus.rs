@@ -443,11 +443,29 @@ async fn a_wrong_setting_ends_the_agent_with_a_word() {
         host.set_agent_env(variables);
         host.spawn_agent();
         let ended = host.agent().ended(patience()).await;
-        assert_eq!(ended.expect("it ends").code(), Some(1), "{}", host.log());
+        assert_eq!(ended.expect("it ends").code(), Some(78), "{}", host.log());
         let log = host.logged(0, words).await;
         assert!(!log.contains(WRONG), "{log}");
     }
     host.kill9().await;
+    let directory = Directory::new();
+    for (file, words) in [
+        (directory.write("wrong.toml", "nonsense = 1"), "nonsense"),
+        (
+            directory.0.join("none.toml").display().to_string(),
+            "none.toml",
+        ),
+    ] {
+        let log = directory.0.join("log");
+        let ostler = tests::path("OSTLER_AGENT", "target/debug/ostler");
+        let agent = Running::start(&ostler, &["agent", "--config", &file], &log);
+        let ended = agent.ended(patience()).await.expect("it ends");
+        let said = fs::read_to_string(log).unwrap();
+        assert!(
+            ended.code() == Some(78) && said.contains(words),
+            "{ended} {said}"
+        );
+    }
 }
 
 /// The server's configuration with one user per role, all with the password of the tester. `of_host` is the

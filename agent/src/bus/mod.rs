@@ -12,7 +12,7 @@ mod replay;
 mod tally;
 mod twin;
 
-pub use access::{Access, Surroundings};
+pub use access::{Access, AccessError, Surroundings};
 pub use cause::{CLIENT_OFF, causes};
 pub use open::open;
 pub use receive::receive;
