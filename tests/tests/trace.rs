@@ -139,6 +139,28 @@ async fn kills_and_refusals_bear_their_trace_and_the_log_names_it() {
         traced(&about(&mut exits, "eater").await),
         both(PARENT, STATE)
     );
+    // What the agent logs of it names the trace, what it logs of others names none.
+    let other = host.message("other", &Droplet::shell("exec tail /dev/zero"));
+    let other = host.request(&host.subject("start"), &other).await;
+    about(&mut exits, "other").await;
+    let eater: Value = serde_json::from_slice(&answer.payload).unwrap();
+    let id = format!("trace=\"{}\"", &PARENT[3..35]);
+    for (one, traced) in [(eater, true), (other, false)] {
+        let handle = one["handle"].as_str().unwrap();
+        let last = format!("handle=\"{handle}\" state=\"CRASHED\"");
+        let log = host.logged(0, &last).await;
+        let lines: Vec<&str> = log.lines().filter(|line| line.contains(handle)).collect();
+        for words in ["accepted a start", "out of memory", "entered a state"] {
+            assert!(
+                lines.iter().any(|line| line.contains(words)),
+                "{words}: {lines:#?}"
+            );
+        }
+        for line in lines {
+            assert_eq!(line.contains(&id), traced, "{line}");
+            assert_eq!(line.contains("trace="), traced, "{line}");
+        }
+    }
 
     // A refusal of the agent's, and one of the parser's.
     for wrong in [json!({"stack": "none"}), json!({"uris": 7})] {

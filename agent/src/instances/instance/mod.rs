@@ -27,7 +27,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
-use tracing::{error, info, warn};
+use tracing::{Span, error, error_span, info, warn};
 
 /// What the stable is told. Unbounded in type, bounded in fact: each instance tells one change for
 /// each state it enters or want it has applied.
@@ -271,6 +271,15 @@ pub fn instance(
 }
 
 impl Instance {
+    /// What its log lines stand in: the trace of what began it. Without one there is no span.
+    #[must_use]
+    pub fn span(&self) -> Span {
+        match &self.record.trace {
+            Some(trace) => error_span!(parent: None, "instance", trace = trace.id()),
+            None => Span::none(),
+        }
+    }
+
     /// Lives the whole life. The first thing that it tells is that its record is on disk, or why not: a
     /// start may be answered only then.
     pub async fn live(mut self) {

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep_until, timeout};
-use tracing::{error, warn};
+use tracing::{Instrument, error, warn};
 
 /// The job of an app in its container.
 pub(super) const JOB: u32 = 1;
@@ -432,13 +432,14 @@ impl Instance {
         self.job = job;
         self.followed = true;
         self.ooms = Some(container.oom(self.record.oom_kills));
-        tokio::spawn(output::pump(
+        let pump = output::pump(
             container,
             self.world.outlet.clone(),
             source,
             (file, cursor),
             view,
-        ));
+        );
+        tokio::spawn(pump.in_current_span());
         Ok(())
     }
 

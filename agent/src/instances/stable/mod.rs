@@ -37,7 +37,7 @@ use templates::Templates;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, sleep_until, timeout_at};
-use tracing::{error, info, warn};
+use tracing::{Instrument, error, info, warn};
 use waiting::Waitings;
 
 /// Asks that may wait for the stable; a start beyond is answered `busy` by the bus.
@@ -309,7 +309,8 @@ impl Stable {
             leaves: false,
             promise: None,
         };
-        self.tasks.spawn(instance.live());
+        let span = instance.span();
+        self.tasks.spawn(instance.live().instrument(span));
         self.stalls.insert(handle, stall);
     }
 
