@@ -564,6 +564,56 @@ async fn a_host_does_its_work_with_the_least_permissions() {
     assert!(!log.contains("Violation"), "{log}");
 }
 
+/// Prints, and does not end by TERM; always the same process.
+const DEAF: &str = "exec perl -e '$0 = \"deafapp\"; $SIG{TERM} = \"IGNORE\"; $| = 1; print \"up\\n\"; sleep 1 while 1'";
+
+#[tokio::test]
+async fn what_was_asked_before_a_reconnect_is_answered_when_it_is_asked_again() {
+    let directory = Directory::new();
+    let mut host = with_permissions(&directory, least_of_host).await;
+    let begun = host.logged(0, "").await.len();
+    let mut output = host.output("deaf").await;
+    let mut start = host.message("deaf", &Droplet::shell(DEAF));
+    start["stop_grace"] = json!(600);
+    host.run(start).await;
+    output
+        .until("first line", |output| output.text(0, "stdout") == "up\n")
+        .await;
+    let mut stop = json!({"droplet": "deaf", "wait": "stopped", "request_id": "once"});
+    let inbox = host.nats().new_inbox();
+    let mut answers = host.watch(&inbox).await;
+    let (subject, body) = (host.subject("stop"), stop.to_string().into());
+    let asked = host.nats().publish_with_reply(subject, inbox, body);
+    asked.await.unwrap();
+    host.logged(begun, "state=\"STOPPING\"").await;
+    host.stop_bus().await;
+    host.start_bus().await;
+    host.logged(begun, "connects=2").await;
+    // What was asked is done, and the exit is told. The leave to answer went with the connection.
+    let mut exits = host.watch("droplet.exited").await;
+    host.tree().one("deafapp").signal(Signal::SIGKILL);
+    let log = host.logged(begun, "subject=\"_INBOX_controller").await;
+    assert!(log.contains("the bus refuses what this host says"), "{log}");
+    assert_eq!(exits.next().await["reason"], "STOPPED");
+    host.nats().flush().await.unwrap();
+    assert!(answers.arrived().is_empty());
+    // Asked again it is answered as it would have been, and not as a new question.
+    let again = host.request(&host.subject("stop"), &stop).await;
+    assert_eq!((&again["ok"], &again["matched"]), (&json!(true), &json!(1)));
+    stop["request_id"] = json!("another");
+    let other = host.request(&host.subject("stop"), &stop).await;
+    assert_eq!((&other["ok"], &other["matched"]), (&json!(true), &json!(0)));
+    // Nothing else was lost with it, not even the connection.
+    host.run(host.message("next", &Droplet::sample("sleeper")))
+        .await;
+    host.stop("next").await;
+    assert!(answers.arrived().is_empty());
+    let log = host.logged(begun, "").await;
+    assert!(!log[begun..].contains("connects=3"), "{log}");
+    let refused = log[begun..].matches("the bus refuses what this host says");
+    assert_eq!(refused.count(), 1, "{log}");
+}
+
 /// A client that hears what the server refuses it.
 async fn listening(user: &str) -> (Client, mpsc::UnboundedReceiver<String>) {
     let (tell, told) = mpsc::unbounded_channel();
