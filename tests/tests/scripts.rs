@@ -1,5 +1,6 @@
 //! The requests of `fixtures/nats-cli/session.sh`, byte for byte, without the CLI: what it waits for comes.
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 use std::time::Duration;
 use tests::{Body, Droplet, Host, fixtures};
@@ -106,6 +107,19 @@ async fn a_session_of_the_stock_cli_is_answered_as_its_script_expects() {
         .filter_map(|line| line.split(' ').next())
         .collect();
     assert_eq!(asked, said);
+    // Then it drains the agent that it was given, which says so.
+    let drain = "  listen goodbye dea.shutdown 1\n  sleep 1\n  kill -USR1 \"$1\"\n  heard goodbye;";
+    assert!(script.contains(drain), "it drains in another way");
+    let mut goodbyes = host.watch("dea.shutdown").await;
+    host.agent().signal(Signal::SIGUSR1);
+    let goodbye = goodbyes.next().await;
+    assert_eq!(goodbye["id"], host.id, "{goodbye}");
+    let (_, subject, body) = requests(&host)
+        .into_iter()
+        .find(|(name, ..)| name == "oom")
+        .unwrap();
+    let answer = ask(&host, &subject, &body).await;
+    assert_eq!(answer["error"]["code"], "shutting_down", "{answer}");
 }
 
 /// What stands in the documentation to be pasted: (subject, body).
