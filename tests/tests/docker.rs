@@ -2,7 +2,7 @@
 //!
 //! The Docker here is the machine's program, and nobody's service: it has directories, a containerd and
 //! namespaces of mounts and processes of its own, and the test's network. Where a machine has none, these
-//! tests say so and end, but those of `.ci/run` fail; `make deps` does not install it, because that would start
+//! tests say so and end, and `.ci/run` says it again; `make deps` does not install it, because that would start
 //! it, and change the machine's own rules.
 
 #![allow(
@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use tests::{Droplet, Host, Network, Running, missing, patience, tool};
+use tests::{Droplet, Host, Network, Running, patience, skip, tool};
 
 /// The port that Docker publishes for its container.
 const PUBLISHED: u16 = 8080;
@@ -53,7 +53,9 @@ impl Docker {
     async fn start(host: &Host) -> Option<Self> {
         for program in ["dockerd", "docker", "containerd", "busybox"] {
             if Command::new(program).arg("--help").output().is_err() {
-                missing(&format!("this machine has no {program}"));
+                skip(&format!(
+                    "tests beside Docker: this machine has no {program}"
+                ));
                 return None;
             }
         }
