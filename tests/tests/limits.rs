@@ -108,6 +108,55 @@ async fn processes_and_open_files_have_an_end() {
     host.stop("greedy").await;
 }
 
+/// What the kernel holds an instance to: processes, and microseconds of each 100,000.
+fn held_to(host: &Host, handle: &str) -> [String; 2] {
+    let cap = match tests::is_cgroup_v2() {
+        true => "cpu.max",
+        false => "cpu.cfs_quota_us",
+    };
+    [("pids", "pids.max"), ("cpu", cap)].map(|(controller, file)| {
+        let text = fs::read_to_string(host.group(controller, handle).join(file)).unwrap();
+        text.split_whitespace().next().unwrap().to_owned()
+    })
+}
+
+#[tokio::test]
+async fn processes_and_processor_time_are_as_configured_also_by_the_next_agent() {
+    const LIMITS: &str = "[instance]\npids = 40\nmax_cpu_percent = 20\n";
+    let limits = format!("{LIMITS}[network]");
+    let mut host = Host::with(Setup {
+        config: &[("[network]", &limits)],
+        ..Default::default()
+    })
+    .await;
+    let message = host.message("app", &Droplet::shell("exec sleep 1000"));
+    let handle = host.run(message).await["handle"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    assert_eq!(held_to(&host, &handle), ["40", "20000"]);
+    let config = host.base.parent().unwrap().join("agent.toml");
+    let text = fs::read_to_string(&config).unwrap();
+    let unlimited = match tests::is_cgroup_v2() {
+        true => "max",
+        false => "-1",
+    };
+    for (limits, wanted) in [
+        (
+            "[instance]\npids = 60\nmax_cpu_percent = 150\n",
+            ["60", "150000"],
+        ),
+        ("[instance]\npids = 30\n", ["30", unlimited]),
+    ] {
+        host.kill9().await;
+        fs::write(&config, text.replace(LIMITS, limits)).unwrap();
+        host.start_agent().await;
+        host.tree_until("limits", |_| held_to(&host, &handle) == wanted)
+            .await;
+    }
+    host.stop("app").await;
+}
+
 /// The stats of an instance of `droplet`, once all of `keys` are in its usage: an instance that is too busy to measure
 /// in time leaves them out.
 async fn stats(host: &Host, droplet: &str, keys: &[&str]) -> Value {

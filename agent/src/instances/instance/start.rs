@@ -109,7 +109,7 @@ impl Instance {
         match died {
             Some(reason) if self.record.spawned => self.already(End::Died(Some(reason))),
             None if self.record.spawned && self.container.is_some() => {
-                self.keep_to_bandwidth().await;
+                self.keep_to_configuration().await;
                 self.carry_on().await
             }
             Some(_) | None => self.begin_again().await,
@@ -123,12 +123,26 @@ impl Instance {
         self.container = Some(container);
     }
 
-    /// An adopted container may receive and send what is configured now.
-    async fn keep_to_bandwidth(&mut self) {
-        let wanted = self.world.config.instance.bandwidth;
+    /// An adopted container may use, receive and send what is configured now.
+    async fn keep_to_configuration(&mut self) {
         let Some(container) = self.container.clone() else {
             return;
         };
+        let limits = cgroups::Limits {
+            memory_bytes: None,
+            ..engine_limits(&self.world.config, self.record.limits)
+        };
+        if let Err(error) = container.limit(limits).await {
+            warn!(
+                handle = self.record.handle,
+                %error, "an instance keeps the limits on processes and processor time that it had"
+            );
+        }
+        self.keep_to_bandwidth(&container).await;
+    }
+
+    async fn keep_to_bandwidth(&mut self, container: &Container) {
+        let wanted = self.world.config.instance.bandwidth;
         if container
             .bandwidth()
             .await
