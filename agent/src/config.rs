@@ -39,6 +39,16 @@ pub enum ConfigError {
         /// The parser's words, with line and column.
         message: String,
     },
+    /// A stack is not there, or not yet: its file system may be mounted later.
+    #[error("{path}: `stacks` names {stack} for `{name}`, which is no directory")]
+    NoStack {
+        /// Which file.
+        path: PathBuf,
+        /// The stack's name.
+        name: String,
+        /// Its directory.
+        stack: PathBuf,
+    },
     /// A value that cannot be used.
     #[error("{path}: `{key}` {problem}")]
     Invalid {
@@ -611,11 +621,19 @@ fn parse(
     if let Some(base) = overrides.base {
         written.base = base;
     }
-    check(written, host_memory_mb).map_err(|(key, problem)| ConfigError::Invalid {
+    let config = check(written, host_memory_mb).map_err(|(key, problem)| ConfigError::Invalid {
         path: path.into(),
         key,
         problem,
-    })
+    })?;
+    match config.stacks.iter().find(|(_, stack)| !stack.is_dir()) {
+        None => Ok(config),
+        Some((name, stack)) => Err(ConfigError::NoStack {
+            path: path.into(),
+            name: name.clone(),
+            stack: stack.clone(),
+        }),
+    }
 }
 
 /// The parser's words, which repeat the line that they are about: not where that may hold a secret.
@@ -775,16 +793,7 @@ fn stacks(stacks: BTreeMap<String, PathBuf>) -> Result<BTreeMap<String, PathBuf>
         .into_iter()
         .map(|(name, path)| {
             let path = absolute("stacks", path)?;
-            if path.is_dir() {
-                return Ok((name, path));
-            }
-            Err((
-                "stacks",
-                format!(
-                    "names {} for `{name}`, which is no directory",
-                    path.display()
-                ),
-            ))
+            Ok((name, path))
         })
         .collect()
 }

@@ -52,9 +52,9 @@ const HOST_LOCK: &str = "ostler-agent";
 /// names: such an agent is not started again.
 #[derive(Debug, thiserror::Error)]
 pub enum Hopeless {
-    /// The configuration file.
+    /// What the configuration file says.
     #[error(transparent)]
-    Config(#[from] ConfigError),
+    Config(ConfigError),
     /// What the flag, the environment or a context say of the bus.
     #[error(transparent)]
     Access(#[from] AccessError),
@@ -80,6 +80,16 @@ impl Hopeless {
     }
 }
 
+/// A file or a directory that is not there may come: its disk may be mounted late.
+fn unusable(error: ConfigError) -> Box<dyn Error> {
+    match error {
+        ConfigError::Unreadable { .. } | ConfigError::NoStack { .. } => error.into(),
+        ConfigError::Malformed { .. } | ConfigError::Invalid { .. } => {
+            Hopeless::Config(error).into()
+        }
+    }
+}
+
 type Outcome<T> = Result<T, Box<dyn Error>>;
 
 /// Threads that run tasks. The agent waits far more than it computes.
@@ -90,7 +100,7 @@ const WORKERS: usize = 2;
 /// # Errors
 /// Whatever keeps the agent from starting, [`Hopeless`] or not; once it runs, nothing ends it but a signal.
 pub fn agent(path: &Path, overrides: Overrides) -> Outcome<()> {
-    let config = config::load(path, overrides, host_memory_mb()).map_err(Hopeless::from)?;
+    let config = config::load(path, overrides, host_memory_mb()).map_err(unusable)?;
     let around = Surroundings::of(|name| std::env::var(name).ok());
     let access = Access::gather(&config.nats, around).map_err(Hopeless::from)?;
     if nix::unistd::geteuid().is_root() {

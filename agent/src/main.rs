@@ -32,9 +32,9 @@ enum Verb {
     /// The agent needs root, Linux 6.1 or newer, and a configuration (packaging/ostler.toml is a
     /// commented sample). It starts without a reachable bus and waits for it.
     ///
-    /// It ends with 0 after a signal, with 78 if its configuration is wrong, with 79 if another agent
-    /// answers to this host's id (a copied machine), else with 1. The systemd unit does not start it again
-    /// after 78 and 79.
+    /// It ends with 0 after a signal, with 78 if what its configuration says is wrong, with 79 if another
+    /// agent answers to this host's id (a copied machine), else with 1, also where the file or a stack is
+    /// not there. The systemd unit does not start it again after 78 and 79.
     ///
     /// The bus is found by the same environment as by the nats command, which wins over the configuration:
     /// NATS_URL, NATS_USER, NATS_PASSWORD, NATS_TOKEN, NATS_CREDS, NATS_NKEY, NATS_JWT, NATS_SEED,

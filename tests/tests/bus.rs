@@ -449,12 +449,20 @@ async fn a_wrong_setting_ends_the_agent_with_a_word() {
     }
     host.kill9().await;
     let directory = Directory::new();
-    for (file, words) in [
-        (directory.write("wrong.toml", "nonsense = 1"), "nonsense"),
+    let absent = "[stacks]\ndebian = \"/does/not/exist\"\n";
+    // What is not there may come with a disk that is mounted late.
+    for (file, words, code) in [
+        (
+            directory.write("wrong.toml", "nonsense = 1"),
+            "nonsense",
+            78,
+        ),
         (
             directory.0.join("none.toml").display().to_string(),
             "none.toml",
+            1,
         ),
+        (directory.write("absent.toml", absent), "/does/not/exist", 1),
     ] {
         let log = directory.0.join("log");
         let ostler = tests::path("OSTLER_AGENT", "target/debug/ostler");
@@ -462,7 +470,7 @@ async fn a_wrong_setting_ends_the_agent_with_a_word() {
         let ended = agent.ended(patience()).await.expect("it ends");
         let said = fs::read_to_string(log).unwrap();
         assert!(
-            ended.code() == Some(78) && said.contains(words),
+            ended.code() == Some(code) && said.contains(words),
             "{ended} {said}"
         );
     }

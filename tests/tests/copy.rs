@@ -143,6 +143,25 @@ async fn what_a_tenant_has_made_leads_nowhere_and_blocks_nobody() {
         fs::read_to_string(copied.join("etc/evil")).unwrap(),
         "evil\n"
     );
+    // What a copy has made is no way to anywhere for the next one, unless that is asked for.
+    inside(&host, "vcap", "ln -s /etc report");
+    let report = desk.join("report");
+    let again = ["app:/home/vcap/report", text(&report)];
+    assert_eq!(cp(&host, &again), (0, String::new()));
+    inside(&host, "vcap", "rm report; echo evil > report");
+    let (code, said) = cp(&host, &again);
+    let refused = "is a symlink: name what it leads to, or end it with a slash\n";
+    assert!(code == 1 && said.ends_with(refused), "{said}");
+    assert_eq!(fs::read_dir("/etc").unwrap().count(), before);
+    fs::remove_file(&report).unwrap();
+    fs::create_dir(desk.join("other")).unwrap();
+    symlink("other", &report).unwrap();
+    let into = format!("{}/", text(&report));
+    assert_eq!(cp(&host, &[again[0], &into]), (0, String::new()));
+    assert_eq!(
+        fs::read_to_string(desk.join("other/report")).unwrap(),
+        "evil\n"
+    );
     // More than is wanted.
     inside(&host, "vcap", "truncate -s 2M big; mkdir -m 0 closed");
     let (code, said) = cp(&host, &["--max-mb", "1", "app:/home/vcap/big", "-"]);
@@ -256,8 +275,16 @@ async fn whoever_unpacks_on_the_host_has_one_directory_of_it_and_no_rights() {
     let host = Host::start().await;
     app(&host).await;
     let desk = desk(&host);
-    // More than is copied before its sender is seen and held still.
-    inside(&host, "vcap", "truncate -s 15G big");
+    // Slowly: a twentieth of a processor, so that its sender is seen and held still long before the end.
+    inside(&host, "vcap", "truncate -s 4G big");
+    let handle = host.tree().one("iomux-spawn").argv[1].clone();
+    let handle = Path::new(&handle).iter().nth_back(2).unwrap();
+    let (file, slow) = match tests::is_cgroup_v2() {
+        true => ("cpu.max", "5000 100000"),
+        false => ("cpu.cfs_quota_us", "5000"),
+    };
+    let group = host.group("cpu", handle.to_str().unwrap());
+    fs::write(group.join(file), slow).unwrap();
     let mut child = host
         .ostler("cp")
         .args(["--user", "vcap", "app:big", text(&desk)])
@@ -283,8 +310,8 @@ async fn whoever_unpacks_on_the_host_has_one_directory_of_it_and_no_rights() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     };
     for set in ["Prm", "Eff", "Bnd"] {
-        // CAP_DAC_OVERRIDE
-        let wanted = format!("Cap{set}:\t0000000000000002\n");
+        // CAP_DAC_OVERRIDE, CAP_FOWNER
+        let wanted = format!("Cap{set}:\t000000000000000a\n");
         assert!(status.contains(&wanted), "{set}: {status}");
     }
     assert_eq!(fs::read_link(proc.join("root")).unwrap(), desk);
@@ -292,10 +319,10 @@ async fn whoever_unpacks_on_the_host_has_one_directory_of_it_and_no_rights() {
         let of = |proc: &Path| fs::read_link(proc.join("ns").join(namespace)).unwrap();
         assert_ne!(of(&proc), of(Path::new("/proc/self")), "{namespace}");
     }
-    // The stream and its report; else what it makes, and nothing that was open before.
+    // The stream and its report, which is its standard error, too; else what it makes, and nothing that was open before.
     let files = open_files(&proc);
     let (paths, others): (Vec<_>, Vec<_>) = files.iter().partition(|file| file.starts_with('/'));
-    assert_eq!(others, ["pipe", "pipe"]);
+    assert_eq!(others, ["pipe", "pipe", "pipe"]);
     assert!(
         paths.iter().all(|path| Path::new(path).starts_with(&desk)),
         "{paths:?}"

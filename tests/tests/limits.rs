@@ -108,13 +108,13 @@ async fn processes_and_open_files_have_an_end() {
     host.stop("greedy").await;
 }
 
-/// What the kernel holds an instance to: processes, and microseconds of each 100,000.
-fn held_to(host: &Host, handle: &str) -> [String; 2] {
-    let cap = match tests::is_cgroup_v2() {
-        true => "cpu.max",
-        false => "cpu.cfs_quota_us",
+/// What the kernel holds an instance to: processes, microseconds of each 100,000, and its weight.
+fn held_to(host: &Host, handle: &str) -> [String; 3] {
+    let [cap, weight] = match tests::is_cgroup_v2() {
+        true => ["cpu.max", "cpu.weight"],
+        false => ["cpu.cfs_quota_us", "cpu.shares"],
     };
-    [("pids", "pids.max"), ("cpu", cap)].map(|(controller, file)| {
+    [("pids", "pids.max"), ("cpu", cap), ("cpu", weight)].map(|(controller, file)| {
         let text = fs::read_to_string(host.group(controller, handle).join(file)).unwrap();
         text.split_whitespace().next().unwrap().to_owned()
     })
@@ -122,7 +122,7 @@ fn held_to(host: &Host, handle: &str) -> [String; 2] {
 
 #[tokio::test]
 async fn processes_and_processor_time_are_as_configured_also_by_the_next_agent() {
-    const LIMITS: &str = "[instance]\npids = 40\nmax_cpu_percent = 20\n";
+    const LIMITS: &str = "[instance]\npids = 40\nmax_cpu_percent = 20\nmin_cpu_shares = 256\n";
     let limits = format!("{LIMITS}[network]");
     let mut host = Host::with(Setup {
         config: &[("[network]", &limits)],
@@ -134,22 +134,28 @@ async fn processes_and_processor_time_are_as_configured_also_by_the_next_agent()
         .as_str()
         .unwrap()
         .to_owned();
-    assert_eq!(held_to(&host, &handle), ["40", "20000"]);
+    // Shares on v1, and what they weigh on v2.
+    let [unlimited, most, less] = match tests::is_cgroup_v2() {
+        true => ["max", "10", "4"],
+        false => ["-1", "256", "100"],
+    };
+    assert_eq!(held_to(&host, &handle), ["40", "20000", most]);
     let config = host.base.parent().unwrap().join("agent.toml");
     let text = fs::read_to_string(&config).unwrap();
-    let unlimited = match tests::is_cgroup_v2() {
-        true => "max",
-        false => "-1",
-    };
+    let shares = "min_cpu_shares = 100\nmax_cpu_shares = 100\n";
     for (limits, wanted) in [
         (
-            "[instance]\npids = 60\nmax_cpu_percent = 150\n",
-            ["60", "150000"],
+            "pids = 60\nmax_cpu_percent = 150\nmin_cpu_shares = 256\n".to_owned(),
+            ["60", "150000", most],
         ),
-        ("[instance]\npids = 30\n", ["30", unlimited]),
+        (format!("pids = 30\n{shares}"), ["30", unlimited, less]),
     ] {
         host.kill9().await;
-        fs::write(&config, text.replace(LIMITS, limits)).unwrap();
+        fs::write(
+            &config,
+            text.replace(LIMITS, &format!("[instance]\n{limits}")),
+        )
+        .unwrap();
         host.start_agent().await;
         host.tree_until("limits", |_| held_to(&host, &handle) == wanted)
             .await;

@@ -258,6 +258,10 @@ async fn the_hosts_own_want_of_memory_is_told_apart() {
         return;
     }
     let mut scene = Scene::set().await;
+    let current = match tests::is_cgroup_v2() {
+        true => "memory.current",
+        false => "memory.usage_in_bytes",
+    };
     // There is no other place to try it.
     for round in 0..rounds().max(20) {
         // By far the largest process of this machine, and below its limit.
@@ -268,7 +272,7 @@ async fn the_hosts_own_want_of_memory_is_told_apart() {
         message["oom_group"] = json!(false);
         let (handle, large) = scene.run(message, 800, "large").await;
         large.signal(Signal::SIGUSR1);
-        let current = scene.host.group("memory", &handle).join("memory.current");
+        let current = scene.host.group("memory", &handle).join(current);
         scene
             .host
             .tree_until("300 MB", |_| {

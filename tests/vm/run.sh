@@ -1,5 +1,5 @@
 #!/bin/bash
-# Runs test programs in a virtual machine with a pure cgroup v2 hierarchy, and Debian's kernel.
+# Runs test programs in a virtual machine with a pure cgroup v2 hierarchy, or v1 (OSTLER_VM_CGROUP=v1), and Debian's kernel.
 #
 #   tests/vm/run.sh [--only REGEX] PROGRAM...
 #
@@ -51,7 +51,7 @@ mkfs.ext4 -q -O ^has_journal -d "$payload" "$work/payload.img" "${size}M" >/dev/
 cpu=max,-xsave,-la57,-smap,-smep,-erms
 # The kernel copies no strings by `rep` either (112). It must not be told to trust the clock of the processor (tsc=reliable): on a busy
 # machine its rate is measured wrong at times, and tests then run out of time; as it is, the kernel compares it with another clock.
-options="console=ttyS0 loglevel=1 panic=-1 mitigations=off clearcpuid=112 init_on_alloc=0"
+options="console=ttyS0 loglevel=1 panic=-1 mitigations=off clearcpuid=112 init_on_alloc=0 cgroup=${OSTLER_VM_CGROUP:-v2}"
 # snapshot=on: what a machine writes to its root lies in an unnamed file and is gone with it.
 # NUMBER
 machine() {

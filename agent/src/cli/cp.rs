@@ -16,7 +16,8 @@ pub struct CopyArguments {
     /// Where from: HANDLE:PATH is in a container, - a tar stream on standard input.
     #[arg(value_name = "SOURCE")]
     pub source: OsString,
-    /// Where to: HANDLE:PATH is in a container, - a tar stream on standard output.
+    /// Where to: HANDLE:PATH is in a container, - a tar stream on standard output. A symlink of the host's
+    /// is refused, unless a slash follows it.
     #[arg(value_name = "TARGET")]
     pub target: OsString,
     /// As whom the container's files are read or made: a name or number of its /etc/passwd.

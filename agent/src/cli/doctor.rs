@@ -52,15 +52,17 @@ fn configuration(error: &config::ConfigError) -> Finding {
     }
 }
 
-/// What the agent refuses to start without.
+/// What the agent refuses to start without. What is merely weaker is logged.
 ///
 /// # Errors
 /// What is missing, in the words of the report.
 pub fn refuse_weaker(config: &Config) -> Outcome<()> {
     let found = probe::required(&wanted(config));
-    let missing = found
-        .iter()
-        .filter(|finding| finding.level == Level::Missing);
+    let at = |level| found.iter().filter(move |finding| finding.level == level);
+    for finding in at(Level::Warn) {
+        tracing::warn!("{finding}");
+    }
+    let missing = at(Level::Missing);
     let lines: Vec<String> = missing.map(Finding::to_string).collect();
     if lines.is_empty() {
         return Ok(());

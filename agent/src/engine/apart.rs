@@ -15,14 +15,18 @@ use nix::fcntl::OFlag;
 use nix::sched::CloneFlags;
 use nix::sys::prctl::{set_name, set_no_new_privs, set_pdeathsig};
 use nix::sys::signal::Signal;
-use nix::unistd::{chroot, fchdir, pipe2};
+use nix::unistd::{chroot, dup2_stderr, fchdir, pipe2};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-/// Most bytes of a report that are read: whoever writes it has read what a container sent.
-const MAX_REPORT: u64 = 64 << 20;
+/// Most bytes of a line of the report: whoever writes it has read what a container sent.
+const MAX_LINE: u64 = 4096;
+
+/// Most lines that are passed on.
+const MAX_COMPLAINTS: u64 = 1000;
 
 /// What hears of each thing that was passed over.
 pub type Complain<'a> = &'a mut dyn FnMut(String);
@@ -31,7 +35,9 @@ pub type Complain<'a> = &'a mut dyn FnMut(String);
 /// called while this one has one thread: it forks.
 ///
 /// # Errors
-/// [`CopyError`]: what `unpack_of` says, or that there can be no such process. What was made until then stays.
+/// [`CopyError`]: what `unpack_of` says, that `path` is a symlink (a copy before this one may have made it, and
+/// whoever is in the container then chose where it leads), or that there can be no such process. What was made
+/// until then stays.
 pub fn unpack(
     asked: &Path,
     stream: &mut Patient,
@@ -39,6 +45,12 @@ pub fn unpack(
     limits: Limits,
     complain: Complain<'_>,
 ) -> Result<(), CopyError> {
+    // As everywhere, a slash at the end asks for what it leads to.
+    if !path.as_os_str().as_bytes().ends_with(b"/") && path.is_symlink() {
+        let what = path.display();
+        let why = format!("\"{what}\" is a symlink: name what it leads to, or end it with a slash");
+        return Err(CopyError::Apart(why));
+    }
     let (directory, renamed) = destination(path)?;
     let path = Path::new("/").join(renamed.unwrap_or_default());
     let kept = stream.as_raw_fd();
@@ -63,8 +75,10 @@ fn apart(
         | CloneFlags::CLONE_NEWCGROUP;
     let (report, to) = pipe2(OFlag::O_CLOEXEC).context("pipe2", "report")?;
     let Side::Parent { pidfd, .. } = into_namespaces(namespaces, None)? else {
+        // What a panic says goes there, too.
+        let heard = dup2_stderr(&to).context("dup2", "report");
         let mut report = File::from(to);
-        let shut_in = shut_in(root, &mut [kept, report.as_raw_fd()]);
+        let shut_in = heard.and_then(|()| shut_in(root, &mut [2, kept, report.as_raw_fd()]));
         // Nobody may be there to hear it.
         let mut say = |line: String| drop(writeln!(report, "{line}"));
         let done = shut_in.map_err(|error| error.to_string());
@@ -93,30 +107,42 @@ fn apart(
     }
 }
 
-/// Gives up all but a root directory and these descriptors. Writing where only others may is kept: whoever
-/// copies is root, and may name a directory of somebody else's.
+/// Gives up all but a root directory and these descriptors. Writing where only others may, and replacing what
+/// is theirs, is kept: whoever copies is root, and may name a directory of somebody else's.
 fn shut_in(root: &OwnedFd, kept: &mut [RawFd]) -> Result<(), SysError> {
-    /// `CAP_DAC_OVERRIDE` (linux/capability.h).
-    const KEPT: Set = Set(1 << 1);
+    /// `CAP_DAC_OVERRIDE` and `CAP_FOWNER` (linux/capability.h).
+    const KEPT: Set = Set(1 << 1 | 1 << 3);
     set_pdeathsig(Signal::SIGKILL).context("prctl", "PR_SET_PDEATHSIG")?;
     set_name(c"unpack").context("prctl", "PR_SET_NAME")?;
     fchdir(root).context("fchdir", "the directory")?;
     chroot(".").context("chroot", "the directory")?;
-    process::close_all_but(kept).context("close_range", "all but two")?;
+    process::close_all_but(kept).context("close_range", "all but three")?;
+    process::new_session_keyring().context("keyctl", "KEYCTL_JOIN_SESSION_KEYRING")?;
     caps::unbound(Set(u64::MAX).without(KEPT)).context("prctl", "PR_CAPBSET_DROP")?;
-    caps::limit(KEPT).context("capset", "DAC_OVERRIDE")?;
+    caps::limit(KEPT).context("capset", "unpack")?;
     set_no_new_privs().context("prctl", "PR_SET_NO_NEW_PRIVS")
 }
 
-/// Passes on each line but the last, which comes back; as a terminal can bear them.
+/// Passes on each line but the last, which comes back; as a terminal can bear them, and not without end.
 fn listen(report: impl Read, complain: Complain<'_>) -> Option<String> {
-    let lines = BufReader::new(report.take(MAX_REPORT)).split(b'\n');
-    let mut last = None;
-    for line in lines.map_while(Result::ok) {
+    let mut report = BufReader::new(report);
+    let (mut last, mut told) = (None, 0);
+    loop {
+        let mut line = Vec::new();
+        let read = report.by_ref().take(MAX_LINE).read_until(b'\n', &mut line);
+        if !read.is_ok_and(|length| length > 0) {
+            break;
+        }
         let line = String::from_utf8_lossy(&line);
         if let Some(line) = last.replace(line.chars().filter(shows).collect()) {
-            complain(line);
+            told += 1;
+            if told <= MAX_COMPLAINTS {
+                complain(line);
+            }
         }
+    }
+    if told > MAX_COMPLAINTS {
+        complain(format!("and {} more", told - MAX_COMPLAINTS));
     }
     last
 }
@@ -133,6 +159,7 @@ mod tests {
     use nix::sys::stat::{Mode, SFlag, makedev, mknod};
     use nix::unistd::{chdir, chroot, sethostname, setuid};
     use std::fs;
+    use std::net::TcpListener;
     use std::os::fd::{AsRawFd, OwnedFd};
     use std::path::PathBuf;
 
@@ -164,20 +191,21 @@ mod tests {
     }
 
     /// Everything that reaches out, and whether it does.
-    fn reach_out(parent: i32) -> Vec<(&'static str, Result<(), Errno>)> {
+    fn reach_out(parent: i32, port: u16) -> Vec<(&'static str, Result<(), Errno>)> {
         let _ = chdir("../../../../../../..");
         let read = |path: &str| open(path, OFlag::O_RDONLY, Mode::empty()).map(drop);
         let device = || mknod("device", SFlag::S_IFBLK, Mode::S_IRWXU, makedev(7, 0));
         let dial = || {
             let stream = SockType::Stream;
             let socket = socket(AddressFamily::Inet, stream, SockFlag::empty(), None)?;
-            connect(socket.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, 111))
+            connect(socket.as_raw_fd(), &SockaddrIn::new(127, 0, 0, 1, port))
         };
         vec![
             ("read a file of the host", read("etc/passwd")),
             ("read /proc", read("/proc/self/status")),
             ("leave the root", chroot("..")),
             ("have mounts of its own", unshare(CloneFlags::CLONE_NEWNS)),
+            ("have users of its own", unshare(CloneFlags::CLONE_NEWUSER)),
             ("make a device", device()),
             ("rename the host", sethostname("mine")),
             ("become another user", setuid(1000.into())),
@@ -195,18 +223,20 @@ mod tests {
         fs::create_dir(path.join("theirs")).unwrap();
         std::os::unix::fs::chown(path.join("theirs"), Some(12345), Some(12345)).unwrap();
         let parent = i32::try_from(std::process::id()).unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
         let (said, end) = run(&root, |say| {
-            for (what, done) in reach_out(parent) {
+            for (what, done) in reach_out(parent, port) {
                 if done.is_ok() {
                     say(format!("it can {what}"));
                 }
             }
-            let kept = Set(1 << 1);
+            let kept = Set(1 << 1 | 1 << 3);
             if caps::held() != Ok(Sets::of(kept)) {
                 say(format!("{:?}", caps::held()));
             }
-            // The one that was to be kept, and its report.
-            if descriptors() != 2 {
+            // The one that was to be kept, and its report, which is its standard error, too.
+            if descriptors() != 3 {
                 say(format!("{} descriptors", descriptors()));
             }
             fs::write("/theirs/file", "mine").map_err(|error| error.to_string())

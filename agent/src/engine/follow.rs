@@ -59,7 +59,7 @@ impl Container {
     #[must_use]
     pub fn follow(&self, job: u32, from: Cursor) -> mpsc::Receiver<Followed> {
         let (sender, receiver) = mpsc::channel(WAITING);
-        let span = tracing::info_span!("follow", handle = self.handle(), job);
+        let span = tracing::error_span!("follow", handle = self.handle(), job);
         let follower = Follower {
             container: self.clone(),
             job,

@@ -87,7 +87,7 @@ impl Container {
     #[must_use]
     pub fn oom(&self, baseline: u64) -> mpsc::Receiver<OomReport> {
         let (sender, receiver) = mpsc::channel(WAITING);
-        let span = tracing::info_span!("oom", handle = self.handle());
+        let span = tracing::error_span!("oom", handle = self.handle());
         let watcher = Watcher {
             container: self.clone(),
             known: baseline,

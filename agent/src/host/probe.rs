@@ -435,7 +435,10 @@ fn ended(child: &OwnedFd) -> Result<i32, Errno> {
 }
 
 /// Of what this host has, and of the text of `/proc/swaps` (proc(5)).
-fn cgroups(look: Result<(Vec<Controller>, bool), CgroupError>, swaps: &str) -> Vec<Finding> {
+fn cgroups(
+    look: Result<(Vec<Controller>, Option<bool>), CgroupError>,
+    swaps: &str,
+) -> Vec<Finding> {
     let (controllers, swap_limited) = match look {
         Ok(found) => found,
         Err(error) => {
@@ -447,24 +450,31 @@ fn cgroups(look: Result<(Vec<Controller>, bool), CgroupError>, swaps: &str) -> V
         }
     };
     let found = controllers.into_iter().map(|(controller, version)| {
-        let how = version.map_or_else(
-            // Nothing else is found missing here: without it there is no layout.
-            || "absent: nobody can freeze a container".to_owned(),
-            |version| version.to_string(),
-        );
-        ok(&format!("control group {controller}"), how)
+        let name = format!("control group {controller}");
+        let Some(version) = version else {
+            // That of freezing: without another there is no layout.
+            let advice = "Mount the controller, or boot with a pure cgroup v2 hierarchy";
+            return finding(
+                &name,
+                Level::Warn,
+                "absent: nobody can freeze a container",
+                advice,
+            );
+        };
+        ok(&name, version.to_string())
     });
     found.chain([swap(swap_limited, swaps)]).collect()
 }
 
-fn swap(limited: bool, swaps: &str) -> Finding {
+fn swap(limited: Option<bool>, swaps: &str) -> Finding {
     let name = "control group swap";
     // One line is its heading.
     let some = swaps.lines().count() > 1;
     match (limited, some) {
-        (true, _) => ok(name, "limited"),
-        (false, false) => ok(name, "not counted, and this host has none"),
-        (false, true) => {
+        (Some(true), _) => ok(name, "limited"),
+        (None, _) => ok(name, "no group shows yet whether it is counted"),
+        (Some(false), false) => ok(name, "not counted, and this host has none"),
+        (Some(false), true) => {
             let meaning = "not counted: beyond its memory an instance may fill the host's swap";
             let advice = "Boot with swapaccount=1, or without swap";
             finding(name, Level::Missing, meaning, advice)
@@ -787,15 +797,22 @@ mod tests {
         let none = "Filename\tType\tSize\tUsed\tPriority";
         let some = "Filename\tType\tSize\tUsed\tPriority\n/dev/sda2 partition 1 0 -2";
         judged([
-            (swap(true, some), Level::Ok, "limited"),
-            (swap(false, none), Level::Ok, "has none"),
+            (swap(Some(true), some), Level::Ok, "limited"),
+            (swap(None, some), Level::Ok, "yet"),
+            (swap(Some(false), none), Level::Ok, "has none"),
             // A kernel without swap has no such file.
-            (swap(false, ""), Level::Ok, "has none"),
-            (swap(false, some), Level::Missing, "swapaccount=1"),
+            (swap(Some(false), ""), Level::Ok, "has none"),
+            (swap(Some(false), some), Level::Missing, "swapaccount=1"),
         ]);
-        let found = cgroups(Ok((vec![("memory", None)], true)), none);
-        let names: Vec<&str> = found.iter().map(|found| &*found.name).collect();
-        assert_eq!(names, ["control group memory", "control group swap"]);
+        let found = cgroups(Ok((vec![("freezer", None)], Some(true))), none);
+        let found = found.iter().map(|found| (&*found.name, found.level));
+        assert_eq!(
+            found.collect::<Vec<_>>(),
+            [
+                ("control group freezer", Level::Warn),
+                ("control group swap", Level::Ok)
+            ]
+        );
         for (error, word) in [
             (CgroupError::NoMemory, "cgroup_enable=memory"),
             (CgroupError::NoCpu, "'cpu'"),

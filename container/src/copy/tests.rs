@@ -327,6 +327,10 @@ fn ways_out<'a>(outside: &'a str, secret: &'a str) -> Vec<Case<'a>> {
             "a directory of that name",
         ),
         (vec![("l", link(""), "")], "a link without a proper target"),
+        (
+            vec![("./", link("/"), "")],
+            "take the place of the directory",
+        ),
     ]
 }
 

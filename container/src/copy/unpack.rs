@@ -149,6 +149,12 @@ impl Unpacker<'_> {
                 why: "it is not what was asked for",
             });
         }
+        if names.is_empty() && entry.kind != Kind::Directory {
+            return Err(Fault::Entry {
+                path: entry.path,
+                why: "it would take the place of the directory that everything goes to",
+            });
+        }
         let names = self.rename(&entry.path, names);
         let Some((name, parents)) = names.split_last() else {
             // The directory itself: it is there.

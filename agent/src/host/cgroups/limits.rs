@@ -163,6 +163,14 @@ fn weight_of_shares(shares: u64) -> u64 {
 }
 
 /// The file whose presence says that swap is accounted, and can be limited, on this host.
+/// Of each group that can be limited.
+pub(super) fn memory_file(version: Version) -> &'static str {
+    match version {
+        Version::V1 => "memory.limit_in_bytes",
+        Version::V2 => "memory.max",
+    }
+}
+
 pub(super) fn swap_file(version: Version) -> &'static str {
     match version {
         Version::V1 => "memory.memsw.limit_in_bytes",

@@ -151,25 +151,23 @@ impl Cgroups {
     }
 
     /// Each controller with its generation, and whether swap is counted, whether or not there is a parent;
-    /// nothing is made.
+    /// nothing is made. `None`: no group shows it yet.
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub fn look(parent: &str) -> Result<(Vec<Controller>, bool), CgroupError> {
+    pub fn look(parent: &str) -> Result<(Vec<Controller>, Option<bool>), CgroupError> {
         let cgroups = Self::find(parent)?;
         let memory = &cgroups.layout.memory;
-        // The root of v2 has no limits; any group below it has.
-        let groups = [
-            "",
-            "init.scope",
-            "system.slice",
-            "ostler",
-            parent.trim_matches('/'),
-        ];
-        let file = limits::swap_file(memory.version);
-        let limited = groups
-            .iter()
-            .any(|group| memory.mount.join(group).join(file).exists());
+        let groups = fs::read_dir(&memory.mount).into_iter().flatten().flatten();
+        let groups = groups.map(|group| group.path());
+        // The root of v2 has no limits; any group below it has that may have some.
+        let swap = limits::swap_file(memory.version);
+        let shown: Vec<bool> = std::iter::once(memory.mount.clone())
+            .chain(groups)
+            .filter(|group| group.join(limits::memory_file(memory.version)).exists())
+            .map(|group| group.join(swap).exists())
+            .collect();
+        let limited = (!shown.is_empty()).then(|| shown.contains(&true));
         Ok((cgroups.layout.controllers().to_vec(), limited))
     }
 
