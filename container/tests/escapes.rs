@@ -620,6 +620,20 @@ fn devices_cannot_be_made() {
 }
 
 #[test]
+fn an_app_has_no_raw_sockets() {
+    // socket(2): ICMP by hand, whole IP packets, whole frames.
+    let sockets = "icmp 41 2 3 1\nip 41 2 3 255\nframes 41 17 3 0x300";
+    let place = place(&[]);
+    let refused = ["icmp EPERM", "ip EPERM", "frames EPERM"];
+    assert_eq!(calls(&place, "vcap", sockets), refused);
+    // Root's, for its own interface: where they lead to is the host's to say (the network's walls).
+    assert_eq!(
+        calls(&place, "", sockets),
+        ["icmp ok", "ip ok", "frames ok"]
+    );
+}
+
+#[test]
 fn nothing_can_be_mounted() {
     let (filter, few, users) = (
         "--without=filter",

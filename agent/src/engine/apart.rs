@@ -2,7 +2,7 @@
 //!
 //! `container::copy` lets no entry lead out of the directory that was named. Should that ever be wrong, there
 //! is nothing out there: the directory is this process's root, it sees no process, network or memory of the
-//! host, has no descriptor but the stream and its report, and one capability (ADR 21).
+//! host, and has no descriptor but the stream and its report and no right but to write there (ADR 21).
 
 use super::copy::{CopyError, Patient, shows};
 use container::copy::{Limits, destination, unpack_of};

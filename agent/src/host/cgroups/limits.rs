@@ -162,8 +162,7 @@ fn weight_of_shares(shares: u64) -> u64 {
     weight.clamp(1, 10_000)
 }
 
-/// The file whose presence says that swap is accounted, and can be limited, on this host.
-/// Of each group that can be limited.
+/// A file of each group that can be limited.
 pub(super) fn memory_file(version: Version) -> &'static str {
     match version {
         Version::V1 => "memory.limit_in_bytes",
@@ -171,6 +170,7 @@ pub(super) fn memory_file(version: Version) -> &'static str {
     }
 }
 
+/// The file whose presence says that swap is accounted, and can be limited, on this host.
 pub(super) fn swap_file(version: Version) -> &'static str {
     match version {
         Version::V1 => "memory.memsw.limit_in_bytes",
