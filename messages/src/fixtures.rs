@@ -344,7 +344,9 @@ fn find_reply(droplet: String, version: String, dea: String) -> FindReply {
             usage: Usage {
                 time: "2016-08-16 12:41:30 +0000".into(),
                 cpu: Some(0.034),
+                cores: None,
                 mem: Some(88_604_672),
+                mem_charged: None,
                 disk: Some(DiskUse::Bytes(65_536)),
             },
         }),

@@ -329,9 +329,15 @@ pub struct Usage {
     /// Fraction of one core.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub cpu: Option<f64>,
-    /// Bytes.
+    /// Cores of the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cores: Option<usize>,
+    /// The working set in bytes: without page cache that was not used lately.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mem: Option<u64>,
+    /// What the limit counts, in bytes: with all page cache.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mem_charged: Option<u64>,
     /// Of the disk.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub disk: Option<DiskUse>,
@@ -389,7 +395,9 @@ mod tests {
             let usage = Usage {
                 time: "t".into(),
                 cpu: None,
+                cores: None,
                 mem: None,
+                mem_charged: None,
                 disk,
             };
             String::from_utf8(usage.to_bytes()).unwrap()

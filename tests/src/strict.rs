@@ -227,7 +227,9 @@ const STATS: &[Field] = &[
 const USAGE: &[Field] = &[
     (Always, "time", Text),
     (Perhaps, "cpu", Float),
+    (Perhaps, "cores", Int),
     (Perhaps, "mem", Int),
+    (Perhaps, "mem_charged", Int),
     (Perhaps, "disk", IntOrNull),
 ];
 

@@ -617,11 +617,14 @@ async fn what_cannot_be_measured_is_left_out() {
     let without = stats(&host, "app", &["disk"]).await;
     drop(covered);
     assert_eq!(without["mem_quota"], 128 << 20, "{without}");
-    assert_eq!(without["usage"].get("mem"), None, "{without}");
-    assert_eq!(without["usage"].get("cpu"), None, "{without}");
+    for key in ["mem", "mem_charged", "cpu"] {
+        assert_eq!(without["usage"].get(key), None, "{without}");
+    }
     assert!(without["usage"]["disk"].is_u64(), "{without}");
     let stats = stats(&host, "app", &["mem", "cpu"]).await;
-    assert!(stats["usage"]["mem"].as_u64() > Some(0), "{stats}");
+    let [mem, charged, cores] =
+        ["mem", "mem_charged", "cores"].map(|key| stats["usage"][key].as_u64().unwrap());
+    assert!(mem > 0 && charged >= mem && cores > 0, "{stats}");
     assert!(stats["usage"]["cpu"].is_f64(), "{stats}");
     host.stop("app").await;
 }

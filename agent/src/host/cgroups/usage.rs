@@ -10,6 +10,8 @@ use std::{fs, io};
 pub struct Usage {
     /// The working set in bytes: memory without the page cache that was not used lately.
     pub memory_bytes: u64,
+    /// What the limit counts, in bytes: with all page cache, which gives way before anything is killed.
+    pub charged_bytes: u64,
     /// Processor time since it was made, in nanoseconds; 0 where v1 lacks `cpuacct`.
     pub cpu_ns: u64,
     /// Processes and threads.
@@ -22,8 +24,10 @@ impl Group {
     /// # Errors
     /// [`CgroupError::Refused`], e.g. because the group is gone.
     pub fn usage(&self) -> Result<Usage, CgroupError> {
+        let charged_bytes = self.charged()?;
         Ok(Usage {
-            memory_bytes: self.working_set()?,
+            memory_bytes: charged_bytes.saturating_sub(self.inactive()?),
+            charged_bytes,
             cpu_ns: self.cpu_ns()?,
             pids: read_number(&self.directory(&self.layout.pids).join("pids.current"))?,
         })
@@ -104,14 +108,21 @@ impl Group {
             .filter(|limit| *limit < V1_UNLIMITED)
     }
 
-    fn working_set(&self) -> Result<u64, CgroupError> {
-        let (usage, inactive) = match self.layout.memory.version {
-            Version::V1 => ("memory.usage_in_bytes", "total_inactive_file"),
-            Version::V2 => ("memory.current", "inactive_file"),
+    fn charged(&self) -> Result<u64, CgroupError> {
+        read_number(&self.memory_dir().join(match self.layout.memory.version {
+            Version::V1 => "memory.usage_in_bytes",
+            Version::V2 => "memory.current",
+        }))
+    }
+
+    /// Page cache that was not used lately.
+    fn inactive(&self) -> Result<u64, CgroupError> {
+        let key = match self.layout.memory.version {
+            Version::V1 => "total_inactive_file",
+            Version::V2 => "inactive_file",
         };
         let stat = self.memory_dir().join("memory.stat");
-        let inactive = read_key(&stat, inactive).map_err(CgroupError::refused("read", &stat))?;
-        Ok(read_number(&self.memory_dir().join(usage))?.saturating_sub(inactive))
+        read_key(&stat, key).map_err(CgroupError::refused("read", &stat))
     }
 
     fn cpu_ns(&self) -> Result<u64, CgroupError> {

@@ -117,6 +117,8 @@ pub struct Measured {
     pub cpu: Option<f64>,
     /// Bytes of memory, without inactive file cache.
     pub memory_bytes: Option<u64>,
+    /// Bytes of memory, as the limit counts them.
+    pub charged_bytes: Option<u64>,
     /// The disk.
     pub disk: Option<MeasuredDisk>,
 }
@@ -451,6 +453,7 @@ impl Instance {
             match container.usage().await {
                 Ok(usage) => {
                     measured.memory_bytes = Some(usage.memory_bytes);
+                    measured.charged_bytes = Some(usage.charged_bytes);
                     measured.cpu = Some(self.cpu_since(usage.cpu_ns));
                 }
                 Err(error) => warn!(handle = self.record.handle, %error, "usage is unknown"),

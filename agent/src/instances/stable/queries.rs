@@ -185,7 +185,9 @@ fn stats(view: &View, host: String, measured: Measured) -> Stats {
         usage: Usage {
             time: usage_time(crate::instances::world::whole_seconds(now)),
             cpu: measured.cpu,
+            cores: std::thread::available_parallelism().ok().map(usize::from),
             mem: measured.memory_bytes,
+            mem_charged: measured.charged_bytes,
             disk: measured.disk.map(|disk| match disk {
                 MeasuredDisk::Bounded(disk) => DiskUse::Bytes(disk.bytes),
                 MeasuredDisk::Unbounded => DiskUse::Uncounted,
