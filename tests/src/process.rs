@@ -1,6 +1,6 @@
 //! The processes of one host, read from `/proc`.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use std::fmt::{self, Write as _};
 use std::fs;
 
@@ -114,6 +114,17 @@ impl Tree {
         self.0
             .iter()
             .filter(|process| process.comm == comm)
+            .collect()
+    }
+
+    /// What must outlive an agent, by number, birth and name.
+    #[must_use]
+    pub fn survivors(&self) -> BTreeSet<(i32, u64, String)> {
+        // A helper that is just being started bears the name of the agent's thread that starts it.
+        let mortal = ["ostler", "iomux-link", "oom", "helpers"];
+        let lasting = self.0.iter().filter(|one| !mortal.contains(&&*one.comm));
+        lasting
+            .map(|one| (one.pid, one.started, one.comm.clone()))
             .collect()
     }
 

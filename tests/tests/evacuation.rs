@@ -2,7 +2,6 @@
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use std::collections::BTreeSet;
 use std::time::Duration;
 use tests::{Droplet, Host, Setup, Tree, Watch, patience};
 
@@ -11,16 +10,6 @@ const SLOW: &str = "exec perl -MIO::Socket::INET -e '$0 = \"slowapp\"; $SIG{USR1
 
 /// Hears TERM and lives on.
 const DEAF: &str = "trap '' TERM; echo up; while :; do sleep 0.1; done";
-
-/// Everything that must outlive an agent, by number and birth.
-fn survivors(tree: &Tree) -> BTreeSet<(i32, u64)> {
-    let mortal = ["ostler", "iomux-link", "oom"];
-    let lasting = tree.0.iter();
-    lasting
-        .filter(|process| !mortal.contains(&process.comm.as_str()))
-        .map(|process| (process.pid, process.started))
-        .collect()
-}
 
 /// The states in a heartbeat, by droplet.
 fn states(beat: &Value) -> Vec<(&str, &str)> {
@@ -128,7 +117,7 @@ async fn an_evacuating_host_serves_until_it_is_relieved_whatever_happens_to_its_
     host.agent().signal(Signal::SIGUSR2);
     host.agent().signal(Signal::SIGUSR1);
 
-    let before = survivors(&host.tree());
+    let before = host.tree().survivors();
     host.kill9().await;
     beats.arrived();
     goodbyes.arrived();
@@ -142,7 +131,7 @@ async fn an_evacuating_host_serves_until_it_is_relieved_whatever_happens_to_its_
     host.tree_until("followers", |tree| tree.named("iomux-link").len() == 2)
         .await;
     let after = host.tree();
-    assert!(before.is_subset(&survivors(&after)), "{before:?}\n{after}");
+    assert!(before.is_subset(&after.survivors()), "{before:?}\n{after}");
     assert_eq!(unrouted.arrived(), Vec::<Value>::new());
     routes.arrived();
     routes.until("route again", is_of("serving")).await;

@@ -100,6 +100,8 @@ async fn attack(host: &Host, droplet: &str, script: &str) -> Value {
         .replace("OUTSIDE", Network::OUTSIDE);
     let mut message = host.message(droplet, &Droplet::shell(&script));
     message["egress_network_rules"] = json!([]);
+    // Soon full.
+    message["limits"]["disk"] = json!(64);
     message["oom_group"] = json!(false);
     message["stop_grace"] = json!(0);
     host.run(message).await

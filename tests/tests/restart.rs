@@ -5,24 +5,8 @@ use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::time::Duration;
 use tests::{
-    Dice, Droplet, Frozen, Host, Network, Output, Process, Tree, Watch, numbered, patience, rounds,
+    Dice, Droplet, Frozen, Host, Network, Output, Tree, Watch, numbered, patience, rounds,
 };
-
-/// Everything that must outlive an agent, by number and birth.
-fn survivors(tree: &Tree) -> BTreeSet<(i32, u64, String)> {
-    let mortal = ["ostler", "iomux-link", "oom"];
-    let lasting = tree
-        .0
-        .iter()
-        .filter(|process| !mortal.contains(&process.comm.as_str()));
-    lasting
-        .map(
-            |Process {
-                 pid, started, comm, ..
-             }| (*pid, *started, comm.clone()),
-        )
-        .collect()
-}
 
 /// A directory that goes with it.
 struct Scratch(std::path::PathBuf);
@@ -109,7 +93,7 @@ async fn numbered_lines_survive_kills_at_random_moments() {
     let after = host
         .tree_until("followers", |tree| tree.named("iomux-link").len() == 1)
         .await;
-    assert_eq!(survivors(&before), survivors(&after), "\n{before}\n{after}");
+    assert_eq!(before.survivors(), after.survivors(), "\n{before}\n{after}");
     let mut heartbeats = host.watch("dea.heartbeat").await;
     let beat = heartbeats
         .until("RUNNING", |beat| beat["droplets"][0]["state"] == "RUNNING")
@@ -169,7 +153,7 @@ async fn hang_up_is_a_goodbye_that_leaves_the_apps() {
     let tree = host
         .tree_until("app", |tree| !tree.named("sleep").is_empty())
         .await;
-    let before = survivors(&tree);
+    let before = tree.survivors();
     let status = host.end(Signal::SIGHUP).await;
     assert!(status.success(), "{status}");
     let alone = host
@@ -177,7 +161,7 @@ async fn hang_up_is_a_goodbye_that_leaves_the_apps() {
             tree.named("iomux-link").is_empty()
         })
         .await;
-    assert_eq!(survivors(&alone), before);
+    assert_eq!(alone.survivors(), before);
     host.start_agent().await;
     host.stop("sleeper").await;
 }
@@ -378,7 +362,7 @@ async fn a_cloned_host_refuses_to_start() {
     let tree = host
         .tree_until("app", |tree| !tree.named("sleep").is_empty())
         .await;
-    let before = survivors(&tree);
+    let before = tree.survivors();
     let records = tests::tool(
         "find",
         &[
@@ -432,7 +416,7 @@ async fn a_cloned_host_refuses_to_start() {
         let clean = copy.clean().await;
         assert!(clean.success(), "{clean}");
     }
-    assert_eq!(survivors(&host.tree()), before);
+    assert_eq!(host.tree().survivors(), before);
     let now = tests::tool(
         "find",
         &[
@@ -653,7 +637,7 @@ async fn many_are_adopted_beside_starts_that_were_cut_off() {
     }
     host.tree_until("apps", |tree| tree.named("sleep").len() == 12)
         .await;
-    let before = survivors(&host.tree());
+    let before = host.tree().survivors();
     let mut dice = Dice(13);
     let mut exits = host.watch("droplet.exited").await;
     for round in 0..rounds() {
@@ -694,7 +678,7 @@ async fn many_are_adopted_beside_starts_that_were_cut_off() {
         host.tree_until("the old ones alone", |tree| tree.named("wshd").len() == 12)
             .await;
     }
-    let after = survivors(&host.tree());
+    let after = host.tree().survivors();
     assert!(before.is_subset(&after), "{before:?}\n{after:?}");
     host.stop("old").await;
 }
