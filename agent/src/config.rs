@@ -203,6 +203,8 @@ pub struct Intervals {
     pub router_register: Duration,
     /// Between two looks for containers that are nobody's.
     pub orphans: Duration,
+    /// Between two looks for droplets that nobody uses.
+    pub droplets: Duration,
 }
 
 /// What each instance gets where its start message is silent.
@@ -328,6 +330,7 @@ struct WrittenIntervals {
     advertise: u64,
     router_register: u64,
     orphans: u64,
+    droplets: u64,
 }
 
 #[derive(Deserialize)]
@@ -480,6 +483,8 @@ impl Default for WrittenIntervals {
             advertise: 5,
             router_register: 20,
             orphans: 600,
+            // As the DEA.
+            droplets: 60,
         }
     }
 }
@@ -691,6 +696,7 @@ fn check(written: Written, host_memory_mb: u64) -> Result<Config, Problem> {
                 written.intervals.router_register,
             )?,
             orphans: seconds("intervals.orphans", written.intervals.orphans)?,
+            droplets: seconds("intervals.droplets", written.intervals.droplets)?,
         },
         instance: instance(written.instance)?,
         network: network(&written.network)?,

@@ -94,6 +94,64 @@ async fn an_app_at_zero_is_remembered_also_by_a_new_agent() {
     scaled(&host, "sleeper", 0).await;
 }
 
+/// The names below the directory of droplets that hold this digest.
+fn unpacked(host: &Host, digest: &str) -> Vec<String> {
+    let entries = std::fs::read_dir(host.base.join("droplets")).unwrap();
+    let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    names
+        .filter(|name| !name.starts_with('.') && name.contains(digest))
+        .collect()
+}
+
+async fn removed(host: &Host, digest: &str) {
+    let deadline = tokio::time::Instant::now() + tests::patience();
+    while !unpacked(host, digest).is_empty() {
+        assert!(
+            tokio::time::Instant::now() < deadline,
+            "{digest} is still there\n{}",
+            host.log()
+        );
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_droplet_goes_when_neither_an_instance_nor_a_later_scale_can_use_it() {
+    let mut host = Host::with(Setup {
+        config: &[("[intervals]", "[intervals]\ndroplets = 1")],
+        ..Default::default()
+    })
+    .await;
+    let [old, kept, live, newer] = ["old", "kept", "live", "newer"]
+        .map(|name| Droplet::shell(&format!("echo {name}; exec sleep infinity")));
+    host.run(host.message("zero", &old)).await;
+    host.stop("zero").await;
+    host.run(host.message("zero", &kept)).await;
+    scaled(&host, "zero", 0).await;
+    // Of an app the newest message counts for a scale, so the first droplet is its instance's alone.
+    host.run(host.message("live", &live)).await;
+    let mut second = host.message("live", &newer);
+    second["index"] = json!(1);
+    host.run(second).await;
+    // It spares what was just asked for, of which only the next agent knows nothing.
+    for droplet in [&old, &kept, &live, &newer] {
+        assert_eq!(unpacked(&host, &droplet.sha1()).len(), 1, "{}", host.log());
+    }
+    host.restart().await;
+    removed(&host, &old.sha1()).await;
+    // Another one goes by a look that began after that one.
+    let nobodys = format!("sha1-{}", "0".repeat(40));
+    std::fs::create_dir(host.base.join("droplets").join(&nobodys)).unwrap();
+    removed(&host, &nobodys).await;
+    for (what, droplet) in [("kept", &kept), ("live", &live), ("newer", &newer)] {
+        let found = unpacked(&host, &droplet.sha1()).len();
+        assert_eq!(found, 1, "{what}\n{}", host.log());
+    }
+    scaled(&host, "zero", 1).await;
+    host.stop("zero").await;
+    host.stop("live").await;
+}
+
 #[tokio::test]
 async fn what_cannot_be_scaled_is_refused_and_changes_nothing() {
     let little = ("memory_mb = 4096", "memory_mb = 300");

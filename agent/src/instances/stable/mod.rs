@@ -22,6 +22,7 @@ use super::instance::{Change, Instance, Query, Reins, Remains, Update, View, Wan
 use super::outlet::{Link, Message};
 use super::record::{Limits, Record, StopReason, Stopping, Unread};
 use super::world::{World, now};
+use crate::config::Intervals;
 use crate::engine::{Adopted, Container, Place, Saved};
 use crate::host::{blocking, in_background};
 use messages::command::{Command, Trigger};
@@ -46,8 +47,8 @@ pub const MAILBOX: usize = 1024;
 /// Between two looks for old crashes (DEA: 10 s).
 const REAPER: Duration = Duration::from_secs(10);
 
-/// Between two looks for droplets that nobody uses (DEA: 60 s).
-const DROPLET_REAPER: Duration = Duration::from_secs(60);
+/// A droplet that was asked for so short a time ago is spared: an instance may just be about to use it.
+const JUST_ASKED_FOR: Duration = Duration::from_secs(60);
 
 /// What a shutdown may take beyond the hooks and the longest grace: kill, last bytes, last events.
 const SHUTDOWN_REST: Duration = Duration::from_secs(15);
@@ -326,7 +327,7 @@ impl Stable {
         let mut heartbeat = self.beats();
         let mut advertise = ticks(intervals.advertise);
         let mut routes = ticks(intervals.router_register);
-        let mut chores = Chores::every(intervals.orphans);
+        let mut chores = Chores::every(&intervals);
         let mut farewell = None;
         let mut deadline = Instant::now();
         // At the end all that was asked is heard, so that nobody waits for an answer in vain.
@@ -523,7 +524,7 @@ impl Stable {
             .collect();
         let droplets = self.world.droplets.clone();
         in_background(move || {
-            let removed = droplets.reap(&in_use, DROPLET_REAPER);
+            let removed = droplets.reap(&in_use, JUST_ASKED_FOR);
             if removed > 0 {
                 info!(removed, "removed droplets that nobody uses");
             }
@@ -698,11 +699,11 @@ struct Chores {
 }
 
 impl Chores {
-    fn every(orphans: Duration) -> Self {
+    fn every(intervals: &Intervals) -> Self {
         Self {
             crashes: ticks(REAPER),
-            droplets: ticks(DROPLET_REAPER),
-            orphans: ticks(orphans),
+            droplets: ticks(intervals.droplets),
+            orphans: ticks(intervals.orphans),
         }
     }
 
