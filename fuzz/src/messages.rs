@@ -5,23 +5,16 @@ use messages::reply::Reply;
 use messages::service::Question;
 use messages::start::{StartRequest, addresses, identity};
 use messages::state::State;
-use messages::subjects::{DropletId, Incoming, is_token};
+use messages::subjects::{DropletId, Incoming, is_token, subscriptions};
 use messages::trace::Trace;
 use ostler::foreign;
 
 /// A message on each subject, and an answer that was kept.
 pub(crate) fn message(bytes: &[u8]) {
-    let subjects = ["start", "stop", "find", "scale"].map(|verb| format!("dea.host.{verb}"));
-    let others = [
-        "dea.stop",
-        "dea.update",
-        "dea.find.droplet",
-        "dea.discover",
-        "dea.status",
-        "router.start",
-    ];
-    let all = subjects.iter().map(String::as_str).chain(others);
-    for incoming in all.filter_map(|subject| Incoming::parse(subject, "host")) {
+    let here = Incoming::verbs_here().map(|verb| format!("dea.host.{verb}"));
+    // The one with the wildcard, which stands for those, is no subject of a message.
+    let all = here.chain(subscriptions("host"));
+    for incoming in all.filter_map(|subject| Incoming::parse(&subject, "host")) {
         match parse(incoming, bytes) {
             Ok((Asked::Command(_) | Asked::Query(_) | Asked::Trigger(_), value)) => {
                 // It is kept, and read by the next agent.
