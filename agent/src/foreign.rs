@@ -2,17 +2,20 @@
 //! the kernel's log with names that apps choose, records that another agent or a failing disk left, what comes to the port of the metrics. `fuzz/` throws bytes
 //! at them; nothing else uses this module.
 
-use crate::host::kmsg;
+use crate::engine::total_of;
+use crate::host::{kmsg, network};
 use crate::instances::droplets::stop::Stop;
 use crate::instances::droplets::{FetchOptions, Owner, unpack, uri, yaml};
+use crate::instances::stable::left_of_evacuation;
 use crate::instances::startup::environment::{AppEnv, build};
 use crate::instances::startup::passwd;
-use crate::instances::{output, record};
+use crate::instances::{crashes, output, record};
 use crate::metrics::http;
 use serde_json::{Map, Value};
 use std::fs::File;
 use std::net::Ipv4Addr;
 use std::path::Path;
+use std::time::Duration;
 
 /// Unpacks a droplet, a gzip-compressed tar, into an empty directory: at most `most` bytes, and 1000 entries.
 ///
@@ -100,6 +103,30 @@ pub fn record(bytes: &[u8]) -> Result<Vec<u8>, (String, bool)> {
 #[must_use]
 pub fn told_output(text: &str) -> Option<String> {
     output::read_kept(text).map(|(cursor, view)| output::write_kept(cursor, &view))
+}
+
+/// A crash's record, written again.
+#[must_use]
+pub fn crash(bytes: &[u8]) -> Option<Vec<u8>> {
+    crashes::written(crashes::understand(bytes)?).ok()
+}
+
+/// Where the pools of addresses and ports stand, written again.
+#[must_use]
+pub fn pools(text: &str) -> String {
+    network::standing_again(text)
+}
+
+/// What is left at a time of the evacuation of a boot that may take `all`.
+#[must_use]
+pub fn evacuation(kept: &[u8], boot_id: &str, all: Duration, now: f64) -> Option<Duration> {
+    left_of_evacuation(kept, boot_id, all, now).ok().flatten()
+}
+
+/// How many kills a line of the `oom` helper counts.
+#[must_use]
+pub fn oom_line(line: &str) -> Option<u64> {
+    total_of(line)
 }
 
 /// Whether a record of the kernel's log tells of a kill.

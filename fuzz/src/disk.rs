@@ -9,6 +9,7 @@ use container::status::Status;
 use ostler::foreign;
 use std::fs;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
 
 use crate::trees::Scratch;
 
@@ -48,8 +49,19 @@ pub(crate) fn requests(bytes: &[u8]) {
     }
 }
 
-/// An instance's record, and how far its output was told.
+/// The boot of the evacuation among the seeds.
+const BOOT: &str = "9bd7fcba-f806-4d32-891a-5313e57e7323";
+
+/// An instance's record, how far its output was told, a crash's record, an evacuation, where the pools stand; and what
+/// the `oom` helper says.
 pub(crate) fn records(bytes: &[u8]) {
+    if let Some(crash) = foreign::crash(bytes) {
+        assert!(foreign::crash(&crash).is_some());
+    }
+    let all = Duration::from_secs(600);
+    if let Some(left) = foreign::evacuation(bytes, BOOT, all, 1_795_425_376.0) {
+        assert!(left <= all, "{left:?}");
+    }
     if let Ok(record) = foreign::record(bytes) {
         assert_eq!(foreign::record(&record), Ok(record));
     }
@@ -59,6 +71,12 @@ pub(crate) fn records(bytes: &[u8]) {
         }
         if let Ok(cursor) = text.parse::<Cursor>() {
             assert_eq!(cursor.to_string().parse(), Ok(cursor));
+        }
+        let _whatever_was_given_out_last = foreign::pools(text);
+        let pools = foreign::pools(&format!("10.254.0.2 61001\n{text}"));
+        assert_eq!(foreign::pools(&pools), pools);
+        for total in text.lines().filter_map(foreign::oom_line) {
+            assert_eq!(foreign::oom_line(&format!("oom_kill {total}")), Some(total));
         }
     }
 }

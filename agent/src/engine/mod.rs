@@ -33,7 +33,7 @@ pub use container::Container;
 pub use copy::{Copied, CopyError, Inside, into as copy_into, out as copy_out, pour};
 pub use error::EngineError;
 pub use follow::Followed;
-pub use oom::{Level, OomReport};
+pub use oom::{Level, OomReport, total_of};
 pub use place::Place;
 pub use sweep::Swept;
 

@@ -315,7 +315,8 @@ impl Watcher {
 }
 
 /// `baseline 3` and `oom_kill 3` both say that three were killed so far.
-fn total_of(line: &str) -> Option<u64> {
+#[must_use]
+pub fn total_of(line: &str) -> Option<u64> {
     let (word, number) = line.split_once(' ')?;
     let counts = matches!(word, "baseline" | "oom_kill");
     counts.then(|| number.trim().parse().ok()).flatten()

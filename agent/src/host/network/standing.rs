@@ -126,6 +126,12 @@ impl Kept {
     }
 }
 
+/// Where the pools stand, written again as it is understood.
+#[must_use]
+pub fn again(text: &str) -> String {
+    Kept::parse(text).text()
+}
+
 fn read(path: &Path) -> Kept {
     match fs::read_to_string(path) {
         Ok(text) => Kept::parse(&text),

@@ -392,11 +392,16 @@ fn put(new: &Path, crash: &mut Crash, piece: Piece) -> io::Result<()> {
 }
 
 fn record(new: &Path, crash: &Crash) -> io::Result<()> {
-    let record = Record {
-        format: FORMAT,
-        crash: crash.clone(),
-    };
-    write(new, RECORD, &serde_json::to_vec(&record)?)
+    write(new, RECORD, &written(crash.clone())?)
+}
+
+/// A crash's record.
+///
+/// # Errors
+/// If it cannot be put into JSON.
+pub fn written(crash: Crash) -> serde_json::Result<Vec<u8>> {
+    let format = FORMAT;
+    serde_json::to_vec(&Record { format, crash })
 }
 
 fn write(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
@@ -431,8 +436,13 @@ fn load(dir: &Path) -> BTreeMap<String, Crash> {
 }
 
 fn read_record(dir: &Path) -> Option<Crash> {
-    let bytes = fs::read(dir.join(RECORD)).ok()?;
-    let record: Record = serde_json::from_slice(&bytes).ok()?;
+    understand(&fs::read(dir.join(RECORD)).ok()?)
+}
+
+/// The crash of a record, if it is whole and of our format.
+#[must_use]
+pub fn understand(bytes: &[u8]) -> Option<Crash> {
+    let record: Record = serde_json::from_slice(bytes).ok()?;
     (record.format == FORMAT).then_some(record.crash)
 }
 

@@ -72,16 +72,25 @@ struct Evacuation {
 async fn kept(world: &World) -> Option<Duration> {
     let path = world.config.base.join(KEPT);
     let read = blocking(move || std::fs::read(&path)).await.ok()?;
-    match serde_json::from_slice::<Evacuation>(&read) {
-        Ok(begun) if begun.boot_id == world.boot_id => {
-            Some(rest(world.config.bail_out, now() - begun.since))
-        }
-        Ok(_) => None,
-        Err(error) => {
-            error!(%error, "whether this host was being emptied is not known: send USR2 again if so");
-            None
-        }
-    }
+    let left = left(&read, &world.boot_id, world.config.bail_out, now());
+    left.unwrap_or_else(|error| {
+        error!(%error, "whether this host was being emptied is not known: send USR2 again if so");
+        None
+    })
+}
+
+/// What is left at `now` of the evacuation that [`KEPT`] tells of, if it began in this boot and may take `all`.
+///
+/// # Errors
+/// If it is not understood.
+pub fn left(
+    kept: &[u8],
+    boot_id: &str,
+    all: Duration,
+    now: f64,
+) -> serde_json::Result<Option<Duration>> {
+    let begun: Evacuation = serde_json::from_slice(kept)?;
+    Ok((begun.boot_id == boot_id).then(|| rest(all, now - begun.since)))
 }
 
 async fn keep(world: &World) {

@@ -15,7 +15,7 @@ mod templates;
 mod waiting;
 
 pub use beats::Standing;
-pub use duty::{Duty, Farewell, KEPT};
+pub use duty::{Duty, Farewell, KEPT, left as left_of_evacuation};
 
 use super::droplets::Digest;
 use super::instance::{Change, Instance, Query, Reins, Remains, Update, View, Wants, instance};
