@@ -647,16 +647,28 @@ async fn each_role_is_kept_to_its_subjects() {
         "dea.stop",
         "dea.update",
         "dea.find.droplet",
+        "dea.locate",
         "dea.discover",
+        "droplet.status",
+        "healthmanager.start",
         "router.start",
     ];
     let words = [
+        "dea.start",
         "dea.heartbeat",
         "dea.advertise",
+        "dea.shutdown",
         "droplet.exited",
         "droplet.oom",
         "router.register",
+        "router.unregister",
     ];
+    let mut asked = vec![own("*"), format!("_INBOX_{id}.>"), "dea.status".into()];
+    for verb in ["PING", "INFO", "STATS"] {
+        asked.push(format!("$SRV.{verb}"));
+        asked.push(format!("$SRV.{verb}.ostler"));
+        asked.push(format!("$SRV.{verb}.ostler.{id}"));
+    }
     let output = "droplet.output.a.0.h.stdout";
     let texts = |texts: &[&str], more: &[String]| -> Vec<String> {
         texts
@@ -674,9 +686,17 @@ async fn each_role_is_kept_to_its_subjects() {
     let table = [
         (
             "host",
-            texts(&words, &[output.into(), format!("_INBOX_{id}.x")]),
+            texts(
+                &words,
+                &[
+                    output.into(),
+                    format!("_INBOX_{id}.x"),
+                    own("find"),
+                    "dea.status".into(),
+                ],
+            ),
             texts(&commands, &[&others[..], &[own("start")]].concat()),
-            texts(&commands, &[own("*")]),
+            texts(&commands, &asked),
             texts(
                 &words,
                 &[
@@ -691,17 +711,17 @@ async fn each_role_is_kept_to_its_subjects() {
             "controller",
             texts(
                 &commands,
-                &[own("start"), own("scale"), "dea.other.stop".into()],
-            ),
-            texts(
-                &words,
                 &[
-                    output.into(),
-                    format!("_INBOX_{id}.x"),
-                    own("x"),
-                    "dea.start".into(),
+                    own("start"),
+                    own("find"),
+                    own("scale"),
+                    own("logs"),
+                    "dea.other.stop".into(),
+                    "dea.status".into(),
+                    "$SRV.PING".into(),
                 ],
             ),
+            texts(&words, &[output.into(), format!("_INBOX_{id}.x"), own("x")]),
             texts(
                 &words,
                 &["droplet.output.>".into(), "_INBOX_controller.>".into()],
