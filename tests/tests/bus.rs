@@ -936,7 +936,16 @@ async fn connection(address: &str, name: &str) -> Option<serde_json::Value> {
 
 #[tokio::test]
 async fn a_host_has_a_name_and_an_inbox_of_its_own() {
+    inbox_of(&[], None).await;
+    let url = "url = \"nats://127.0.0.1:4222\"";
+    let with_prefix = format!("{url}\ninbox_prefix = \"_INBOX_of.mine\"");
+    inbox_of(&[(url, &with_prefix)], Some("_INBOX_of.mine.")).await;
+}
+
+/// Sees the name and the only inbox of a host on the wire. Without a `prefix` the inbox has the host's id.
+async fn inbox_of(config: &[(&str, &str)], prefix: Option<&str>) {
     let host = Host::with(Setup {
+        config,
         bus: &["--http_port", "8222"],
         ..Setup::default()
     })
@@ -948,7 +957,7 @@ async fn a_host_has_a_name_and_an_inbox_of_its_own() {
     let subjects = connection["subscriptions_list"].as_array().unwrap();
     let is_inbox = |subject: &&serde_json::Value| subject.as_str().unwrap().contains("INBOX");
     let inboxes: Vec<_> = subjects.iter().filter(is_inbox).collect();
-    let own = format!("_INBOX_{}.", host.id);
+    let own = prefix.map_or_else(|| format!("_INBOX_{}.", host.id), str::to_owned);
     assert_eq!(inboxes.len(), 1, "{subjects:?}");
     assert!(
         inboxes[0].as_str().unwrap().starts_with(&own),
