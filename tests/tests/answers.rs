@@ -533,7 +533,7 @@ async fn ten_thousand_at_once_leave_a_right_state() {
     let start = small(&host, "app", 0);
     let mut dice = Dice(23);
     let mut all: Vec<Sent> = Vec::new();
-    while all.len() < 9990 {
+    while all.len() < 9992 {
         let next = match dice.number(30) {
             0..=9 => broken(&host, &start, &mut dice),
             10..=27 => good(&host, &start, &mut dice),
@@ -552,6 +552,7 @@ async fn ten_thousand_at_once_leave_a_right_state() {
         let stop = json!({"droplet": format!("app-{number}"), "wait": "stopped"});
         all.push(sent("dea.stop", &stop, &["ok"]));
     }
+    assert_eq!(all.len(), 10_000);
     let mut heartbeats = host.watch("dea.heartbeat").await;
     let beats = tokio::spawn(async move {
         let mut longest = std::time::Duration::ZERO;
