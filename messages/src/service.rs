@@ -155,15 +155,15 @@ pub struct Stats<'a> {
 
 impl<'a> Stats<'a> {
     /// Of this service since `started`, in seconds since the epoch. `counts` are those of [`Incoming::answered`], in
-    /// that order; `host` is told with the first endpoint.
+    /// that order; `data` is told with the first endpoint.
     #[must_use]
     pub fn of(
         identity: &'a Identity,
         started: u64,
         counts: impl IntoIterator<Item = Counts>,
-        host: Option<Host>,
+        data: Data,
     ) -> Self {
-        let mut host = host;
+        let mut data = Some(data);
         let endpoints = Incoming::answered().zip(counts);
         let endpoints = endpoints.map(|(incoming, counts)| EndpointStats {
             endpoint: Endpoint {
@@ -175,7 +175,7 @@ impl<'a> Stats<'a> {
                 .checked_div(counts.num_requests)
                 .unwrap_or_default(),
             counts,
-            data: host.take(),
+            data: data.take(),
         });
         Self {
             identity,
@@ -194,7 +194,7 @@ struct EndpointStats {
     counts: Counts,
     average_processing_time: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
-    data: Option<Host>,
+    data: Option<Data>,
 }
 
 /// What was asked of one endpoint since the agent began.
@@ -208,6 +208,16 @@ pub struct Counts {
     pub last_error: String,
     /// Nanoseconds from each request to its answer, together.
     pub processing_time: u64,
+}
+
+/// What a host tells beside the counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Data {
+    /// Messages to the host that were dropped since the agent began, because it read too slowly.
+    pub dropped: u64,
+    /// Left out where the agent is too busy to say it.
+    #[serde(flatten)]
+    pub host: Option<Host>,
 }
 
 /// How a host stands.

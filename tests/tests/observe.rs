@@ -115,6 +115,8 @@ fn told(stats: &Value, beat: &Value) -> BTreeMap<String, f64> {
         );
     }
     let data = &endpoints[0]["data"];
+    let dropped = data["dropped"].as_f64().unwrap();
+    told.insert("ostler_bus_dropped_messages_total".into(), dropped);
     for (name, key) in [
         ("ostler_memory_available_bytes", "available_memory"),
         ("ostler_disk_available_bytes", "available_disk"),

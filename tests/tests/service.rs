@@ -143,6 +143,7 @@ async fn what_was_asked_of_a_host_is_counted() {
     assert_eq!(data["instances"], 1, "{answer}");
     assert_eq!(data["running"], 1, "{answer}");
     assert_eq!(data["crashed"], 1, "{answer}");
+    assert_eq!(data["dropped"], 0, "{answer}");
     assert_eq!(data["available_memory"], memory - 128, "{answer}");
     assert!(data["available_disk"].is_i64(), "{answer}");
     let started = answer["started"].as_str().unwrap().to_owned();

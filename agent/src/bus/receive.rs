@@ -347,7 +347,8 @@ async fn tell(
             let host = host.and_then(Result::ok).map(|standing| standing.host);
             // Nobody waits for the mailbox to close because the bus is slow.
             drop(asks);
-            Stats::of(identity, desk.tally.since, desk.tally.counts(), host).to_bytes()
+            let data = tally::data(&desk.world.outlet, host);
+            Stats::of(identity, desk.tally.since, desk.tally.counts(), data).to_bytes()
         }
     };
     let outlet = &desk.world.outlet;

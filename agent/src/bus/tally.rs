@@ -1,8 +1,9 @@
 //! What was asked of this host, counted for the services API.
 
+use crate::instances::outlet::Outlet;
 use crate::instances::world::{World, now, whole_seconds};
 use messages::reply::Reply;
-use messages::service::{Counts, Identity, NAME};
+use messages::service::{Counts, Data, Host, Identity, NAME};
 use messages::subjects::Incoming;
 use messages::trace::Trace;
 use std::collections::BTreeMap;
@@ -68,6 +69,14 @@ impl Tally {
     }
 }
 
+/// What is told beside the counts; `host` as far as it is known.
+pub(super) fn data(outlet: &Outlet, host: Option<Host>) -> Data {
+    Data {
+        dropped: outlet.drops().value(),
+        host,
+    }
+}
+
 /// Who this host is, for whoever asks all services.
 pub(super) fn identity(world: &World) -> Identity {
     let mut metadata = BTreeMap::from([
@@ -86,5 +95,21 @@ pub(super) fn identity(world: &World) -> Identity {
         id: world.id.clone(),
         version: crate::VERSION,
         metadata,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::data;
+    use crate::instances::outlet::outlet;
+    use serde_json::json;
+
+    #[test]
+    fn what_was_dropped_is_told_also_by_a_busy_host() {
+        let (outlet, inlet) = outlet();
+        inlet.dropped.count();
+        inlet.dropped.count();
+        let told = serde_json::to_value(data(&outlet, None)).unwrap();
+        assert_eq!(told, json!({"dropped": 2}));
     }
 }

@@ -11,6 +11,7 @@ mod page;
 pub use health::TRIAL;
 
 use crate::bus::Tally;
+use crate::instances::outlet::Outlet;
 use crate::instances::stable::{Ask, Standing};
 use crate::instances::world::World;
 use health::Health;
@@ -167,12 +168,34 @@ async fn head(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
 /// The page. A stable that says nothing takes only its own numbers from it.
 async fn metrics(sources: &Sources) -> String {
     let standing = timeout(PATIENCE, sources.standing()).await.ok().flatten();
-    page::page(&page::Numbers {
+    page::page(&numbers(standing, &sources.world.outlet, &sources.tally))
+}
+
+fn numbers(standing: Option<Standing>, outlet: &Outlet, tally: &Tally) -> page::Numbers {
+    page::Numbers {
         standing,
-        mark: sources.world.outlet.mark(),
-        dropped: sources.world.outlet.drops().value(),
-        counts: sources.tally.counts(),
-        since: sources.tally.since,
+        mark: outlet.mark(),
+        dropped: outlet.drops().value(),
+        counts: tally.counts(),
+        since: tally.since,
         process: page::Process::read(),
-    })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{numbers, page};
+    use crate::bus::Tally;
+    use crate::instances::outlet::outlet;
+
+    #[test]
+    fn what_was_dropped_is_on_the_page() {
+        let (outlet, inlet) = outlet();
+        for _ in 0..3 {
+            inlet.dropped.count();
+        }
+        let page = page::page(&numbers(None, &outlet, &Tally::begin()));
+        let line = "ostler_bus_dropped_messages_total 3";
+        assert!(page.lines().any(|is| is == line), "{page}");
+    }
 }
