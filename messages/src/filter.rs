@@ -58,6 +58,24 @@ impl Filter {
         })
     }
 
+    /// The app.
+    #[must_use]
+    pub fn droplet(&self) -> &str {
+        &self.droplet
+    }
+
+    /// The fields that are there and empty, so that nothing can match: most likely not what the sender meant.
+    pub fn empty(&self) -> impl Iterator<Item = &'static str> {
+        [
+            ("version", self.version.as_deref() == Some("")),
+            ("instances", self.instances.as_deref() == Some(&[])),
+            ("indices", self.indices.as_deref() == Some(&[])),
+            ("states", self.states.as_deref() == Some(&[])),
+        ]
+        .into_iter()
+        .filter_map(|(field, empty)| empty.then_some(field))
+    }
+
     /// Whether it matches.
     #[must_use]
     pub fn matches(&self, candidate: &Candidate<'_>) -> bool {
@@ -188,6 +206,40 @@ mod tests {
         ] {
             assert_eq!(read(&body, Empty::MatchesNothing), Ok(stops), "stop {body}");
             assert_eq!(read(&body, Empty::MatchesAll), Ok(finds), "find {body}");
+        }
+    }
+
+    #[test]
+    fn what_is_empty_is_named() {
+        for (body, stop, find) in [
+            (json!({"droplet": "a"}), &[][..], &[][..]),
+            (json!({"droplet": "a", "indices": [2]}), &[], &[]),
+            (json!({"droplet": "a", "states": null}), &[], &[]),
+            (
+                json!({"droplet": "a", "version": ""}),
+                &["version"],
+                &["version"],
+            ),
+            (
+                json!({"droplet": "a", "instance_ids": []}),
+                &["instances"],
+                &[],
+            ),
+            (
+                json!({"droplet": "a", "indices": ["1"]}),
+                &["indices"],
+                &["indices"],
+            ),
+            (
+                json!({"droplet": "a", "indices": [], "states": [null]}),
+                &["indices", "states"],
+                &[],
+            ),
+        ] {
+            for (empty, named) in [(Empty::MatchesNothing, stop), (Empty::MatchesAll, find)] {
+                let filter = Filter::read(&Fields::of(&body, "").unwrap(), empty).unwrap();
+                assert_eq!(filter.empty().collect::<Vec<_>>(), named, "{body}");
+            }
         }
     }
 

@@ -283,6 +283,9 @@ async fn commands_without_a_reply_work_as_ever() {
     heartbeats
         .until("none", |beat| beat["droplets"] == json!([]))
         .await;
+    // Only the empty list is most likely a mistake of its sender.
+    let log = host.logged(0, "empty=\"indices\"").await;
+    assert_eq!(log.matches("a stop matches nothing").count(), 1, "{log}");
 }
 
 #[tokio::test]

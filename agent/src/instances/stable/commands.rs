@@ -15,7 +15,7 @@ use messages::state::State;
 use messages::trace::Trace;
 use serde_json::{Value, json};
 use tokio::sync::oneshot;
-use tracing::info;
+use tracing::{info, warn};
 
 /// An accepted start; its record is on its way to the disk.
 pub(super) struct Accepted {
@@ -334,6 +334,14 @@ impl Stable {
             })
             .map(|(handle, _)| handle.clone())
             .collect();
+        let empty: Vec<&str> = filter.empty().collect();
+        if matched.is_empty() && !empty.is_empty() {
+            let (droplet, empty) = (filter.droplet(), empty.join(", "));
+            warn!(
+                droplet,
+                empty, "a stop matches nothing, as fields of its filter are empty"
+            );
+        }
         let asked: Vec<(String, u64)> = matched
             .into_iter()
             .map(|handle| {
