@@ -366,6 +366,22 @@ impl Host {
         assert_eq!(answer["ok"], true, "{answer}\n{}", self.log());
     }
 
+    /// What the agent keeps of an instance.
+    ///
+    /// # Panics
+    /// There is no such record.
+    #[must_use]
+    pub fn record(&self, handle: &str) -> Value {
+        let path = self.base.join("instances").join(handle).join("record.json");
+        serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+    }
+
+    /// Waits until the agent knows that the bus has what was said of an instance: it is not said again.
+    pub async fn confirmed(&self, handle: &str) {
+        let all = |_: &_| self.record(handle)["unsent"] == json!([]);
+        self.tree_until("confirmation", all).await;
+    }
+
     /// The agent and all processes of its base directory and its containers.
     #[must_use]
     pub fn tree(&self) -> Tree {

@@ -100,11 +100,8 @@ async fn running_out_of_memory_is_told_before_the_exit() {
 async fn an_end_while_the_agent_is_down_is_told_afterwards() {
     let mut host = Host::start().await;
     let mut exits = host.watch("droplet.exited").await;
-    host.run(host.message(
-        "app",
-        &Droplet::shell("exec perl -e '$0 = \"theapp\"; sleep 1000'"),
-    ))
-    .await;
+    let droplet = Droplet::shell("exec perl -e '$0 = \"theapp\"; sleep 1000'");
+    let answer = host.run(host.message("app", &droplet)).await;
     let tree = host
         .tree_until("app", |tree| !tree.named("theapp").is_empty())
         .await;
@@ -120,6 +117,7 @@ async fn an_end_while_the_agent_is_down_is_told_afterwards() {
         "{exit}"
     );
     assert_eq!(exit["exit_description"], "app instance exited");
+    host.confirmed(answer["handle"].as_str().unwrap()).await;
     host.restart().await;
     let again = host.watch("droplet.exited").await.arrived();
     assert_eq!(

@@ -136,12 +136,6 @@ impl Scene {
         assert_eq!(self.events.arrived(), Vec::<Value>::new());
     }
 
-    /// Waits until the agent knows that the bus has what was said of an instance: it is not said again.
-    async fn confirmed(&self, handle: &str) {
-        let all = |_: &_| record(&self.host, handle)["unsent"] == json!([]);
-        self.host.tree_until("confirmation", all).await;
-    }
-
     /// The directory of the group above all containers that limits memory, and the file of its limit.
     fn parent(&self) -> PathBuf {
         let file = if tests::is_cgroup_v2() {
@@ -423,7 +417,7 @@ async fn kills_that_no_agent_saw_are_told_by_the_next() {
         scene.host.start_agent().await;
         scene.oom(&handle, &app, "instance", false).await;
         scene.crash(&handle).await;
-        scene.confirmed(&handle).await;
+        scene.host.confirmed(&handle).await;
     }
     // Nothing of all that is said again.
     scene.host.restart().await;
@@ -524,17 +518,11 @@ async fn a_kill_after_a_restart_is_not_taken_for_one_before() {
     let second = scene.process("second").await;
     first.signal(Signal::SIGUSR1);
     scene.oom(&handle, &first, "instance", true).await;
-    scene.confirmed(&handle).await;
+    scene.host.confirmed(&handle).await;
     scene.host.restart().await;
     second.signal(Signal::SIGUSR1);
     scene.oom(&handle, &second, "instance", true).await;
     scene.stop("app").await;
-}
-
-/// What is kept of an instance.
-fn record(host: &Host, handle: &str) -> Value {
-    let path = host.base.join("instances").join(handle);
-    serde_json::from_slice(&fs::read(path.join("record.json")).unwrap()).unwrap()
 }
 
 /// Kills that the kernel has counted in the container.
@@ -605,10 +593,10 @@ async fn kills_without_end_while_the_bus_is_away_are_bounded_and_named() {
     scene
         .host
         .tree_until("all of them known", |_| {
-            record(&scene.host, &handle)["oom_kills"].as_u64() >= Some(KILLS)
+            scene.host.record(&handle)["oom_kills"].as_u64() >= Some(KILLS)
         })
         .await;
-    let bytes = record(&scene.host, &handle).to_string().len();
+    let bytes = scene.host.record(&handle).to_string().len();
     assert!(bytes < 64 << 10, "{bytes}");
     scene.host.start_bus().await;
     output
