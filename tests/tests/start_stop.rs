@@ -387,7 +387,10 @@ async fn find_droplet_tells_one_answer_per_instance() {
         assert_eq!(stats["mem_quota"], 134_217_728);
         assert_eq!(stats["disk_quota"], 268_435_456);
         assert_eq!(stats["fds_quota"], 1024);
-        assert_eq!(keys(&stats["usage"]), ["cpu", "disk", "mem", "time"]);
+        assert_eq!(
+            keys(&stats["usage"]),
+            ["cores", "cpu", "disk", "mem", "mem_charged", "time"]
+        );
         assert!(
             stats["usage"]["mem"]
                 .as_u64()
