@@ -136,7 +136,7 @@ async fn processes_and_processor_time_are_as_configured_also_by_the_next_agent()
         .to_owned();
     // Shares on v1, and what they weigh on v2.
     let [unlimited, most, less] = match tests::is_cgroup_v2() {
-        true => ["max", "10", "4"],
+        true => ["max", "35", "17"],
         false => ["-1", "256", "100"],
     };
     assert_eq!(held_to(&host, &handle), ["40", "20000", most]);
