@@ -55,8 +55,9 @@ fn a_flooder_has_its_connections_and_a_neighbour_has_its_own() {
         network.map_port(ONE, 61_001, 8080).await.unwrap();
         converse(&inner, &mut outside.connect(HOST, 61_001).unwrap());
         without(network, "admitted");
-        flood(&one, OUTSIDE, 6000);
-        assert!(remembered() >= 6000);
+        // A late refusal of the first ones can cost one its turn.
+        (0..3).for_each(|_| flood(&one, OUTSIDE, 6000));
+        assert!(remembered() >= 6000, "{}", remembered());
     });
 }
 
