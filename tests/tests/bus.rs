@@ -1112,15 +1112,28 @@ async fn a_server_that_is_going_to_end_is_left_in_time() {
     other.end();
 }
 
-#[tokio::test]
-async fn a_smaller_largest_message_is_kept_to_after_a_reconnect() {
+/// A host on a bus with the usual largest message, which [`resize`] changes by this directory.
+async fn on_a_bus_that_is_resized() -> (Directory, Host) {
     let directory = Directory::new();
     let server = directory.write("server.conf", "max_payload: 1048576");
-    let mut host = Host::with(Setup {
+    let host = Host::with(Setup {
         bus: &["--config", &server],
         ..Setup::default()
     })
     .await;
+    (directory, host)
+}
+
+/// Starts the bus again with another largest message, in bytes.
+async fn resize(directory: &Directory, host: &mut Host, most: u32) {
+    host.stop_bus().await;
+    directory.write("server.conf", &format!("max_payload: {most}"));
+    host.start_bus().await;
+}
+
+#[tokio::test]
+async fn a_smaller_largest_message_is_kept_to_after_a_reconnect() {
+    let (directory, mut host) = on_a_bus_that_is_resized().await;
     let mut output = host.output("lines").await;
     let mut message = host.message("lines", &Droplet::sample("lines"));
     message["env"] = json!(["RATE=200000", "LINES=6000"]);
@@ -1131,9 +1144,7 @@ async fn a_smaller_largest_message_is_kept_to_after_a_reconnect() {
         message["version"] = json!("v".repeat(60));
         host.run(message).await;
     }
-    host.stop_bus().await;
-    directory.write("server.conf", "max_payload: 1400");
-    host.start_bus().await;
+    resize(&directory, &mut host, 1400).await;
     host.logged(0, "max_payload=1400").await;
     for (stream, word) in [("stdout", "out"), ("stderr", "err")] {
         output
@@ -1152,13 +1163,7 @@ async fn a_smaller_largest_message_is_kept_to_after_a_reconnect() {
 
 #[tokio::test]
 async fn an_error_that_does_not_fit_keeps_its_code() {
-    let directory = Directory::new();
-    let server = directory.write("server.conf", "max_payload: 1048576");
-    let mut host = Host::with(Setup {
-        bus: &["--config", &server],
-        ..Setup::default()
-    })
-    .await;
+    let (directory, mut host) = on_a_bus_that_is_resized().await;
     let scale = host.subject("scale");
     // Its message repeats the name.
     let wrong = json!({"droplet": "none", "instances": "x".repeat(40)});
@@ -1167,9 +1172,7 @@ async fn an_error_that_does_not_fit_keeps_its_code() {
     let told = whole["error"]["message"].as_str().unwrap();
     let mut lengths = vec![told.chars().count()];
     for (number, most) in (2..).zip([260, 160, 120]) {
-        host.stop_bus().await;
-        directory.write("server.conf", &format!("max_payload: {most}"));
-        host.start_bus().await;
+        resize(&directory, &mut host, most).await;
         host.logged(0, &format!("connects={number} max_payload={most}"))
             .await;
         let answer = host.request_bytes(&scale, &wrong.to_string()).await;
@@ -1186,9 +1189,7 @@ async fn an_error_that_does_not_fit_keeps_its_code() {
         lengths.is_sorted_by(|one, next| one > next || *next == 0),
         "{lengths:?}"
     );
-    host.stop_bus().await;
-    directory.write("server.conf", "max_payload: 1048576");
-    host.start_bus().await;
+    resize(&directory, &mut host, 1048576).await;
     host.logged(0, "connects=5").await;
     let again = host.request(&scale, &wrong).await;
     assert_eq!(again, whole);
@@ -1196,28 +1197,18 @@ async fn an_error_that_does_not_fit_keeps_its_code() {
 
 #[tokio::test]
 async fn an_event_that_is_too_large_is_said_to_a_server_that_takes_it() {
-    let directory = Directory::new();
-    let server = directory.write("server.conf", "max_payload: 1048576");
-    let mut host = Host::with(Setup {
-        bus: &["--config", &server],
-        ..Setup::default()
-    })
-    .await;
+    let (directory, mut host) = on_a_bus_that_is_resized().await;
     let mut exits = host.watch("droplet.exited").await;
     host.run(host.message("app", &Droplet::shell("sleep infinity")))
         .await;
-    host.stop_bus().await;
-    directory.write("server.conf", "max_payload: 150");
-    host.start_bus().await;
+    resize(&directory, &mut host, 150).await;
     host.logged(0, "max_payload=150").await;
     host.publish(&host.subject("stop"), &json!({"droplet": "app"}))
         .await;
     host.logged(0, "too large for the bus subject=\"droplet.exited\"")
         .await;
     assert!(exits.arrived().is_empty());
-    host.stop_bus().await;
-    directory.write("server.conf", "max_payload: 1048576");
-    host.start_bus().await;
+    resize(&directory, &mut host, 1048576).await;
     let exit = exits.next().await;
     assert_eq!(exit["reason"], "STOPPED");
 }
