@@ -220,6 +220,8 @@ pub struct Instance {
     pub max_cpu_percent: Option<u64>,
     /// How long an app may take to open its port.
     pub health_check_timeout: Duration,
+    /// Between two looks at the port of a running app; nobody looks if absent.
+    pub liveness_interval: Option<Duration>,
     /// Between TERM and KILL.
     pub stop_grace: Duration,
     /// How long a crashed instance is kept for whoever asks.
@@ -342,6 +344,7 @@ struct WrittenInstance {
     max_cpu_shares: u64,
     max_cpu_percent: Option<u64>,
     health_check_timeout: u64,
+    liveness_interval: u64,
     stop_grace: u64,
     crash_lifetime: u64,
     user: String,
@@ -498,6 +501,7 @@ impl Default for WrittenInstance {
             max_cpu_shares: 256,
             max_cpu_percent: None,
             health_check_timeout: 60,
+            liveness_interval: 0,
             stop_grace: 10,
             crash_lifetime: 3600,
             user: "vcap".into(),
@@ -888,6 +892,10 @@ fn instance(written: WrittenInstance) -> Result<Instance, Problem> {
             "instance.health_check_timeout",
             written.health_check_timeout,
         )?,
+        liveness_interval: match written.liveness_interval {
+            0 => None,
+            interval => Some(seconds("instance.liveness_interval", interval)?),
+        },
         stop_grace: seconds("instance.stop_grace", written.stop_grace)?,
         crash_lifetime: seconds("instance.crash_lifetime", written.crash_lifetime)?,
         user: written.user,
@@ -1066,6 +1074,7 @@ fn cgroup_parent(parent: String) -> Result<String, Problem> {
 mod tests {
     use super::{Config, HostService, Overrides, Posture, Secret, Transport, parse};
     use std::path::Path;
+    use std::time::Duration;
 
     fn read(text: &str) -> Result<Config, String> {
         parse(Path::new("ostler.toml"), text, Overrides::default(), 4096).map_err(|e| e.to_string())
@@ -1076,6 +1085,17 @@ mod tests {
         let config = read("").unwrap();
         assert_eq!(config.resources.memory_mb, 4096);
         assert_eq!(config.network.ports, 61001..=65000);
+    }
+
+    #[test]
+    fn nobody_looks_at_running_apps_unless_he_is_told_how_often() {
+        let interval = |text: &str| read(text).map(|config| config.instance.liveness_interval);
+        assert_eq!(interval(""), Ok(None));
+        assert_eq!(interval("[instance]\nliveness_interval = 0"), Ok(None));
+        let ten = interval("[instance]\nliveness_interval = 10");
+        assert_eq!(ten, Ok(Some(Duration::from_secs(10))));
+        let error = interval("[instance]\nliveness_interval = 86401").unwrap_err();
+        assert!(error.contains("`instance.liveness_interval`"), "{error}");
     }
 
     #[test]

@@ -4,7 +4,7 @@ use futures_util::StreamExt;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
-use tests::{Droplet, Host, Network, get, patience, rounds};
+use tests::{Droplet, Host, Network, Output, Setup, get, patience, rounds};
 
 /// The keys of a JSON object, sorted.
 fn keys(value: &Value) -> Vec<&str> {
@@ -194,6 +194,64 @@ async fn a_port_that_never_opens_is_a_crash() {
     host.tree_until("end of the container", |tree| tree.named("wshd").is_empty())
         .await;
     assert_eq!(exits.arrived(), Vec::<Value>::new());
+}
+
+/// An app that accepts connections until one of them says `close`, and lives on.
+fn going_deaf() -> Droplet {
+    Droplet::shell(
+        r#"exec perl -MIO::Socket::INET -e '
+  $| = 1;
+  my $listener = IO::Socket::INET->new(LocalPort => $ENV{PORT}, Listen => 9, ReuseAddr => 1) or die "bind: $!";
+  while (my $client = $listener->accept) {
+    my $line = <$client> // "";
+    print "visited\n";
+    last if $line =~ /close/;
+  }
+  close $listener;
+  print "deaf\n";
+  sleep;
+'
+"#,
+    )
+}
+
+#[tokio::test]
+async fn an_app_that_stops_accepting_is_a_crash_with_its_own_reason_where_that_is_looked_at() {
+    let mut host = Host::with(Setup {
+        config: &[("[network]", "[instance]\nliveness_interval = 1\n[network]")],
+        ..Default::default()
+    })
+    .await;
+    let mut exits = host.watch("droplet.exited").await;
+    let mut unregistered = host.watch("router.unregister").await;
+    // Without a route its port was never waited for: it need not have one.
+    host.run(host.message("worker", &Droplet::sample("sleeper")))
+        .await;
+    let mut output = host.output("deaf").await;
+    let mut message = host.message("deaf", &going_deaf());
+    message["uris"] = json!(["deaf.example.net"]);
+    let answer = host.run(message).await;
+    // The next agent looks on, and more often than would be enough if it found nobody.
+    host.restart().await;
+    let visits = |output: &Output| output.text(0, "stdout").matches("visited").count();
+    let before = visits(&output);
+    output
+        .until("visits", |output| visits(output) > before + 4)
+        .await;
+    assert_eq!(exits.arrived(), Vec::<Value>::new());
+
+    let port = host.record(answer["handle"].as_str().unwrap())["port"].as_u64();
+    drop(get(&format!("127.0.0.1:{}", port.unwrap()), "/close").await);
+    let exit = exits.next().await;
+    assert_eq!(exit["droplet"], "deaf");
+    assert_eq!(exit["reason"], "CRASHED");
+    assert_eq!(exit["exit_description"], "stopped accepting connections");
+    assert_eq!(exit["instance"], answer["instance"]);
+    assert_eq!(
+        unregistered.next().await["uris"],
+        json!(["deaf.example.net"])
+    );
+    host.stop("worker").await;
 }
 
 #[tokio::test]

@@ -63,6 +63,9 @@ pub struct Record {
     /// It has passed its health check: also an EVACUATING one may still be starting.
     #[serde(default)]
     pub healthy: bool,
+    /// It became healthy by accepting a connection at its port.
+    #[serde(default)]
+    pub listens: bool,
     /// Its hook `after_start` is still to be run to its end.
     #[serde(default)]
     pub after_start: bool,
@@ -405,6 +408,7 @@ mod tests {
             oom_kills: 0,
             out_of_memory: false,
             healthy: true,
+            listens: true,
             after_start: false,
             stopping: None,
             failure: None,

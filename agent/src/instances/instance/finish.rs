@@ -38,6 +38,9 @@ const DESCRIPTION_MAX: usize = 500;
 /// Why an app is killed that does not open its port.
 pub(super) const UNHEALTHY: &str = "failed to accept connections within health check timeout";
 
+/// Why an app is killed that does not accept connections any more.
+pub(super) const UNRESPONSIVE: &str = "stopped accepting connections";
+
 /// What ended it.
 #[derive(Debug)]
 pub(super) enum End {
@@ -51,6 +54,8 @@ pub(super) enum End {
     Failed(String),
     /// The health check's time was up.
     Unhealthy,
+    /// It accepted connections, and does so no longer.
+    Unresponsive,
     /// It died while no agent looked, in words, if somebody knows.
     Died(Option<String>),
     /// Its end is recorded already; only what follows it is left to do.
@@ -114,19 +119,23 @@ impl Instance {
         let ask = match end {
             End::Failed(_) | End::Unhealthy => Ask::StartFailed,
             End::OutOfMemory => Ask::OutOfMemory,
-            End::Stop | End::Ended | End::Died(_) | End::Known => Ask::Ended,
+            End::Stop | End::Ended | End::Unresponsive | End::Died(_) | End::Known => Ask::Ended,
         };
         let by = match end {
             End::Ended | End::Died(_) => EndedBy::Itself,
-            End::Stop | End::OutOfMemory | End::Failed(_) | End::Unhealthy | End::Known => {
-                EndedBy::Us
-            }
+            End::Stop
+            | End::OutOfMemory
+            | End::Failed(_)
+            | End::Unhealthy
+            | End::Unresponsive
+            | End::Known => EndedBy::Us,
         };
         // The rest goes with the one that the kernel killed; and the job's own status comes first.
-        let kills = matches!(end, End::OutOfMemory | End::Unhealthy);
+        let kills = matches!(end, End::OutOfMemory | End::Unhealthy | End::Unresponsive);
         let words = match end {
             End::Failed(why) => Some(describe_failure(&why)),
             End::Unhealthy => Some(UNHEALTHY.to_owned()),
+            End::Unresponsive => Some(UNRESPONSIVE.to_owned()),
             End::Died(reason) => reason,
             End::Stop | End::Ended | End::OutOfMemory | End::Known => None,
         };

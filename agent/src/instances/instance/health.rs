@@ -1,12 +1,14 @@
-//! Whether an app that was started serves: its port opens, or its state file says RUNNING.
+//! Whether an app that was started serves: its port opens, or its state file says RUNNING. And whether one that
+//! did so still does.
 
 use crate::host::depot::disk::Disk;
 use crate::instances::droplets::tree::{Symlinks, read_text};
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval_at, sleep, timeout};
 
 /// Between two looks (DEA: 0.5 s). An app gives no sign of its own that it listens.
 const INTERVAL: Duration = Duration::from_millis(500);
@@ -16,6 +18,12 @@ const FIRST: Duration = Duration::from_millis(10);
 
 /// A state file's limit (DEA: 300 s, whatever the message says).
 pub(super) const STATE_FILE_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// What a connection may take that is accepted by the kernel alone. After a second a lost SYN is sent again (RFC 6298).
+const ACCEPTED_WITHIN: Duration = Duration::from_secs(1);
+
+/// So many looks in a row must find nobody before an app counts as unresponsive.
+const LOOKS: u32 = 3;
 
 /// What is looked at.
 #[derive(Debug)]
@@ -49,12 +57,7 @@ async fn until_healthy(check: &Check) {
 async fn looks_healthy(check: &Check) -> bool {
     match check {
         Check::None => true,
-        Check::Port(address) => {
-            matches!(
-                timeout(Duration::from_secs(1), TcpStream::connect(address)).await,
-                Ok(Ok(_))
-            )
-        }
+        Check::Port(address) => accepts(*address).await == Some(true),
         Check::StateFile { disk, path } => {
             let (disk, path) = (Arc::clone(disk), path.clone());
             let read =
@@ -65,6 +68,43 @@ async fn looks_healthy(check: &Check) -> bool {
     }
 }
 
+/// Looks at `address` every `interval`; resolves once nobody has accepted there for [`LOOKS`] looks in a row.
+pub(super) async fn unresponsive(address: SocketAddr, interval: Duration) {
+    let mut looks = interval_at(Instant::now() + interval, interval);
+    // After a pause of this host an app has its time again.
+    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut missed = 0;
+    while missed < LOOKS {
+        looks.tick().await;
+        missed = match accepts(address).await {
+            Some(true) => 0,
+            Some(false) => missed + 1,
+            None => missed,
+        };
+    }
+}
+
+/// Whether a connection is accepted there; `None` if that cannot be found out.
+async fn accepts(address: SocketAddr) -> Option<bool> {
+    match timeout(ACCEPTED_WITHIN, TcpStream::connect(address)).await {
+        Ok(connected) => told(&connected.map(drop)),
+        Err(_late) => Some(false),
+    }
+}
+
+/// What a connect tells of who should accept it. What this host lacks (descriptors, ports, memory) tells nothing.
+fn told(connected: &io::Result<()>) -> Option<bool> {
+    let Err(error) = connected else {
+        return Some(true);
+    };
+    let theirs = [
+        io::ErrorKind::ConnectionRefused,
+        io::ErrorKind::ConnectionReset,
+        io::ErrorKind::TimedOut,
+    ];
+    theirs.contains(&error.kind()).then_some(false)
+}
+
 fn says_running(bytes: &[u8]) -> bool {
     serde_json::from_slice::<serde_json::Value>(bytes)
         .is_ok_and(|json| json.get("state").and_then(|state| state.as_str()) == Some("RUNNING"))
@@ -72,8 +112,10 @@ fn says_running(bytes: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Check, healthy, says_running};
+    use super::{Check, LOOKS, healthy, says_running, told, unresponsive};
+    use nix::errno::Errno;
     use std::time::Duration;
+    use tokio::time::timeout;
 
     #[test]
     fn only_running_is_running() {
@@ -87,6 +129,47 @@ mod tests {
         ] {
             assert!(!says_running(other));
         }
+    }
+
+    #[test]
+    fn what_this_host_lacks_is_no_fault_of_an_app() {
+        assert_eq!(told(&Ok(())), Some(true));
+        for theirs in [Errno::ECONNREFUSED, Errno::ECONNRESET, Errno::ETIMEDOUT] {
+            assert_eq!(told(&Err(theirs.into())), Some(false), "{theirs}");
+        }
+        for ours in [
+            Errno::EMFILE,
+            Errno::ENFILE,
+            Errno::EADDRNOTAVAIL,
+            Errno::ENOBUFS,
+            Errno::ENOMEM,
+            Errno::EPERM,
+            Errno::ENETUNREACH,
+        ] {
+            assert_eq!(told(&Err(ours.into())), None, "{ours}");
+        }
+    }
+
+    #[tokio::test]
+    async fn only_looks_in_a_row_make_an_app_unresponsive() {
+        let often = Duration::from_millis(20);
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let watching = tokio::spawn(unresponsive(address, often));
+        let accepted = tokio::task::spawn_blocking(move || {
+            // One look more than would be enough, had they found nobody.
+            for _ in 0..=LOOKS {
+                listener.accept().unwrap();
+            }
+            listener
+        });
+        let listener = accepted.await.unwrap();
+        assert!(!watching.is_finished());
+        drop(listener);
+        timeout(Duration::from_secs(60), watching)
+            .await
+            .unwrap()
+            .unwrap();
     }
 
     #[tokio::test]

@@ -1,6 +1,6 @@
 //! From an accepted start to RUNNING, and from a record back to where it was.
 
-use super::finish::{End, UNHEALTHY};
+use super::finish::{End, UNHEALTHY, UNRESPONSIVE};
 use super::health::{self, Check};
 use super::hooks::Hook;
 use super::{Instance, Interrupt, Remains, job_is, limit_disk};
@@ -103,6 +103,7 @@ impl Instance {
             return match &self.record.failure {
                 _ if self.record.out_of_memory => End::OutOfMemory,
                 Some(words) if words == UNHEALTHY => End::Unhealthy,
+                Some(words) if words == UNRESPONSIVE => End::Unresponsive,
                 failure => End::Died(failure.clone()),
             };
         }
@@ -261,10 +262,25 @@ impl Instance {
             self.record.after_start = false;
             self.keep().await;
         }
-        match self.attend(std::future::pending::<()>()).await {
+        let looks = self.world.config.instance.liveness_interval;
+        let address = self.address().filter(|_| self.record.listens);
+        let unresponsive = async move {
+            match looks.zip(address) {
+                Some((interval, address)) => health::unresponsive(address, interval).await,
+                None => std::future::pending().await,
+            }
+        };
+        match self.attend(unresponsive).await {
             Err(interrupt) => interrupt.into(),
-            Ok(()) => End::Stop,
+            Ok(()) => End::Unresponsive,
         }
+    }
+
+    /// Where its app listens, if it does.
+    fn address(&self) -> Option<SocketAddr> {
+        let container = self.container.as_ref()?;
+        let port = self.record.port?;
+        Some(SocketAddr::from((container.saved().lease.container, port)))
     }
 
     async fn start(&mut self) -> Result<(), End> {
@@ -502,10 +518,11 @@ impl Instance {
 
     async fn become_healthy(&mut self, layer: &Path) -> Result<(), End> {
         let (check, limit) = self.check(layer).await?;
+        let listens = matches!(check, Check::Port(_));
         if !self.attend(health::healthy(check, limit)).await? {
             return Err(End::Unhealthy);
         }
-        self.record.healthy = true;
+        (self.record.healthy, self.record.listens) = (true, listens);
         self.record.after_start = self.world.config.hooks.after_start.is_some();
         if !self.enter(Ask::Healthy).await {
             // It stays EVACUATING, and serves from now on.
@@ -525,7 +542,7 @@ impl Instance {
         let Some(container) = &self.container else {
             return Ok((Check::None, limit));
         };
-        Ok(match (state_file.zip(container.disk()), self.record.port) {
+        Ok(match (state_file.zip(container.disk()), self.address()) {
             (Some((path, disk)), _) => {
                 let check = Check::StateFile {
                     disk,
@@ -533,10 +550,7 @@ impl Instance {
                 };
                 (check, health::STATE_FILE_TIMEOUT)
             }
-            (None, Some(port)) if !self.record.uris.is_empty() => {
-                let address = container.saved().lease.container;
-                (Check::Port(SocketAddr::from((address, port))), limit)
-            }
+            (None, Some(address)) if !self.record.uris.is_empty() => (Check::Port(address), limit),
             (None, _) => (Check::None, limit),
         })
     }

@@ -307,6 +307,7 @@ impl Stable {
             oom_kills: 0,
             out_of_memory: false,
             healthy: false,
+            listens: false,
             after_start: false,
             stopping: None,
             failure: None,
