@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use std::fs;
 use std::path::Path;
 use std::time::Instant;
-use tests::{Droplet, Host, Network, Running, Setup, Tree, patience, tool};
+use tests::{Droplet, Host, Network, Running, Setup, Tree, patience, skip, tool};
 
 #[tokio::test]
 async fn memory_ends_the_hog_and_no_neighbour() {
@@ -33,6 +33,73 @@ async fn memory_ends_the_hog_and_no_neighbour() {
     }
     assert!(neighbour.lives());
     host.stop("neighbour").await;
+}
+
+/// 256 MB of swap, for the whole machine, until this is dropped.
+struct Swap;
+
+impl Swap {
+    const FILE: &str = "/var/tmp/ostler-test-swap";
+
+    fn on() -> Self {
+        let of = format!("of={}", Self::FILE);
+        tool(
+            "dd",
+            &["if=/dev/zero", &of, "bs=1M", "count=256", "status=none"],
+        );
+        tool("chmod", &["600", Self::FILE]);
+        tool("mkswap", &[Self::FILE]);
+        tool("swapon", &[Self::FILE]);
+        Self
+    }
+
+    /// Pages that were written to it so far (proc(5), `/proc/vmstat`).
+    fn written() -> u64 {
+        let text = fs::read_to_string("/proc/vmstat").unwrap();
+        let pages = text.lines().find_map(|line| line.strip_prefix("pswpout "));
+        pages.unwrap().parse().unwrap()
+    }
+}
+
+impl Drop for Swap {
+    fn drop(&mut self) {
+        tool("swapoff", &[Self::FILE]);
+        fs::remove_file(Self::FILE).unwrap();
+    }
+}
+
+/// In the virtual machine only: swap is the whole machine's.
+#[tokio::test]
+async fn memory_beyond_the_limit_is_not_had_from_swap() {
+    if std::env::var_os("OSTLER_VM").is_none() {
+        return skip("swap, here: it is tried in the virtual machine");
+    }
+    let _swap = Swap::on();
+    let (group, limit) = match tests::is_cgroup_v2() {
+        true => ("/sys/fs/cgroup/swaps", "memory.max"),
+        false => ("/sys/fs/cgroup/memory/swaps", "memory.limit_in_bytes"),
+    };
+    // Whoever has no limit but that of memory gets the rest from swap.
+    let before = Swap::written();
+    let script = format!(
+        "mkdir {group}; echo $((32 << 20)) >{group}/{limit}; \
+         (echo $BASHPID >{group}/cgroup.procs; exec perl -e '$x = \"x\" x (80 << 20); print \"lived\"'); \
+         rmdir {group}"
+    );
+    assert_eq!(tool("bash", &["-c", &script]), "lived");
+    let swapped = Swap::written() - before;
+    assert!(swapped > (40 << 20) / 4096, "{swapped} pages");
+
+    let host = Host::start().await;
+    let mut ooms = host.watch("droplet.oom").await;
+    let before = Swap::written();
+    let mut message = host.message("hog", &Droplet::sample("hog"));
+    message["limits"]["mem"] = json!(32);
+    host.publish(&host.subject("start"), &message).await;
+    let oom = ooms.next().await;
+    assert_eq!(oom["victim"]["comm"], "hog", "{oom}");
+    let swapped = Swap::written() - before;
+    assert!(swapped < (4 << 20) / 4096, "{swapped} pages");
 }
 
 #[tokio::test]

@@ -79,6 +79,7 @@ fn wanted(config: &Config) -> Wanted<'_> {
         cgroup_parent: &config.cgroup_parent,
         ports: config.network.ports.clone(),
         disk: config.instance.disk,
+        cpu_cap: config.instance.max_cpu_percent,
         helpers: &config.helpers,
     }
 }

@@ -5,7 +5,7 @@
 //! without it, in the same words in which `ostler doctor` tells it (but for the network's rules, which it
 //! tries by loading them). To be called while the process has one thread: it forks.
 
-use super::cgroups::{CgroupError, Cgroups, Controller};
+use super::cgroups::{CgroupError, Cgroups, Look};
 use super::depot::disk;
 use super::network;
 use container::launch::Ids;
@@ -78,6 +78,8 @@ pub struct Wanted<'a> {
     pub ports: RangeInclusive<u16>,
     /// How writable layers are to be bounded.
     pub disk: disk::Wanted,
+    /// The cap on an instance's processor time, in hundredths of a processor, if there is to be one.
+    pub cpu_cap: Option<u64>,
     /// Where the helpers are.
     pub helpers: &'a Path,
 }
@@ -116,7 +118,8 @@ pub fn required(wanted: &Wanted<'_>) -> Vec<Finding> {
     ];
     found.extend(layers(wanted));
     let swaps = read_trimmed("/proc/swaps").unwrap_or_default();
-    found.extend(cgroups(Cgroups::look(wanted.cgroup_parent), &swaps));
+    let look = Cgroups::look(wanted.cgroup_parent);
+    found.extend(cgroups(look, &swaps, wanted.cpu_cap));
     found.extend([links(elsewhere(network::try_link)), helpers(wanted.helpers)]);
     found
 }
@@ -434,12 +437,9 @@ fn ended(child: &OwnedFd) -> Result<i32, Errno> {
     }
 }
 
-/// Of what this host has, and of the text of `/proc/swaps` (proc(5)).
-fn cgroups(
-    look: Result<(Vec<Controller>, Option<bool>), CgroupError>,
-    swaps: &str,
-) -> Vec<Finding> {
-    let (controllers, swap_limited) = match look {
+/// Of what this host has, of the text of `/proc/swaps` (proc(5)), and of the cap that is wanted.
+fn cgroups(look: Result<Look, CgroupError>, swaps: &str, wanted_cap: Option<u64>) -> Vec<Finding> {
+    let look = match look {
         Ok(found) => found,
         Err(error) => {
             let mut meaning = error.to_string();
@@ -449,7 +449,7 @@ fn cgroups(
             return vec![finding("control groups", Level::Missing, meaning, "")];
         }
     };
-    let found = controllers.into_iter().map(|(controller, version)| {
+    let found = look.controllers.into_iter().map(|(controller, version)| {
         let name = format!("control group {controller}");
         let Some(version) = version else {
             // That of freezing: without another there is no layout.
@@ -463,7 +463,22 @@ fn cgroups(
         };
         ok(&name, version.to_string())
     });
-    found.chain([swap(swap_limited, swaps)]).collect()
+    let more = [swap(look.swap, swaps), cpu_cap(look.cpu_cap, wanted_cap)];
+    found.chain(more).collect()
+}
+
+fn cpu_cap(possible: Option<bool>, wanted: Option<u64>) -> Finding {
+    let name = "control group cpu cap";
+    match (possible, wanted) {
+        (Some(true), _) => ok(name, "possible"),
+        (None, _) => ok(name, "no group shows yet whether it is possible"),
+        (Some(false), None) => ok(name, "not possible, and not wanted"),
+        (Some(false), Some(percent)) => {
+            let meaning = format!("not possible, and `instance.max_cpu_percent` is {percent}");
+            let advice = "Leave it out, or boot a kernel with CONFIG_CFS_BANDWIDTH";
+            finding(name, Level::Missing, meaning, advice)
+        }
+    }
 }
 
 fn swap(limited: Option<bool>, swaps: &str) -> Finding {
@@ -804,13 +819,29 @@ mod tests {
             (swap(Some(false), ""), Level::Ok, "has none"),
             (swap(Some(false), some), Level::Missing, "swapaccount=1"),
         ]);
-        let found = cgroups(Ok((vec![("freezer", None)], Some(true))), none);
+        judged([
+            (cpu_cap(Some(true), Some(50)), Level::Ok, "possible"),
+            (cpu_cap(None, Some(50)), Level::Ok, "yet"),
+            (cpu_cap(Some(false), None), Level::Ok, "not wanted"),
+            (
+                cpu_cap(Some(false), Some(50)),
+                Level::Missing,
+                "CONFIG_CFS_BANDWIDTH",
+            ),
+        ]);
+        let look = Look {
+            controllers: vec![("freezer", None)],
+            swap: Some(true),
+            cpu_cap: Some(true),
+        };
+        let found = cgroups(Ok(look), none, None);
         let found = found.iter().map(|found| (&*found.name, found.level));
         assert_eq!(
             found.collect::<Vec<_>>(),
             [
                 ("control group freezer", Level::Warn),
-                ("control group swap", Level::Ok)
+                ("control group swap", Level::Ok),
+                ("control group cpu cap", Level::Ok)
             ]
         );
         for (error, word) in [
@@ -819,7 +850,7 @@ mod tests {
             (CgroupError::NoPids, "'pids'"),
             (CgroupError::NoDevices, "devices"),
         ] {
-            let found = cgroups(Err(error), none);
+            let found = cgroups(Err(error), none, None);
             assert_eq!(found.len(), 1);
             assert_eq!(found[0].level, Level::Missing);
             assert!(found[0].meaning.contains(word), "{}", found[0]);

@@ -107,10 +107,7 @@ impl Group {
     /// text.
     fn cpu_cap(&self) -> Option<(PathBuf, String)> {
         let place = &self.layout.cpu;
-        let file = self.directory(place).join(match place.version {
-            Version::V1 => "cpu.cfs_quota_us",
-            Version::V2 => "cpu.max",
-        });
+        let file = self.directory(place).join(cpu_cap_file(place.version));
         let text = fs::read_to_string(&file).ok()?;
         Some((file, text))
     }
@@ -175,6 +172,22 @@ pub(super) fn swap_file(version: Version) -> &'static str {
     match version {
         Version::V1 => "memory.memsw.limit_in_bytes",
         Version::V2 => "memory.swap.max",
+    }
+}
+
+/// The file with the shares of processor time.
+pub(super) fn shares_file(version: Version) -> &'static str {
+    match version {
+        Version::V1 => "cpu.shares",
+        Version::V2 => "cpu.weight",
+    }
+}
+
+/// The file with the cap on processor time, in kernels that have one.
+pub(super) fn cpu_cap_file(version: Version) -> &'static str {
+    match version {
+        Version::V1 => "cpu.cfs_quota_us",
+        Version::V2 => "cpu.max",
     }
 }
 

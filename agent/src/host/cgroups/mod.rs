@@ -137,6 +137,29 @@ pub struct Cgroups {
     devices: Confinement,
 }
 
+/// What a host's control groups can do. `None`: no group shows it yet.
+#[derive(Debug, Clone)]
+pub struct Look {
+    /// Each controller with its generation.
+    pub controllers: Vec<Controller>,
+    /// Whether swap is counted.
+    pub swap: Option<bool>,
+    /// Whether processor time can be capped.
+    pub cpu_cap: Option<bool>,
+}
+
+/// Whether groups that have `sign` have `file`, too. The root of v2 has no limits; any group below it has that may
+/// have some.
+fn shown(mount: &Path, sign: &str, file: &str) -> Option<bool> {
+    let groups = fs::read_dir(mount).into_iter().flatten().flatten();
+    let groups = std::iter::once(mount.to_owned()).chain(groups.map(|group| group.path()));
+    let shown: Vec<bool> = groups
+        .filter(|group| group.join(sign).exists())
+        .map(|group| group.join(file).exists())
+        .collect();
+    (!shown.is_empty()).then(|| shown.contains(&true))
+}
+
 impl Cgroups {
     /// Finds this host's hierarchies and makes the group `parent` (a path; slashes around it
     /// are ignored) below the visible root of each.
@@ -150,25 +173,26 @@ impl Cgroups {
         Ok(cgroups)
     }
 
-    /// Each controller with its generation, and whether swap is counted, whether or not there is a parent;
-    /// nothing is made. `None`: no group shows it yet.
+    /// What there is, whether or not there is a parent; nothing is made.
     ///
     /// # Errors
     /// As [`Self::open`].
-    pub fn look(parent: &str) -> Result<(Vec<Controller>, Option<bool>), CgroupError> {
-        let cgroups = Self::find(parent)?;
-        let memory = &cgroups.layout.memory;
-        let groups = fs::read_dir(&memory.mount).into_iter().flatten().flatten();
-        let groups = groups.map(|group| group.path());
-        // The root of v2 has no limits; any group below it has that may have some.
-        let swap = limits::swap_file(memory.version);
-        let shown: Vec<bool> = std::iter::once(memory.mount.clone())
-            .chain(groups)
-            .filter(|group| group.join(limits::memory_file(memory.version)).exists())
-            .map(|group| group.join(swap).exists())
-            .collect();
-        let limited = (!shown.is_empty()).then(|| shown.contains(&true));
-        Ok((cgroups.layout.controllers().to_vec(), limited))
+    pub fn look(parent: &str) -> Result<Look, CgroupError> {
+        let layout = Self::find(parent)?.layout;
+        let (memory, cpu) = (&layout.memory, &layout.cpu);
+        let (limit, swap) = (
+            limits::memory_file(memory.version),
+            limits::swap_file(memory.version),
+        );
+        let (shares, cap) = (
+            limits::shares_file(cpu.version),
+            limits::cpu_cap_file(cpu.version),
+        );
+        Ok(Look {
+            controllers: layout.controllers().to_vec(),
+            swap: shown(&memory.mount, limit, swap),
+            cpu_cap: shown(&cpu.mount, shares, cap),
+        })
     }
 
     fn find(parent: &str) -> Result<Self, CgroupError> {
