@@ -256,9 +256,11 @@ fn host_id(base: &Path) -> Outcome<String> {
     }
 }
 
-async fn run(config: Config, access: Access) -> Outcome<()> {
+async fn run(mut config: Config, access: Access) -> Outcome<()> {
     let mut signals = Signals::listen()?;
     let page = metrics::listen(config.metrics).await?;
+    // Its port may have been left to the kernel.
+    config.metrics = page.as_ref().map(TcpListener::local_addr).transpose()?;
     tokio::spawn(quiet::tell());
     let id = host_id(&config.base)?;
     let engine = Engine::open(engine_config(&config)).await?;

@@ -55,6 +55,8 @@ pub fn page(head: &[u8]) -> Option<&'static str> {
     match http::asked(head).ok()? {
         http::Page::Metrics => Some("/metrics"),
         http::Page::Health => Some("/health"),
+        http::Page::Healthz => Some("/healthz"),
+        http::Page::Varz => Some("/varz"),
     }
 }
 

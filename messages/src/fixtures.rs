@@ -2,8 +2,9 @@
 
 use crate::command::{Asked, Command, parse};
 use crate::outgoing::{
-    Advertise, DiskUse, DropletStatus, Exited, FindReply, Goodbye, Heartbeat, HeartbeatEntry,
-    Hello, PlacementProperties, Reason, Route, Stats, StatusReply, ToBytes, Usage,
+    Advertise, Component, DiskUse, DropletStatus, Exited, FindReply, Goodbye, Heartbeat,
+    HeartbeatEntry, Hello, PlacementProperties, Reason, Route, Stats, StatusReply, ToBytes, Usage,
+    uptime, usage_time,
 };
 use crate::start::StartRequest;
 use crate::state::State;
@@ -48,6 +49,21 @@ fn start() -> StartRequest {
         panic!("no start");
     };
     *request
+}
+
+#[test]
+fn a_component_is_told_as_it_was() {
+    let component = Component {
+        r#type: "DEA",
+        index: 0,
+        uuid: "0-4f2a9b7c1d3e4f5a8b9c0d1e2f3a4b5c".into(),
+        host: "10.0.16.23:34501".into(),
+        credentials: ["varz".into(), "p4ss".into()],
+        start: usage_time(1_399_370_401),
+        uptime: Some(uptime(312)),
+    };
+    same(&component, "vcap.component.discover-reply");
+    assert_eq!(uptime(86_400 + 2 * 3600 + 59), "1d:2h:0m:59s");
 }
 
 #[test]

@@ -96,6 +96,38 @@ pub struct Goodbye {
     pub app_id_to_count: BTreeMap<String, u64>,
 }
 
+/// `vcap.component.announce`, and the answer to `vcap.component.discover` (protocol 2.13): where a host tells over HTTP how it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Component {
+    /// What it is.
+    pub r#type: &'static str,
+    /// Its index.
+    pub index: u32,
+    /// `<index>-<32hex>`: its index and id.
+    pub uuid: String,
+    /// Address and port.
+    pub host: String,
+    /// User and password for it, which everybody on the bus can read.
+    pub credentials: [String; 2],
+    /// When its agent began: see [`usage_time`].
+    pub start: String,
+    /// For how long it has run: see [`uptime`]. Not announced.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub uptime: Option<String>,
+}
+
+/// So many seconds as `0d:0h:5m:12s`.
+#[must_use]
+pub fn uptime(seconds: u64) -> String {
+    let (days, rest) = (seconds / 86_400, seconds % 86_400);
+    format!(
+        "{days}d:{}h:{}m:{}s",
+        rest / 3600,
+        rest / 60 % 60,
+        rest % 60
+    )
+}
+
 /// `dea.heartbeat`: the complete state of a host.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Heartbeat {

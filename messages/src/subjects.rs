@@ -19,6 +19,11 @@ pub const ROUTER_REGISTER: &str = "router.register";
 /// A route is served no longer.
 pub const ROUTER_UNREGISTER: &str = "router.unregister";
 
+/// Where a host tells over HTTP how it is.
+pub const COMPONENT_ANNOUNCE: &str = "vcap.component.announce";
+/// Who tells that, is asked here.
+pub const COMPONENT_DISCOVER: &str = "vcap.component.discover";
+
 /// Longest id, in characters.
 pub const TOKEN_MAX: usize = 128;
 

@@ -7,7 +7,7 @@
 use serde_json::Value;
 
 /// Where agents speak on their own.
-pub const SUBJECTS: [&str; 8] = [
+pub const SUBJECTS: [&str; 9] = [
     "dea.start",
     "dea.advertise",
     "dea.heartbeat",
@@ -16,6 +16,7 @@ pub const SUBJECTS: [&str; 8] = [
     "droplet.oom",
     "router.register",
     "router.unregister",
+    "vcap.component.announce",
 ];
 
 /// What a field must be.
@@ -233,6 +234,17 @@ const USAGE: &[Field] = &[
     (Perhaps, "disk", IntOrNull),
 ];
 
+/// Also the answer to `vcap.component.discover`.
+const COMPONENT: &[Field] = &[
+    (Always, "type", OneOf(&["DEA"])),
+    (Always, "index", Index),
+    (Always, "uuid", Text),
+    (Always, "host", Text),
+    (Always, "credentials", Texts),
+    (Always, "start", Text),
+    (Perhaps, "uptime", Text),
+];
+
 const ERROR: &[Field] = &[
     (Always, "code", Text),
     (Always, "message", Text),
@@ -245,6 +257,7 @@ const ANSWERS: &[(&str, &[Field])] = &[
     ("max_memory", STATUS),
     ("ip", HELLO),
     ("uris", DROPLET_STATUS),
+    ("credentials", COMPONENT),
 ];
 
 /// Whether what an agent said on `subject` can be read by whom it is for. What is on none of an agent's subjects
@@ -261,6 +274,7 @@ pub fn check(subject: &str, message: &Value) -> Result<(), String> {
         "droplet.exited" => EXITED,
         "droplet.oom" => OOM,
         "router.register" | "router.unregister" => ROUTE,
+        "vcap.component.announce" => COMPONENT,
         inbox if inbox.starts_with("_INBOX.") => return answer(message),
         _ => return Ok(()),
     };

@@ -652,6 +652,7 @@ async fn each_role_is_kept_to_its_subjects() {
         "droplet.status",
         "healthmanager.start",
         "router.start",
+        "vcap.component.discover",
     ];
     let words = [
         "dea.start",
@@ -662,6 +663,7 @@ async fn each_role_is_kept_to_its_subjects() {
         "droplet.oom",
         "router.register",
         "router.unregister",
+        "vcap.component.announce",
     ];
     let mut asked = vec![own("*"), format!("_INBOX_{id}.>"), "dea.status".into()];
     for verb in ["PING", "INFO", "STATS"] {
@@ -936,16 +938,26 @@ async fn connection(address: &str, name: &str) -> Option<serde_json::Value> {
 
 #[tokio::test]
 async fn a_host_has_a_name_and_an_inbox_of_its_own() {
-    inbox_of(&[], None).await;
+    inbox_of(&[], &[], None).await;
     let url = "url = \"nats://127.0.0.1:4222\"";
     let with_prefix = format!("{url}\ninbox_prefix = \"_INBOX_of.mine\"");
-    inbox_of(&[(url, &with_prefix)], Some("_INBOX_of.mine.")).await;
+    inbox_of(&[(url, &with_prefix)], &[], Some("_INBOX_of.mine.")).await;
+    let directory = Directory::new();
+    fs::create_dir_all(directory.0.join("nats/context")).unwrap();
+    directory.write(
+        "nats/context/here.json",
+        r#"{"url":"","inbox_prefix":"_INBOX_of.context"}"#,
+    );
+    let at = directory.0.display().to_string();
+    let context = [("XDG_CONFIG_HOME", &*at), ("NATS_CONTEXT", "here")];
+    inbox_of(&[], &context, Some("_INBOX_of.context.")).await;
 }
 
 /// Sees the name and the only inbox of a host on the wire. Without a `prefix` the inbox has the host's id.
-async fn inbox_of(config: &[(&str, &str)], prefix: Option<&str>) {
+async fn inbox_of(config: &[(&str, &str)], agent_env: &[(&str, &str)], prefix: Option<&str>) {
     let host = Host::with(Setup {
         config,
+        agent_env,
         bus: &["--http_port", "8222"],
         ..Setup::default()
     })

@@ -1,10 +1,11 @@
 //! Metrics and health over HTTP: they tell what the bus tells, find out what is broken, and nobody who asks harms anybody.
 
+use async_nats::{Message, StatusCode};
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
-use tests::{Droplet, Frozen, Host, Running, Setup, get, patience};
+use tests::{Droplet, Frozen, Host, Network, Question, Running, Setup, get, patience};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -269,6 +270,90 @@ async fn whoever_does_not_switch_it_on_has_no_port_open() {
     let host = Host::start().await;
     assert_eq!(listening(host.agent()), Vec::<String>::new());
     assert!(TcpStream::connect(PAGE).await.is_err());
+    assert_eq!(discovered(&host, 0).await, Vec::<Value>::new());
+}
+
+/// What comes back if a collector asks, as one does: with nothing for a body.
+async fn discovered(host: &Host, answers: usize) -> Vec<Value> {
+    let question = Question {
+        subject: "vcap.component.discover".into(),
+        body: Vec::new(),
+        answers,
+    };
+    let mut told = host.ask_each(&[question]).await.remove(0);
+    // Where nobody listens, the server says so.
+    told.retain(|message| message.status != Some(StatusCode::NO_RESPONDERS));
+    let read = |message: Message| serde_json::from_slice(&message.payload).unwrap();
+    told.into_iter().map(read).collect()
+}
+
+/// The body of one of the pages for collectors.
+async fn page(path: &str) -> (u16, String) {
+    get(PAGE, path).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_collector_finds_the_host_and_reads_its_pages() {
+    let mut host = Host::with(Setup {
+        config: &[("[cgroup]", "[metrics]\nlisten = \"0.0.0.0:9464\"\n[cgroup]")],
+        ..Default::default()
+    })
+    .await;
+    let mut announced = host.watch("vcap.component.announce").await;
+    host.restart().await;
+    let component = announced.next().await;
+    assert_eq!(component["type"], "DEA");
+    assert_eq!(component["uuid"], format!("0-{}", host.id.replace('-', "")));
+    // Where it can be reached by others.
+    assert_eq!(component["host"], format!("{}:9464", Network::HOST));
+    assert_eq!(component["credentials"], json!(["", ""]));
+    assert!(component.get("uptime").is_none(), "{component}");
+
+    let message = host.message("app", &Droplet::sample("sleeper"));
+    let answer = host.run(message.clone()).await;
+    // As a collector asks: with nothing for a body. Each host answers once.
+    let [mut found] = discovered(&host, 1).await.try_into().unwrap();
+    let uptime = found.as_object_mut().unwrap().remove("uptime").unwrap();
+    assert!(uptime.as_str().unwrap().starts_with("0d:0h:"), "{uptime}");
+    assert_eq!(found, component);
+
+    assert_eq!(page("/healthz").await, (200, "ok\n".to_owned()));
+    let (status, varz) = page("/varz").await;
+    let mut varz: Value = serde_json::from_str(&varz).unwrap();
+    assert_eq!(status, 200);
+    assert!(
+        varz["mem"].as_u64().unwrap() > 1000 && varz["cpu"].is_number(),
+        "{varz}"
+    );
+    assert!(varz["num_cores"].as_u64().unwrap() > 0, "{varz}");
+    // What `handlers/dea.rb` of the collector reads.
+    assert_eq!(varz["can_stage"], 0);
+    assert_eq!(varz["reservable_stagers"], 0);
+    assert_eq!(
+        varz["stacks"],
+        host.watch("dea.advertise").await.next().await["stacks"]
+    );
+    for ratio in ["available_memory_ratio", "available_disk_ratio"] {
+        assert!(
+            (0.0..1.0).contains(&varz[ratio].as_f64().unwrap()),
+            "{ratio}: {varz}"
+        );
+    }
+    let instance = answer["instance"].as_str().unwrap();
+    let limits = &message["limits"];
+    let registered = json!({"app": {instance: {"state": "RUNNING", "limits": {
+        "mem": limits["mem"], "disk": limits["disk"], "fds": limits["fds"],
+    }}}});
+    assert_eq!(varz["instance_registry"], registered);
+    for (key, value) in component.as_object().unwrap() {
+        assert_eq!(varz[key].take(), *value, "{key}");
+    }
+
+    host.stop_bus().await;
+    assert_eq!(page("/healthz").await, (503, "failing: bus\n".to_owned()));
+    host.start_bus().await;
+    failing(&[]).await;
+    host.stop("app").await;
 }
 
 #[tokio::test]

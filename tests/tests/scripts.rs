@@ -1,9 +1,13 @@
-//! The requests of `fixtures/nats-cli/session.sh`, byte for byte, without the CLI: what it waits for comes.
+//! The requests of `fixtures/nats-cli/session.sh` and of `docs/bus.md`, byte for byte, without the CLI: what the script
+//! waits for and what the page shows comes.
 
+use futures_util::StreamExt;
 use nix::sys::signal::Signal;
-use serde_json::Value;
+use serde_json::{Map, Value, json};
+use std::collections::BTreeSet;
 use std::time::Duration;
-use tests::{Body, Droplet, Host, fixtures};
+use tests::{Body, Droplet, Host, Setup, fixtures, get, patience, tool};
+use tokio::time::{Instant, sleep, timeout};
 
 /// Silence after which no further answer comes.
 const SILENCE: Duration = Duration::from_millis(1500);
@@ -122,67 +126,234 @@ async fn a_session_of_the_stock_cli_is_answered_as_its_script_expects() {
     assert_eq!(answer["error"]["code"], "shutting_down", "{answer}");
 }
 
-/// What stands in the documentation to be pasted: (subject, body).
-fn documented() -> Vec<(String, String)> {
+/// What the page shows as it is on any host. Of all else it shows what fields there are, and of what type.
+const EXACT: [&str; 20] = [
+    "code",
+    "droplet",
+    "exit_description",
+    "exit_status",
+    "fds_quota",
+    "file",
+    "index",
+    "matched",
+    "mem_quota",
+    "name",
+    "next",
+    "offset",
+    "ok",
+    "oom",
+    "retryable",
+    "signal",
+    "state",
+    "text",
+    "type",
+    "uris",
+];
+
+/// The triggers, and where a host then says something.
+const TRIGGERS: [(&str, &str); 3] = [
+    ("dea.locate", "dea.advertise"),
+    ("healthmanager.start", "dea.heartbeat"),
+    ("router.start", "router.register"),
+];
+
+/// Crashes as the page shows: with these bytes in `stderr`, and a log file of its own.
+const CRASHES: &str = r#"echo begins
+echo more >../logs/app.log
+echo "main.rb:3:in \`<main>': undefined method (NoMethodError)" >&2
+exit 1"#;
+
+/// The commands of docs/bus.md, in its order, each with the text of the answer that stands below it.
+fn shown() -> Vec<(String, String)> {
     let text = std::fs::read_to_string(fixtures().join("../docs/bus.md")).unwrap();
-    let mut found = Vec::new();
-    let mut lines = text.lines();
-    while let Some(line) = lines.next() {
-        let Some(command) = line.strip_prefix("    nats req ") else {
-            continue;
-        };
-        // A body in quotes may go on in the next lines.
-        let mut command = command.to_owned();
-        while command.matches('\'').count() % 2 == 1 {
-            command.push_str(lines.next().unwrap().trim_start());
+    let mut shown: Vec<(String, String)> = Vec::new();
+    let mut within = false;
+    for line in text.lines() {
+        let code = line.strip_prefix("    ");
+        within &= code.is_some();
+        let Some(code) = code else { continue };
+        if code.starts_with("nats ") {
+            shown.push((code.to_owned(), String::new()));
+            within = true;
+        } else if within {
+            let (command, answer) = shown.last_mut().unwrap();
+            // A body in quotes may go on in the next lines.
+            let open = command.matches('\'').count() % 2 == 1;
+            let goes_on = if open { command } else { answer };
+            goes_on.push('\n');
+            goes_on.push_str(code);
         }
-        let quoted: Vec<&str> = command.split('\'').collect();
-        let outside = quoted.iter().step_by(2).flat_map(|text| text.split(' '));
-        let mut words: Vec<String> = outside
-            .filter(|word| !word.is_empty() && !word.starts_with("--"))
-            .map(str::to_owned)
-            .collect();
-        words.extend(
-            quoted
-                .iter()
-                .skip(1)
-                .step_by(2)
-                .map(|&text| text.to_owned()),
-        );
-        assert_eq!(words.len(), 2, "{command}: a subject and a body");
-        let body = words.pop().unwrap();
-        found.push((words.pop().unwrap(), body));
     }
-    found
+    for verb in ["nats req ", "nats request ", "nats pub ", "nats sub "] {
+        let taken = shown
+            .iter()
+            .filter(|(command, _)| command.starts_with(verb));
+        let all = text.matches(verb).count();
+        assert_eq!(taken.count(), all, "a `{verb}` cannot be pasted");
+    }
+    shown
+}
+
+/// What a shell hands to `nats` of a command: the verb, the subject and the body, if there is one. `$ID` is the host's id.
+fn words(command: &str, id: &str) -> (String, String, String) {
+    let script = format!("nats() {{ printf '%s\\0' \"$@\"; }}\nID={id}\n{command}");
+    let said = tool("sh", &["-euc", &script]);
+    let words = said.split_terminator('\0');
+    let words: Vec<&str> = words.filter(|word| !word.starts_with("--")).collect();
+    let (verb, subject, body) = match words[..] {
+        ["sub", subject] => ("sub", subject, ""),
+        [verb, subject, body] => (verb, subject, body),
+        _ => panic!("{command}: a verb, a subject and a body, not {words:?}"),
+    };
+    let json = serde_json::from_str::<Map<String, Value>>(body);
+    assert!(body.is_empty() || json.is_ok(), "{command}: {json:?}");
+    (verb.to_owned(), subject.to_owned(), body.to_owned())
+}
+
+/// How an answer, found under `key`, differs from what the page shows; `None` if it does not.
+fn difference(key: &str, ours: &Value, shown: &Value) -> Option<String> {
+    let same = match (ours, shown) {
+        (Value::Object(ours), Value::Object(shown)) if ours.keys().eq(shown.keys()) => {
+            let mut all = shown.iter();
+            return all.find_map(|(key, shown)| difference(key, &ours[key], shown));
+        }
+        (Value::Array(ours), Value::Array(shown)) => {
+            let goes_on = shown.last().is_some_and(|last| last == "…");
+            let shown = &shown[..shown.len() - usize::from(goes_on)];
+            if ours.len() == shown.len() || (goes_on && ours.len() > shown.len()) {
+                let mut all = ours.iter().zip(shown);
+                return all.find_map(|(ours, shown)| difference(key, ours, shown));
+            }
+            false
+        }
+        _ if EXACT.contains(&key) => ours == shown,
+        // What nothing counts on this machine.
+        (Value::Null, Value::Number(_)) => true,
+        (Value::Object(_), _) => false,
+        _ => std::mem::discriminant(ours) == std::mem::discriminant(shown),
+    };
+    (!same).then(|| format!("`{key}` is {ours}, the page shows {shown}"))
+}
+
+/// Sends a request; one of its answers is what the page shows.
+async fn is_answered(host: &Host, subject: &str, body: &str, shown: &str) {
+    let shown = shown.replace(", …]", ",\"…\"]");
+    let shown: Value = serde_json::from_str(&shown)
+        .unwrap_or_else(|error| panic!("{subject}: the page shows no answer: {error}: {shown}"));
+    // One of each instance, of which one has crashed.
+    let count = if subject == "dea.find.droplet" { 2 } else { 1 };
+    // What the agent is too busy to say it leaves out of these.
+    let again = ["dea.find.droplet", "$SRV.STATS.ostler"].contains(&subject);
+    let deadline = Instant::now() + patience();
+    loop {
+        let answers = host.request_many(subject, body, count).await;
+        let other = { answers.iter() }.filter_map(|answer| difference("", answer, &shown));
+        let other: Vec<String> = other.collect();
+        if other.len() < answers.len() {
+            return;
+        }
+        let late = !again || Instant::now() >= deadline;
+        assert!(!late, "{subject} {body}: {other:?}\n{}", host.log());
+    }
+}
+
+/// Publishes a trigger: the host says what it must.
+async fn triggers(host: &Host, subject: &str, body: &str) {
+    let trigger = TRIGGERS.iter().find(|(trigger, _)| *trigger == subject);
+    let (_, said) = trigger.unwrap_or_else(|| panic!("{subject} is no trigger"));
+    let mut said = host.watch(said).await;
+    // What was said before this has arrived, and is forgotten.
+    host.request("dea.status", &json!({})).await;
+    said.arrived();
+    host.publish_bytes(subject, body).await;
+    said.next().await;
+}
+
+/// Waits until this command finds so many.
+async fn finds(host: &Host, verb: &str, body: &Value, count: usize) {
+    let subject = host.subject(verb);
+    let found = async {
+        while host.request(&subject, body).await["matched"] != count {
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let found = timeout(patience(), found).await;
+    assert!(found.is_ok(), "{verb} {body}: not {count}\n{}", host.log());
+}
+
+/// An instance of `hello` crashes, and what it left is kept.
+async fn crash(host: &Host) {
+    let message = host.message("hello", &Droplet::shell(CRASHES));
+    let answer = host.request(&host.subject("start"), &message).await;
+    assert_eq!(answer["ok"], true, "{answer}");
+    finds(host, "logs", &json!({"droplet": "hello"}), 1).await;
+}
+
+/// All that a host listens to: what nats-server sends it, and the commands to it alone that it tells of.
+async fn subjects(host: &Host) -> BTreeSet<String> {
+    let info = host.request("$SRV.INFO", &Value::Null).await;
+    let endpoints = info["endpoints"].as_array().unwrap().iter();
+    let endpoints = endpoints.map(|endpoint| endpoint["subject"].as_str().unwrap().to_owned());
+    let (_, told) = get("127.0.0.1:8222", "/connz?subs=1").await.unwrap();
+    let told: Value = serde_json::from_str(&told).unwrap();
+    let mut connections = told["connections"].as_array().unwrap().iter();
+    let name = format!("ostler/{}", host.id);
+    let connection = connections.find(|connection| connection["name"] == *name);
+    let heard = connection.unwrap()["subscriptions_list"]
+        .as_array()
+        .unwrap();
+    let heard = heard.iter().map(|subject| subject.as_str().unwrap());
+    let heard = heard.filter(|subject| {
+        !subject.starts_with("$SRV.") && !subject.starts_with("_INBOX") && !subject.ends_with(".*")
+    });
+    heard.map(str::to_owned).chain(endpoints).collect()
 }
 
 #[tokio::test]
-async fn what_the_documentation_lets_one_paste_is_answered() {
-    let host = Host::start().await;
-    // The digest in the documentation is that of the sample.
-    let url = host.files.put(
-        "sinatra.tgz",
-        Body::Bytes(Droplet::sample("sinatra").0.clone()),
-    );
-    let documented = documented();
-    for (subject, body) in &documented {
-        let subject = subject.replace("$ID", &host.id);
-        let body = body.replace("file:///srv/sinatra.tgz", &url);
-        let answer = ask(&host, &subject, &body).await;
-        let nothing_crashed = body.contains("\"file\"") && answer["error"]["code"] == "unknown_app";
-        let good = answer.get("ok").is_none_or(|ok| *ok == true);
-        assert!(good || nothing_crashed, "{subject} {body}: {answer}");
+async fn whatever_the_page_on_the_bus_lets_one_paste_does_what_it_shows() {
+    // However full its disk is, a crash is kept; and collectors of DEA's time are answered, too.
+    let all = "[crashes]\nmax_block_usage = 1.0\nmax_inode_usage = 1.0\n\
+               [metrics]\nlisten = \"127.0.0.1:9464\"\n[network]";
+    let host = Host::with(Setup {
+        config: &[Setup::NO_TIMER, ("[network]", all)],
+        bus: &["--http_port", "8222"],
+        ..Setup::default()
+    })
+    .await;
+    // What a reader puts there himself, beside the host's id. The digest on the page is that of the sample.
+    let sample = Body::Bytes(Droplet::sample("sinatra").0);
+    let url = host.files.put("sinatra.tgz", sample);
+    let shown = shown().into_iter().map(|(command, answer)| {
+        let command = command.replace("file:///srv/sinatra.tgz", &url);
+        (words(&command, &host.id), answer)
+    });
+    let (readers, asked): (Vec<_>, Vec<_>) = shown.partition(|((verb, ..), _)| verb == "sub");
+    let mut read = Vec::new();
+    for ((_, subject, _), _) in readers {
+        read.push(host.nats().subscribe(subject).await.unwrap());
     }
-    let info = host.request("$SRV.INFO", &Value::Null).await;
-    for endpoint in info["endpoints"].as_array().unwrap() {
-        let subject = endpoint["subject"].as_str().unwrap();
-        let subject = subject.replace(&host.id, "$ID");
-        let there = documented.iter().any(|(other, _)| *other == subject);
-        // On one host it is told by its text, and pasted as on all.
-        assert!(
-            there || subject == "dea.stop",
-            "{subject} is not documented"
-        );
+    let mut pasted = BTreeSet::new();
+    let stopped = json!({"droplet": "hello", "states": ["STOPPED"]});
+    for ((verb, subject, body), answer) in asked {
+        // A reader is slower: what a line before has stopped is removed, too.
+        finds(&host, "find", &stopped, 0).await;
+        if subject == host.subject("logs") && !pasted.contains(&subject) {
+            crash(&host).await;
+        }
+        match verb.as_str() {
+            "req" | "request" => is_answered(&host, &subject, &body, &answer).await,
+            "pub" => triggers(&host, &subject, &body).await,
+            _ => panic!("the test knows no `nats {verb}`"),
+        }
+        pasted.insert(subject);
     }
+    for output in &mut read {
+        let first = timeout(patience(), output.next()).await;
+        assert!(first.unwrap().unwrap().headers.is_some());
+    }
+    let subjects = subjects(&host).await;
+    assert!(subjects.len() >= 15, "{subjects:?}");
+    let missing: Vec<&String> = subjects.difference(&pasted).collect();
+    assert!(missing.is_empty(), "the page has no line for {missing:?}");
     host.stop("hello").await;
 }

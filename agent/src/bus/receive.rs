@@ -16,7 +16,7 @@ use messages::command::{Asked, Command, Query, json, parse};
 use messages::outgoing::ToBytes;
 use messages::reply::{ErrorCode, Reply};
 use messages::service::{self, Identity, Info, Ping, Question, Stats};
-use messages::subjects::{Incoming, Kind, subscriptions};
+use messages::subjects::{COMPONENT_ANNOUNCE, COMPONENT_DISCOVER, Incoming, Kind, subscriptions};
 use messages::trace::{self, Trace};
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -65,14 +65,7 @@ pub async fn receive(
         _asked_or_alone = &mut leave => return Ok(()),
         _ = world.outlet.up() => {}
     }
-    let mut subscribers: Vec<Subscriber> = Vec::new();
-    let subjects = service::subscriptions(&world.id);
-    for subject in subjects.into_iter().chain(subscriptions(&world.id)) {
-        match client.subscribe(subject).await {
-            Ok(subscriber) => subscribers.push(subscriber),
-            Err(error) => error!(%error, "cannot subscribe"),
-        }
-    }
+    let subscribers = subscribe(&client, &world).await;
     let mut messages = Arrivals::of(subscribers, world.outlet.drops());
     let (owing, mut owed) = mpsc::channel(1);
     let desk = Arc::new(Desk {
@@ -82,6 +75,7 @@ pub async fn receive(
         tally,
         _owing: owing,
     });
+    desk.announce().await;
     ask(&asks, Ask::Ready).await;
     let (mut leaving, mut quiet) = (false, None);
     loop {
@@ -124,6 +118,23 @@ pub async fn receive(
     Ok(())
 }
 
+/// To all that this host hears; last to what is meant for it alone.
+async fn subscribe(client: &Client, world: &World) -> Vec<Subscriber> {
+    let mut subjects = service::subscriptions(&world.id);
+    if world.config.metrics.is_some() {
+        subjects.push(COMPONENT_DISCOVER.to_owned());
+    }
+    subjects.extend(subscriptions(&world.id));
+    let mut subscribers = Vec::new();
+    for subject in subjects {
+        match client.subscribe(subject).await {
+            Ok(subscriber) => subscribers.push(subscriber),
+            Err(error) => error!(%error, "cannot subscribe"),
+        }
+    }
+    subscribers
+}
+
 /// Waits for room in the stable's mailbox; it is closed only when the agent ends, and then the duty to
 /// answer is dropped, which is an answer.
 async fn ask(asks: &mpsc::Sender<Ask>, ask: Ask) {
@@ -152,6 +163,9 @@ fn trace_of(headers: &HeaderMap) -> Option<Trace> {
 
 async fn take(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, message: Message, trace: Option<Trace>) {
     let reply_to = message.reply.map(|subject| subject.to_string());
+    if message.subject.as_str() == COMPONENT_DISCOVER {
+        return desk.discovered(reply_to).await;
+    }
     if let Some(question) = Question::parse(&message.subject, &desk.world.id) {
         let told = tell(Arc::clone(desk), asks.clone(), question, reply_to);
         tokio::spawn(told);
@@ -356,6 +370,24 @@ async fn tell(
 }
 
 impl Desk {
+    /// Tells everybody once where this host tells how it is.
+    async fn announce(&self) {
+        if let Some(mut component) = self.world.component(self.tally.since) {
+            component.uptime = None;
+            let announced = Outgoing::plain(COMPONENT_ANNOUNCE, component.to_bytes());
+            self.world.outlet.send(announced).await;
+        }
+    }
+
+    /// Tells whoever asks.
+    async fn discovered(&self, reply_to: Option<String>) {
+        let component = self.world.component(self.tally.since);
+        if let (Some(reply_to), Some(component)) = (reply_to, component) {
+            let answer = Outgoing::plain(reply_to, component.to_bytes());
+            self.world.outlet.send(answer).await;
+        }
+    }
+
     /// Counts a command as answered, and answers it.
     async fn answer(self: &Arc<Self>, call: Call, reply: &Reply) {
         self.tally.count(&call, Some(reply));

@@ -8,6 +8,8 @@ use super::record::Records;
 use super::routes::Routes;
 use crate::config::Config;
 use crate::engine::Engine;
+use messages::outgoing::{Component, uptime, usage_time};
+use std::net::IpAddr;
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio::sync::{Semaphore, mpsc};
 
@@ -41,6 +43,28 @@ pub struct World {
     pub routes: Routes,
     /// The way to the stable.
     pub changes: mpsc::UnboundedSender<Change>,
+}
+
+impl World {
+    /// Where this host tells over HTTP how it is, if it does; `since`: when its agent began, in seconds since the epoch.
+    #[must_use]
+    pub fn component(&self, since: u64) -> Option<Component> {
+        let mut address = self.config.metrics?;
+        if address.ip().is_unspecified() {
+            address.set_ip(IpAddr::V4(self.engine.local_ip()));
+        }
+        let index = self.config.index;
+        Some(Component {
+            r#type: "DEA",
+            index,
+            uuid: format!("{index}-{}", self.id.replace('-', "")),
+            host: address.to_string(),
+            // Nobody is asked who he is.
+            credentials: Default::default(),
+            start: usage_time(since),
+            uptime: Some(uptime(whole_seconds(now()).saturating_sub(since))),
+        })
+    }
 }
 
 /// Seconds since the epoch.

@@ -159,7 +159,7 @@ impl Report {
         self.failing().next().is_none()
     }
 
-    fn failing(&self) -> impl Iterator<Item = &'static str> {
+    pub(super) fn failing(&self) -> impl Iterator<Item = &'static str> {
         let failed = self
             .0
             .iter()

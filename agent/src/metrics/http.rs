@@ -1,4 +1,4 @@
-//! As much of HTTP/1.1 (RFC 9112) as two pages need. Pure.
+//! As much of HTTP/1.1 (RFC 9112) as a few pages need. Pure.
 
 /// Longest head of a request, in bytes.
 pub(super) const HEAD_MAX: usize = 8192;
@@ -10,9 +10,17 @@ pub enum Page {
     Metrics,
     /// `GET /health`
     Health,
+    /// `GET /healthz`: the same in one word, for collectors of DEA's time.
+    Healthz,
+    /// `GET /varz`: for them, too.
+    Varz,
 }
 
-/// Why a request has neither page for its answer.
+/// What there is, for whoever asked for something else.
+const PAGES: &str =
+    "GET /metrics and GET /health are here, and GET /healthz and GET /varz for collectors.\n";
+
+/// Why a request has no page for its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Refusal {
     /// 400: no HTTP/1 request.
@@ -53,6 +61,8 @@ pub fn asked(head: &[u8]) -> Result<Page, Refusal> {
     let page = match target.split('?').next() {
         Some("/metrics") => Page::Metrics,
         Some("/health") => Page::Health,
+        Some("/healthz") => Page::Healthz,
+        Some("/varz") => Page::Varz,
         _ => return Err(Refusal::NoSuchPage),
     };
     match *method {
@@ -60,6 +70,8 @@ pub fn asked(head: &[u8]) -> Result<Page, Refusal> {
         _ => Err(Refusal::OnlyGet),
     }
 }
+
+const TEXT: &str = "text/plain; charset=utf-8";
 
 /// What is sent back.
 #[derive(Debug)]
@@ -93,6 +105,23 @@ impl Answer {
         }
     }
 
+    /// A collector takes `ok` for good news and all else for bad, whatever the status (cloudfoundry/collector,
+    /// `collector.rb`).
+    pub(super) fn healthz(failing: &[&str]) -> Self {
+        let body = match failing.is_empty() {
+            true => "ok\n".to_owned(),
+            false => format!("failing: {}\n", failing.join(", ")),
+        };
+        Self {
+            kind: TEXT,
+            ..Self::health(failing.is_empty(), body)
+        }
+    }
+
+    pub(super) fn varz(body: String) -> Self {
+        Self::health(true, body)
+    }
+
     pub(super) fn refusal(refusal: Refusal) -> Self {
         let (status, header) = match refusal {
             Refusal::NotUnderstood => ("400 Bad Request", ""),
@@ -102,9 +131,9 @@ impl Answer {
         };
         Self {
             status,
-            kind: "text/plain; charset=utf-8",
+            kind: TEXT,
             header,
-            body: "GET /metrics and GET /health are here.\n".into(),
+            body: PAGES.into(),
         }
     }
 
@@ -117,15 +146,26 @@ impl Answer {
 
 #[cfg(test)]
 mod tests {
-    use super::{HEAD_MAX, Page, Refusal, asked};
+    use super::{Answer, HEAD_MAX, Page, Refusal, asked};
 
     #[test]
-    fn two_pages_are_found_and_everything_else_has_its_reason() {
+    fn a_collector_reads_ok_only_where_all_is_well() {
+        let good = Answer::healthz(&[]);
+        assert_eq!((good.status, good.body.as_str()), ("200 OK", "ok\n"));
+        let bad = Answer::healthz(&["bus", "stable", "disk", "helpers"]);
+        assert_eq!(bad.status, "503 Service Unavailable");
+        assert_eq!(bad.body, "failing: bus, stable, disk, helpers\n");
+    }
+
+    #[test]
+    fn the_pages_are_found_and_everything_else_has_its_reason() {
         let long = format!("GET /{} HTTP/1.1\r\n", "x".repeat(HEAD_MAX));
         for (head, wanted) in [
             ("GET /metrics HTTP/1.1\r\n\r\n", Ok(Page::Metrics)),
             ("GET /health HTTP/1.0\r\nHost: h\r\n\r\n", Ok(Page::Health)),
             ("GET /health?x=%20 HTTP/1.1\r\n\r\nmore", Ok(Page::Health)),
+            ("GET /healthz HTTP/1.1\r\n\r\n", Ok(Page::Healthz)),
+            ("GET /varz HTTP/1.1\r\n\r\n", Ok(Page::Varz)),
             ("GET / HTTP/1.1\r\n\r\n", Err(Refusal::NoSuchPage)),
             ("GET /metrics/ HTTP/1.1\r\n\r\n", Err(Refusal::NoSuchPage)),
             ("GET //health HTTP/1.1\r\n\r\n", Err(Refusal::NoSuchPage)),

@@ -1,4 +1,5 @@
-//! Two pages over HTTP, for whoever watches hosts and not the bus: `/metrics` in Prometheus' text format and `/health`.
+//! Pages over HTTP, for whoever watches hosts and not the bus: `/metrics` in Prometheus' text format and `/health`; and
+//! `/healthz` and `/varz` for collectors of DEA's time.
 //!
 //! Off unless `metrics.listen` is set. Nobody who asks costs more than a bounded piece of memory for a bounded time:
 //! the head of a request has a largest size, a conversation a deadline, and there is a largest number of them.
@@ -7,13 +8,14 @@
 mod health;
 pub mod http;
 mod page;
+mod varz;
 
 pub use health::TRIAL;
 
 use crate::bus::Tally;
 use crate::instances::outlet::Outlet;
-use crate::instances::stable::{Ask, Standing};
-use crate::instances::world::World;
+use crate::instances::stable::{Ask, Registry, Standing};
+use crate::instances::world::{World, now, whole_seconds};
 use health::Health;
 use http::{Answer, HEAD_MAX, Page};
 use std::io;
@@ -26,6 +28,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{debug, info};
+use varz::Varz;
 
 /// Conversations at once; who comes then waits until one is over.
 const MOST: usize = 32;
@@ -74,6 +77,14 @@ impl Sources {
     async fn standing(&self) -> Option<Standing> {
         let (answer, answered) = oneshot::channel();
         self.asks.upgrade()?.send(Ask::Host(answer)).await.ok()?;
+        answered.await.ok()
+    }
+
+    /// What is on it, likewise.
+    async fn registry(&self) -> Option<Registry> {
+        let (answer, answered) = oneshot::channel();
+        let asked = self.asks.upgrade()?.send(Ask::Registry(answer)).await;
+        asked.ok()?;
         answered.await.ok()
     }
 }
@@ -142,6 +153,11 @@ async fn converse(mut stream: TcpStream, sources: &Sources, health: &Health) -> 
             let report = health.report().await;
             Answer::health(report.is_well(), report.body())
         }
+        Ok(Page::Healthz) => {
+            let report = health.report().await;
+            Answer::healthz(&report.failing().collect::<Vec<_>>())
+        }
+        Ok(Page::Varz) => Answer::varz(varz(sources).await),
         Err(refusal) => Answer::refusal(refusal),
     };
     stream.write_all(&answer.bytes()).await?;
@@ -169,6 +185,21 @@ async fn head(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
 async fn metrics(sources: &Sources) -> String {
     let standing = timeout(PATIENCE, sources.standing()).await.ok().flatten();
     page::page(&numbers(standing, &sources.world.outlet, &sources.tally))
+}
+
+/// The page for collectors, of the same kind.
+async fn varz(sources: &Sources) -> String {
+    let told = async { Some((sources.standing().await?, sources.registry().await?)) };
+    let standing = timeout(PATIENCE, told).await.ok().flatten();
+    let (world, since) = (&sources.world, sources.tally.since);
+    let varz = Varz::of(
+        world.component(since),
+        world.config.stacks.keys().cloned().collect(),
+        standing,
+        &page::Process::read(),
+        whole_seconds(now()).saturating_sub(since),
+    );
+    varz.body()
 }
 
 fn numbers(standing: Option<Standing>, outlet: &Outlet, tally: &Tally) -> page::Numbers {

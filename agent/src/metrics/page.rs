@@ -27,8 +27,8 @@ pub(super) struct Numbers {
 /// What the agent's own process uses; what cannot be read is left out.
 #[derive(Debug, Default)]
 pub(super) struct Process {
-    cpu_microseconds: Option<i64>,
-    resident_bytes: Option<u64>,
+    pub(super) cpu_microseconds: Option<i64>,
+    pub(super) resident_bytes: Option<u64>,
     open_files: Option<u64>,
 }
 

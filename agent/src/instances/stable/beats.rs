@@ -1,13 +1,15 @@
 //! What the host says on its own: hello, heartbeats, advertisements, routes, goodbye.
 
-use super::{Duty, Greeting, Message, Pace, Stable, State};
+use super::{Duty, Greeting, Message, Pace, Stable, State, View};
 use crate::instances::ledger::Amount;
+use crate::instances::record::Limits;
 use crate::instances::state::in_heartbeat;
 use messages::outgoing::{
     Advertise, Goodbye, Heartbeat, HeartbeatEntry, PlacementProperties, ToBytes,
 };
 use messages::service::Host;
 use messages::subjects;
+use serde::Serialize;
 use std::collections::BTreeMap;
 use tokio::time::Instant;
 use tracing::warn;
@@ -21,6 +23,18 @@ pub struct Standing {
     pub states: [(State, u64); State::ALL.len()],
     /// What all instances together may reserve, in MB.
     pub capacity: Amount,
+}
+
+/// The instances by their app and id.
+pub type Registry = BTreeMap<String, BTreeMap<String, Registered>>;
+
+/// One instance.
+#[derive(Debug, Clone, Serialize)]
+pub struct Registered {
+    /// The name of its state.
+    pub state: &'static str,
+    /// What it may have.
+    pub limits: Limits,
 }
 
 impl Stable {
@@ -112,12 +126,30 @@ impl Stable {
         self.say(Message::plain(subjects::ADVERTISE, advertise.to_bytes()))
     }
 
+    /// Which instances are on this host.
+    pub(super) fn registry(&self) -> Registry {
+        let mut registry = Registry::new();
+        for view in self.told() {
+            let registered = Registered {
+                state: view.record.state.name(),
+                limits: view.record.limits,
+            };
+            let app = registry.entry(view.droplet.clone()).or_default();
+            app.insert(view.record.instance.clone(), registered);
+        }
+        registry
+    }
+
+    fn told(&self) -> impl Iterator<Item = &View> {
+        let told = self.stalls.values().filter(|stall| !stall.leaves);
+        told.map(|stall| &stall.view)
+    }
+
     /// How this host stands, for whoever asks for it by itself.
     pub(super) fn standing(&self) -> Standing {
         let count = |state: State| {
-            let told = self.stalls.values().filter(|stall| !stall.leaves);
-            told.filter(|stall| stall.view.record.state == state)
-                .count() as u64
+            let told = self.told().filter(|view| view.record.state == state);
+            told.count() as u64
         };
         let states = State::ALL.map(|state| (state, count(state)));
         let crashed = count(State::Crashed);

@@ -14,7 +14,7 @@ mod scaling;
 mod templates;
 mod waiting;
 
-pub use beats::Standing;
+pub use beats::{Registry, Standing};
 pub use duty::{Duty, Farewell, KEPT, left as left_of_evacuation};
 
 use super::droplets::Digest;
@@ -83,6 +83,8 @@ pub enum Ask {
     },
     /// How this host stands.
     Host(oneshot::Sender<Standing>),
+    /// Which instances are on it.
+    Registry(oneshot::Sender<Registry>),
     /// Say something again.
     Trigger(Trigger),
     /// All subjects are subscribed to: this host can be asked.
@@ -395,6 +397,7 @@ impl Stable {
             } => self.command(command, (raw, trace), answer),
             Ask::Query { query, answers } => self.query(query, answers),
             Ask::Host(answer) => drop(answer.send(self.standing())),
+            Ask::Registry(answer) => drop(answer.send(self.registry())),
             Ask::Trigger(Trigger::Locate) => self.adverts.soon(),
             Ask::Trigger(Trigger::HealthmanagerStart) => self.heartbeats.soon(),
             Ask::Trigger(Trigger::RouterStart) => self.routes.soon(),
