@@ -6,6 +6,7 @@ use crate::config::{self, Config, ConfigError, Overrides};
 use crate::engine::{Engine, EngineConfig, NetworkConfig};
 use crate::host::{blocking, depot};
 use crate::instances::crashes::Crashes;
+use crate::instances::depth::Depth;
 use crate::instances::droplets::{Droplets, FetchOptions};
 use crate::instances::instance::Change;
 use crate::instances::outlet::{self, Outlet};
@@ -312,11 +313,13 @@ fn world(
     (outlet, changes): (Outlet, mpsc::UnboundedSender<Change>),
 ) -> Outcome<World> {
     let lifetime = config.instance.crash_lifetime;
+    let records = Records::open(&config.base)?;
     Ok(World {
         id,
         droplets: Droplets::open(&config.base, fetch_options(&config))?,
         crashes: Crashes::open(&config.base, config.crashes.clone(), lifetime)?,
-        records: Records::open(&config.base)?,
+        depth: Depth::of(records.clone(), &config.base),
+        records,
         boot_id: depot::boot_id()?,
         engine,
         saves: Semaphore::new(SAVES),

@@ -215,6 +215,9 @@ pub struct Counts {
 pub struct Data {
     /// Messages to the host that were dropped since the agent began, because it read too slowly.
     pub dropped: u64,
+    /// Bytes of output on this host's disk that the bus has not confirmed; left out where they cannot be counted in time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub spooled: Option<u64>,
     /// Left out where the agent is too busy to say it.
     #[serde(flatten)]
     pub host: Option<Host>,

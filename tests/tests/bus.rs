@@ -812,6 +812,7 @@ async fn what_the_server_refuses_is_said_again_until_it_is_allowed() {
     // A new agent knows that it is owed.
     host.kill9().await;
     host.start_agent().await;
+    spooled(&host, |bytes| bytes >= 12_000_000).await;
     directory.write("server.conf", &roles(&least_of_host(&host.id)));
     host.bus().signal(Signal::SIGHUP);
     let mut streams = [Pieces::default(), Pieces::default()];
@@ -837,10 +838,26 @@ async fn what_the_server_refuses_is_said_again_until_it_is_allowed() {
         exit["output"],
         json!({"stdout": 6_000_000, "stderr": 6_000_000})
     );
+    spooled(&host, |bytes| bytes == 0).await;
     // It was complained of, and not each time.
     let log = host.logged(0, "").await;
     let complaints = log.matches("the bus refuses what this host says").count();
     assert!((2..=8).contains(&complaints), "{complaints}\n{log}");
+}
+
+/// Waits until the host says that so much output waits for the bus.
+async fn spooled(host: &Host, wanted: impl Fn(u64) -> bool) {
+    let subject = format!("$SRV.STATS.ostler.{}", host.id);
+    let asked = async {
+        loop {
+            let stats = host.request(&subject, &json!(null)).await;
+            let told = &stats["endpoints"][0]["data"]["spooled"];
+            if told.as_u64().is_some_and(&wanted) {
+                break;
+            }
+        }
+    };
+    timeout(patience(), asked).await.expect("it says so");
 }
 
 /// What came of one stream, put in its place: bytes that a server did not take at first come after later ones.

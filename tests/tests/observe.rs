@@ -118,6 +118,9 @@ fn told(stats: &Value, beat: &Value) -> BTreeMap<String, f64> {
     let data = &endpoints[0]["data"];
     let dropped = data["dropped"].as_f64().unwrap();
     told.insert("ostler_bus_dropped_messages_total".into(), dropped);
+    if let Some(spooled) = data["spooled"].as_f64() {
+        told.insert("ostler_output_spooled_bytes".into(), spooled);
+    }
     for (name, key) in [
         ("ostler_memory_available_bytes", "available_memory"),
         ("ostler_disk_available_bytes", "available_disk"),
@@ -541,5 +544,98 @@ async fn clients_that_are_slow_or_broken_harm_nobody() {
     drop(silent);
     host.run(host.message("app", &Droplet::sample("sleeper")))
         .await;
+    host.stop("app").await;
+}
+
+/// Waits until the page tells that so many bytes of output wait for the bus.
+async fn spooled(what: &str, wanted: impl Fn(f64) -> bool) -> f64 {
+    let deadline = Instant::now() + patience();
+    loop {
+        let told = { metrics().await }.remove("ostler_output_spooled_bytes");
+        if let Some(told) = told.filter(|told| wanted(*told)) {
+            return told;
+        }
+        assert!(Instant::now() < deadline, "not {what}: {told:?}");
+    }
+}
+
+#[tokio::test]
+async fn output_that_waits_for_the_bus_is_counted_until_the_bus_has_it() {
+    // What `seq 100000` prints.
+    const PRINTED: u32 = 588_895;
+    let mut host = watched().await;
+    let mut output = host.output("app").await;
+    let script = "until [ -e go ]; do sleep 0.1; done; seq 100000; exec sleep 1000000";
+    host.run(host.message("app", &Droplet::shell(script))).await;
+    spooled("nothing", |bytes| bytes == 0.0).await;
+
+    host.stop_bus().await;
+    let mut go = host.ostler("run");
+    go.args(["app", "--", "touch", "/home/vcap/app/go"]);
+    assert!(go.status().unwrap().success());
+    let printed = f64::from(PRINTED);
+    let told = spooled("all of it", |bytes| bytes >= printed).await;
+    assert!(
+        told < printed * 1.1,
+        "{told}: with headers, and nothing else"
+    );
+    // It is on disk: the next agent knows it, too.
+    host.kill9().await;
+    let from = host.logged(0, "").await.len();
+    host.spawn_agent();
+    host.logged(from, "serving metrics").await;
+    spooled("as much as before", |bytes| bytes >= told).await;
+
+    host.start_bus().await;
+    output
+        .until("all of it", |output| {
+            output.stream(0, "stdout").next == u64::from(PRINTED)
+        })
+        .await;
+    spooled("nothing again", |bytes| bytes == 0.0).await;
+    host.stop("app").await;
+}
+
+#[tokio::test]
+async fn where_a_disk_hangs_all_is_told_but_the_output_on_it() {
+    let host = watched().await;
+    let answer = host.message("app", &Droplet::sample("sleeper"));
+    let answer = host.run(answer).await;
+    spooled("nothing", |bytes| bytes == 0.0).await;
+    let record = host.base.join("instances");
+    let record = record.join(answer["handle"].as_str().unwrap());
+    let (cursor, kept) = (record.join("cursor"), record.join("kept"));
+    std::fs::rename(&cursor, &kept).unwrap();
+    // Whoever opens it waits until somebody writes.
+    nix::unistd::mkfifo(&cursor, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let subject = format!("$SRV.STATS.ostler.{}", host.id);
+    let asked: Vec<_> = (0..20).map(|_| (&subject[..], Value::Null)).collect();
+    let without = async || {
+        let deadline = Instant::now() + patience();
+        loop {
+            let answers = host.burst(&asked).await;
+            let without = |answer: &Value| {
+                let data = &answer["endpoints"][0]["data"];
+                data["running"] == 1 && data.get("spooled").is_none()
+            };
+            if answers.iter().all(without) {
+                break;
+            }
+            assert!(Instant::now() < deadline, "{answers:?}");
+        }
+        let tasks = format!("/proc/{}/task", host.agent().pid());
+        std::fs::read_dir(tasks).unwrap().count()
+    };
+    // Twenty at once, and again: each is answered, and only the first waits in the kernel.
+    let before = without().await;
+    let after = without().await;
+    assert!(after < before + 10, "{before} threads, then {after}");
+    let metrics = metrics().await;
+    let name = "ostler_output_spooled_bytes";
+    assert!(!metrics.contains_key(name), "{metrics:?}");
+    assert_eq!(metrics["ostler_bus_connected"], 1.0, "{metrics:?}");
+    drop(std::fs::File::options().write(true).open(&cursor).unwrap());
+    std::fs::rename(&kept, &cursor).unwrap();
+    spooled("nothing, as before", |bytes| bytes == 0.0).await;
     host.stop("app").await;
 }

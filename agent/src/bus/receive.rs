@@ -34,7 +34,7 @@ const SETTLE: Duration = Duration::from_millis(10);
 /// How long the publisher may take to come to a pause.
 const PAUSE_PATIENCE: Duration = Duration::from_secs(1);
 
-/// What the stable may take to say how this host stands.
+/// What the stable may take to say how this host stands, and its disk how much output waits.
 const HOST_PATIENCE: Duration = Duration::from_millis(200);
 
 /// Everything an answer needs.
@@ -353,15 +353,18 @@ async fn tell(
         Question::Ping => Ping::of(identity).to_bytes(),
         Question::Info => Info::of(identity).to_bytes(),
         Question::Stats => {
-            let (answer, answered) = oneshot::channel();
-            let host = match asks.try_send(Ask::Host(answer)) {
-                Ok(()) => timeout(HOST_PATIENCE, answered).await.ok(),
-                Err(_busy) => None,
+            let host = async {
+                let (answer, answered) = oneshot::channel();
+                match asks.try_send(Ask::Host(answer)) {
+                    Ok(()) => timeout(HOST_PATIENCE, answered).await.ok(),
+                    Err(_busy) => None,
+                }
             };
+            let (host, spooled) = tokio::join!(host, desk.world.depth.bytes(HOST_PATIENCE));
             let host = host.and_then(Result::ok).map(|standing| standing.host);
             // Nobody waits for the mailbox to close because the bus is slow.
             drop(asks);
-            let data = tally::data(&desk.world.outlet, host);
+            let data = tally::data(&desk.world.outlet, spooled, host);
             Stats::of(identity, desk.tally.since, desk.tally.counts(), data).to_bytes()
         }
     };

@@ -69,10 +69,11 @@ impl Tally {
     }
 }
 
-/// What is told beside the counts; `host` as far as it is known.
-pub(super) fn data(outlet: &Outlet, host: Option<Host>) -> Data {
+/// What is told beside the counts; `spooled` and `host` as far as they are known.
+pub(super) fn data(outlet: &Outlet, spooled: Option<u64>, host: Option<Host>) -> Data {
     Data {
         dropped: outlet.drops().value(),
+        spooled,
         host,
     }
 }
@@ -109,7 +110,8 @@ mod tests {
         let (outlet, inlet) = outlet();
         inlet.dropped.count();
         inlet.dropped.count();
-        let told = serde_json::to_value(data(&outlet, None)).unwrap();
-        assert_eq!(told, json!({"dropped": 2}));
+        let told = |spooled| serde_json::to_value(data(&outlet, spooled, None)).unwrap();
+        assert_eq!(told(None), json!({"dropped": 2}));
+        assert_eq!(told(Some(7)), json!({"dropped": 2, "spooled": 7}));
     }
 }

@@ -2,6 +2,7 @@
 //! what of them is kept on disk. Knows containers by the engine and the bus by a channel.
 
 pub mod crashes;
+pub mod depth;
 pub mod droplets;
 pub mod instance;
 pub mod ledger;

@@ -94,13 +94,20 @@ impl CursorFile {
             .create(true)
             .truncate(false)
             .open(path)?;
-        let mut text = [0; KEPT_BYTES];
-        let length = file.read_at(&mut text, 0)?;
-        let (cursor, view) = std::str::from_utf8(text.get(..length).unwrap_or_default())
-            .ok()
-            .and_then(read_kept)
-            .unwrap_or_default();
+        let (cursor, view) = read(&file)?;
         Ok((Self(Arc::new(file)), cursor, view))
+    }
+
+    /// The cursor that is kept in a file; the beginning where there is no file. Blocks.
+    ///
+    /// # Errors
+    /// As `open(2)`.
+    pub fn kept(path: &Path) -> std::io::Result<Cursor> {
+        match File::open(path) {
+            Ok(file) => Ok(read(&file)?.0),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Cursor::default()),
+            Err(error) => Err(error),
+        }
     }
 
     async fn keep(&self, cursor: Cursor, view: &JobView) {
@@ -112,6 +119,13 @@ impl CursorFile {
             warn!(%error, "the output cursor could not be kept");
         }
     }
+}
+
+fn read(file: &File) -> std::io::Result<(Cursor, JobView)> {
+    let mut text = [0; KEPT_BYTES];
+    let length = file.read_at(&mut text, 0)?;
+    let text = std::str::from_utf8(text.get(..length).unwrap_or_default());
+    Ok(text.ok().and_then(read_kept).unwrap_or_default())
 }
 
 /// `<cursor> <started> <delivered> <exit> <end>`: flags as 0 and 1, the exit as the hexadecimal of its

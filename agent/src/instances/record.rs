@@ -232,6 +232,25 @@ impl Records {
         self.dir.join(handle)
     }
 
+    /// The file with the confirmed place of an instance's output.
+    #[must_use]
+    pub fn cursor(&self, handle: &str) -> PathBuf {
+        self.dir(handle).join("cursor")
+    }
+
+    /// The handles that have a directory. Blocks.
+    ///
+    /// # Errors
+    /// If they cannot be listed.
+    pub fn handles(&self) -> std::io::Result<Vec<String>> {
+        let mut handles = Vec::new();
+        for entry in std::fs::read_dir(&self.dir)? {
+            handles.extend(entry?.file_name().into_string());
+        }
+        handles.retain(|name| is_handle(name));
+        Ok(handles)
+    }
+
     /// Writes `record` durably. Blocks.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! What all instances share.
 
 use super::crashes::Crashes;
+use super::depth::Depth;
 use super::droplets::Droplets;
 use super::instance::Change;
 use super::outlet::Outlet;
@@ -33,6 +34,8 @@ pub struct World {
     pub crashes: Crashes,
     /// What is on disk.
     pub records: Records,
+    /// How much of the output there waits for the bus.
+    pub depth: Depth,
     /// As many records are written at once; a disk that hangs must not hold every thread that may block.
     pub saves: Semaphore,
     /// As many containers are made at once: a thousand starts together would all be too late.

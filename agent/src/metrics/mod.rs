@@ -50,7 +50,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const ADDRESS_PATIENCE: Duration = Duration::from_secs(2);
 const ADDRESS_PAUSE: Duration = Duration::from_millis(20);
 
-/// What the stable may take to say how this host stands.
+/// What the stable may take to say how this host stands, and its disk how much output waits.
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// The address cannot be had.
@@ -181,10 +181,16 @@ async fn head(stream: &mut TcpStream) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// The page. A stable that says nothing takes only its own numbers from it.
+/// The page. A stable that says nothing takes only its own numbers from it, and so does a disk.
 async fn metrics(sources: &Sources) -> String {
-    let standing = timeout(PATIENCE, sources.standing()).await.ok().flatten();
-    page::page(&numbers(standing, &sources.world.outlet, &sources.tally))
+    let world = &sources.world;
+    let standing = timeout(PATIENCE, sources.standing());
+    let (standing, spooled) = tokio::join!(standing, world.depth.bytes(PATIENCE));
+    let standing = standing.ok().flatten();
+    page::page(&page::Numbers {
+        spooled,
+        ..numbers(standing, &world.outlet, &sources.tally)
+    })
 }
 
 /// The page for collectors, of the same kind.
@@ -205,6 +211,7 @@ async fn varz(sources: &Sources) -> String {
 fn numbers(standing: Option<Standing>, outlet: &Outlet, tally: &Tally) -> page::Numbers {
     page::Numbers {
         standing,
+        spooled: None,
         mark: outlet.mark(),
         dropped: outlet.drops().value(),
         counts: tally.counts(),

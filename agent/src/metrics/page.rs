@@ -12,6 +12,8 @@ use std::fmt::{Display, Write};
 pub(super) struct Numbers {
     /// `None`: the stable said nothing in time.
     pub(super) standing: Option<Standing>,
+    /// Bytes of output that wait for the bus; `None`: not counted in time.
+    pub(super) spooled: Option<u64>,
     /// The connection as it is.
     pub(super) mark: Mark,
     /// Messages that came and were not read in time.
@@ -71,6 +73,7 @@ pub(super) fn page(numbers: &Numbers) -> String {
         host(&mut page, standing);
     }
     bus(&mut page, numbers);
+    output(&mut page, numbers.spooled);
     requests(&mut page, &numbers.counts);
     process(&mut page, numbers);
     page.0
@@ -140,6 +143,16 @@ fn bus(page: &mut Text, numbers: &Numbers) {
     ] {
         page.family(name, Kind::Counter, help);
         page.sample(name, &[], value);
+    }
+}
+
+fn output(page: &mut Text, spooled: Option<u64>) {
+    if let Some(spooled) = spooled {
+        let name = "ostler_output_spooled_bytes";
+        let help =
+            "Output on disk that the bus has not confirmed, with the headers of its records.";
+        page.family(name, Kind::Gauge, help);
+        page.sample(name, &[], spooled);
     }
 }
 

@@ -1,13 +1,15 @@
-//! The segment files of a spool: their names, and opening them.
+//! The segment files of a spool: their names, opening them, and how much of a log they hold.
 
+use super::codec::HEAD_BYTES;
 use crate::fault::{Context, SysError};
 use nix::{
     dir::Dir,
     errno::Errno,
-    fcntl::{OFlag, open, openat},
-    sys::stat::Mode,
+    fcntl::{AtFlags, OFlag, open, openat},
+    sys::stat::{Mode, fstatat},
 };
 use std::{
+    ops::Range,
     os::fd::{BorrowedFd, OwnedFd},
     path::Path,
 };
@@ -30,6 +32,10 @@ pub(super) fn list(dir: BorrowedFd<'_>) -> Result<Vec<u64>, SysError> {
     let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
     let mut entries =
         Dir::openat(dir, ".", flags, Mode::empty()).context("opendir", "the job's directory")?;
+    starts(&mut entries)
+}
+
+fn starts(entries: &mut Dir) -> Result<Vec<u64>, SysError> {
     let mut starts = Vec::new();
     for entry in entries.iter() {
         let entry = entry.context("readdir", "the job's directory")?;
@@ -42,6 +48,34 @@ pub(super) fn list(dir: BorrowedFd<'_>) -> Result<Vec<u64>, SysError> {
     }
     starts.sort_unstable();
     Ok(starts)
+}
+
+/// Which part of a job's log stands in its directory, as log positions: bytes of records with their headers, and of the heads
+/// between them. Empty where there is no record, or no directory. Opens no segment; bytes that are just becoming a record
+/// count as one.
+pub fn extent(dir: &Path) -> Result<Range<u64>, SysError> {
+    let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let mut entries = match Dir::open(dir, flags, Mode::empty()) {
+        Err(Errno::ENOENT) => return Ok(0..0),
+        opened => opened.context("open", format_args!("{dir:?}"))?,
+    };
+    loop {
+        let starts = starts(&mut entries)?;
+        let (Some(first), Some(last)) = (starts.first(), starts.last()) else {
+            return Ok(0..0);
+        };
+        let name = name(*last);
+        match fstatat(&entries, name.as_str(), AtFlags::AT_SYMLINK_NOFOLLOW) {
+            // Deleted since: there are newer ones, or none any more.
+            Err(Errno::ENOENT) => {}
+            stat => {
+                let bytes = stat.context("stat", name)?.st_size.unsigned_abs();
+                // A head without a record tells nothing new.
+                let bytes = if bytes > HEAD_BYTES { bytes } else { 0 };
+                return Ok(*first..last + bytes);
+            }
+        }
+    }
 }
 
 /// Opens a segment to read; `None` if there is none that starts there.

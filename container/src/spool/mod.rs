@@ -39,6 +39,7 @@ use crate::status::Status;
 use std::{fmt, num::ParseIntError, str::FromStr};
 
 pub(crate) use codec::{HEADER_BYTES, Header, Kind, decode, encode, take_u64};
+pub use files::extent;
 pub(crate) use files::{open_dir, open_in};
 pub use reader::SpoolReader;
 pub use tail::Tail;

@@ -104,6 +104,14 @@ pub struct Directory {
 }
 
 impl Directory {
+    /// Those of a container below this base directory, whether or not it exists.
+    #[must_use]
+    pub fn below(base: &Path, handle: &str) -> Self {
+        Self {
+            path: base.join("containers").join(handle),
+        }
+    }
+
     /// The ids of its container; `None` if it is gone.
     #[must_use]
     pub fn ids(&self) -> Option<Ids> {
@@ -227,9 +235,7 @@ impl Depot {
     /// The paths of a container, whether or not it exists.
     #[must_use]
     pub fn container(&self, handle: &str) -> Directory {
-        Directory {
-            path: self.base.join("containers").join(handle),
-        }
+        Directory::below(&self.base, handle)
     }
 
     /// The handles that have a directory.

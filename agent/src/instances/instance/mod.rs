@@ -15,6 +15,8 @@ mod kills;
 mod route;
 mod start;
 
+pub(super) use start::JOB;
+
 use super::output::JobView;
 use super::record::{self, Limits, Record, Stopping};
 use super::state::{Act, Ask, admit, is_ending};

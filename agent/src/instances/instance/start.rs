@@ -26,7 +26,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{Instrument, error, warn};
 
 /// The job of an app in its container.
-pub(super) const JOB: u32 = 1;
+pub(in crate::instances) const JOB: u32 = 1;
 
 /// How long it may take at least until it is known that the job's program was executed. It takes
 /// milliseconds, on a host that is up to its ears in work perhaps seconds.
@@ -474,7 +474,7 @@ impl Instance {
     }
 
     fn cursor_path(&self) -> PathBuf {
-        self.world.records.dir(&self.record.handle).join("cursor")
+        self.world.records.cursor(&self.record.handle)
     }
 
     async fn until_started(&mut self) -> Result<(), End> {
