@@ -1,5 +1,7 @@
 //! Random numbers and ids from the kernel.
 
+use std::time::Duration;
+
 /// Lower-case hexadecimal, `bytes` random bytes long (so twice as many characters).
 #[must_use]
 pub fn hex(bytes: usize) -> String {
@@ -30,6 +32,12 @@ pub fn uuid() -> String {
     let parts =
         [0..8, 8..12, 12..16, 16..20, 20..32].map(|range| text.get(range).unwrap_or_default());
     parts.join("-")
+}
+
+/// A random part of `whole`.
+#[must_use]
+pub fn share(whole: Duration) -> Duration {
+    whole.mul_f64(f64::from(u32()) / f64::from(u32::MAX))
 }
 
 /// A random number.

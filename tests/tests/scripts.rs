@@ -313,7 +313,7 @@ async fn subjects(host: &Host) -> BTreeSet<String> {
 async fn whatever_the_page_on_the_bus_lets_one_paste_does_what_it_shows() {
     // However full its disk is, a crash is kept; and collectors of DEA's time are answered, too.
     let all = "[crashes]\nmax_block_usage = 1.0\nmax_inode_usage = 1.0\n\
-               [metrics]\nlisten = \"127.0.0.1:9464\"\n[network]";
+               [metrics]\nlisten = \"0.0.0.0:9464\"\n[network]";
     let host = Host::with(Setup {
         config: &[Setup::NO_TIMER, ("[network]", all)],
         bus: &["--http_port", "8222"],

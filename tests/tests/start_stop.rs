@@ -4,7 +4,7 @@ use futures_util::StreamExt;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
-use tests::{Droplet, Host, Network, Output, Setup, get, patience, rounds};
+use tests::{Droplet, Host, Network, Setup, get, patience, rounds};
 
 /// The keys of a JSON object, sorted.
 fn keys(value: &Value) -> Vec<&str> {
@@ -196,27 +196,25 @@ async fn a_port_that_never_opens_is_a_crash() {
     assert_eq!(exits.arrived(), Vec::<Value>::new());
 }
 
-/// An app that accepts connections until one of them says `close`, and lives on.
-fn going_deaf() -> Droplet {
-    Droplet::shell(
-        r#"exec perl -MIO::Socket::INET -e '
+/// An app with this name that opens its port, closes it after USR1, and lives on.
+fn going_deaf(name: &str) -> Droplet {
+    let script = r#"exec perl -MIO::Socket::INET -e '
+  $0 = "NAME";
   $| = 1;
+  my $deaf;
+  $SIG{USR1} = sub { $deaf = 1 };
   my $listener = IO::Socket::INET->new(LocalPort => $ENV{PORT}, Listen => 9, ReuseAddr => 1) or die "bind: $!";
-  while (my $client = $listener->accept) {
-    my $line = <$client> // "";
-    print "visited\n";
-    last if $line =~ /close/;
-  }
+  until ($deaf) { my $client = $listener->accept or next; close $client }
   close $listener;
   print "deaf\n";
-  sleep;
+  sleep 1 while 1;
 '
-"#,
-    )
+"#;
+    Droplet::shell(&script.replace("NAME", name))
 }
 
 #[tokio::test]
-async fn an_app_that_stops_accepting_is_a_crash_with_its_own_reason_where_that_is_looked_at() {
+async fn an_app_that_stops_listening_is_a_crash_with_its_own_reason_where_that_is_looked_at() {
     let mut host = Host::with(Setup {
         config: &[("[network]", "[instance]\nliveness_interval = 1\n[network]")],
         ..Default::default()
@@ -227,31 +225,47 @@ async fn an_app_that_stops_accepting_is_a_crash_with_its_own_reason_where_that_i
     // Without a route its port was never waited for: it need not have one.
     host.run(host.message("worker", &Droplet::sample("sleeper")))
         .await;
+    // This one had a route, and a port, and has neither any more.
+    let mut message = host.message("changed", &going_deaf("changed"));
+    message["uris"] = json!(["changed.example.net"]);
+    host.run(message).await;
+    host.request("dea.update", &json!({"droplet": "changed", "uris": []}))
+        .await;
+    unregistered.next().await;
+    host.tree().one("changed").signal(Signal::SIGUSR1);
+
     let mut output = host.output("deaf").await;
-    let mut message = host.message("deaf", &going_deaf());
+    let mut message = host.message("deaf", &going_deaf("deaf"));
     message["uris"] = json!(["deaf.example.net"]);
     let answer = host.run(message).await;
-    // The next agent looks on, and more often than would be enough if it found nobody.
+    // The next agent looks on, and as often as would be enough if it found nobody.
     host.restart().await;
-    let visits = |output: &Output| output.text(0, "stdout").matches("visited").count();
-    let before = visits(&output);
-    output
-        .until("visits", |output| visits(output) > before + 4)
-        .await;
+    let mut beats = host.watch("dea.heartbeat").await;
+    for _ in 0..6 {
+        beats.next().await;
+    }
     assert_eq!(exits.arrived(), Vec::<Value>::new());
 
-    let port = host.record(answer["handle"].as_str().unwrap())["port"].as_u64();
-    drop(get(&format!("127.0.0.1:{}", port.unwrap()), "/close").await);
+    host.tree().one("deaf").signal(Signal::SIGUSR1);
     let exit = exits.next().await;
     assert_eq!(exit["droplet"], "deaf");
     assert_eq!(exit["reason"], "CRASHED");
-    assert_eq!(exit["exit_description"], "stopped accepting connections");
+    assert_eq!(exit["exit_description"], "stopped listening on its port");
     assert_eq!(exit["instance"], answer["instance"]);
+    assert_eq!(
+        (&exit["exit_status"], &exit["signal"]),
+        (&json!(137), &json!(9))
+    );
     assert_eq!(
         unregistered.next().await["uris"],
         json!(["deaf.example.net"])
     );
+    output
+        .until("last word", |output| output.text(0, "stdout") == "deaf\n")
+        .await;
+    assert_eq!(exits.arrived(), Vec::<Value>::new());
     host.stop("worker").await;
+    host.stop("changed").await;
 }
 
 #[tokio::test]

@@ -195,12 +195,7 @@ fn delay(attempt: usize) -> Duration {
         .checked_shl(u32::try_from(attempt).unwrap_or(u32::MAX))
         .unwrap_or(u64::MAX);
     let bound = bound.clamp(100, RECONNECT_CAP_MS);
-    share(Duration::from_millis(bound))
-}
-
-/// A random part of `whole`.
-fn share(whole: Duration) -> Duration {
-    whole.mul_f64(f64::from(crate::random::u32()) / f64::from(u32::MAX))
+    crate::random::share(Duration::from_millis(bound))
 }
 
 /// A server that is going to end is left for another one before it cuts the connection, at a random time so
@@ -214,7 +209,7 @@ async fn move_over(client: Client) {
         info!("the bus is going to end, and no other server is known: staying until it does");
         return;
     }
-    let wait = share(LEAVE_WITHIN);
+    let wait = crate::random::share(LEAVE_WITHIN);
     info!(
         ?wait,
         servers, "the server is going to end: leaving it for another one"

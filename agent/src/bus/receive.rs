@@ -121,7 +121,7 @@ pub async fn receive(
 /// To all that this host hears; last to what is meant for it alone.
 async fn subscribe(client: &Client, world: &World) -> Vec<Subscriber> {
     let mut subjects = service::subscriptions(&world.id);
-    if world.config.metrics.is_some() {
+    if world.component(0).is_some() {
         subjects.push(COMPONENT_DISCOVER.to_owned());
     }
     subjects.extend(subscriptions(&world.id));

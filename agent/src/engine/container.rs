@@ -333,6 +333,12 @@ impl Container {
         Ok(blocking(move || group.usage()).await?)
     }
 
+    /// Whether nothing runs in it beside its init.
+    pub async fn is_idle(&self) -> bool {
+        let (group, init) = (self.inner.group.clone(), self.pid());
+        blocking(move || group.pids().into_iter().all(|pid| pid == init)).await
+    }
+
     /// Waits until its init is dead. Every process of the container is dead then, too: the kernel
     /// sees to that before the init's end shows (`pid_namespaces(7)`).
     pub async fn died(&self) {

@@ -49,10 +49,11 @@ pub struct World {
 }
 
 impl World {
-    /// Where this host tells over HTTP how it is, if it does; `since`: when its agent began, in seconds since the epoch.
+    /// Where this host tells others over HTTP how it is, if it does; `since`: when its agent began, in seconds since the epoch.
     #[must_use]
     pub fn component(&self, since: u64) -> Option<Component> {
-        let mut address = self.config.metrics?;
+        // At a loopback address everybody would find himself.
+        let mut address = { self.config.metrics }.filter(|address| !address.ip().is_loopback())?;
         if address.ip().is_unspecified() {
             address.set_ip(IpAddr::V4(self.engine.local_ip()));
         }

@@ -98,6 +98,7 @@ fn a_killed_linker_comes_back_without_loss_or_repeat() {
         let container = create(&engine, world.spec(&world.handle)).await.unwrap();
         let script = "i=0; until [ -e /shared/go ]; do echo line $i; i=$((i+1)); \
                       [ $((i % 100)) = 0 ] && sleep 0.02; done; echo last";
+        assert!(container.is_idle().await);
         container.spawn(1, "vcap", shell(script)).await.unwrap();
         let mut records = container.follow(1, Cursor::default());
         let mut told = Told::default();
@@ -110,12 +111,15 @@ fn a_killed_linker_comes_back_without_loss_or_repeat() {
             if kills == 3 {
                 fs::write(world.shared.join("go"), "").unwrap();
             } else if kill("iomux-link", &container.inner.directory.job(1)) {
+                // The job goes on, beside whatever follows it.
+                assert!(!container.is_idle().await);
                 kills += 1;
             }
         }
         assert_eq!(kills, 3);
         assert_numbered(told.out());
         assert_eq!((told.status, told.missing), (Some(Status::Exited(0)), 0));
+        assert!(container.is_idle().await);
         container.destroy().await.unwrap();
         world.nothing_left(&world.handle).await;
     });

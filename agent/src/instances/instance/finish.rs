@@ -38,8 +38,8 @@ const DESCRIPTION_MAX: usize = 500;
 /// Why an app is killed that does not open its port.
 pub(super) const UNHEALTHY: &str = "failed to accept connections within health check timeout";
 
-/// Why an app is killed that does not accept connections any more.
-pub(super) const UNRESPONSIVE: &str = "stopped accepting connections";
+/// Why an app is killed that opened its port and listens there no longer.
+pub(super) const DEAF: &str = "stopped listening on its port";
 
 /// What ended it.
 #[derive(Debug)]
@@ -54,8 +54,8 @@ pub(super) enum End {
     Failed(String),
     /// The health check's time was up.
     Unhealthy,
-    /// It accepted connections, and does so no longer.
-    Unresponsive,
+    /// It opened its port, and listens there no longer.
+    Deaf,
     /// It died while no agent looked, in words, if somebody knows.
     Died(Option<String>),
     /// Its end is recorded already; only what follows it is left to do.
@@ -119,7 +119,7 @@ impl Instance {
         let ask = match end {
             End::Failed(_) | End::Unhealthy => Ask::StartFailed,
             End::OutOfMemory => Ask::OutOfMemory,
-            End::Stop | End::Ended | End::Unresponsive | End::Died(_) | End::Known => Ask::Ended,
+            End::Stop | End::Ended | End::Deaf | End::Died(_) | End::Known => Ask::Ended,
         };
         let by = match end {
             End::Ended | End::Died(_) => EndedBy::Itself,
@@ -127,15 +127,15 @@ impl Instance {
             | End::OutOfMemory
             | End::Failed(_)
             | End::Unhealthy
-            | End::Unresponsive
+            | End::Deaf
             | End::Known => EndedBy::Us,
         };
         // The rest goes with the one that the kernel killed; and the job's own status comes first.
-        let kills = matches!(end, End::OutOfMemory | End::Unhealthy | End::Unresponsive);
+        let kills = matches!(end, End::OutOfMemory | End::Unhealthy | End::Deaf);
         let words = match end {
             End::Failed(why) => Some(describe_failure(&why)),
             End::Unhealthy => Some(UNHEALTHY.to_owned()),
-            End::Unresponsive => Some(UNRESPONSIVE.to_owned()),
+            End::Deaf => Some(DEAF.to_owned()),
             End::Died(reason) => reason,
             End::Stop | End::Ended | End::OutOfMemory | End::Known => None,
         };
@@ -155,6 +155,8 @@ impl Instance {
         }
         self.tell_last_kills(by).await;
         let job = self.job.borrow().clone();
+        // What ended by itself meanwhile was not killed for it.
+        let words = words.filter(|words| words != DEAF || !ended_by_itself(&job));
         let exit = exit(&job, words, self.record.out_of_memory, now());
         self.record.exit = Some(exit);
         let event = events::exited(&self.view(), job.end);
@@ -381,6 +383,11 @@ fn describe_failure(why: &str) -> String {
     format!("failed to start: {why}")
 }
 
+/// Whether a job has an end that is none of our KILL.
+fn ended_by_itself(job: &JobView) -> bool {
+    job.exit.is_some_and(|exit| exit != Status::Signaled(9))
+}
+
 /// The exit record of a job. `words` describe what the job itself does not know.
 fn exit(job: &JobView, words: Option<String>, out_of_memory: bool, time: f64) -> Exit {
     let (status, signal, told) = match job.exit {
@@ -427,7 +434,7 @@ fn signal_of(code: u8) -> Option<i32> {
 
 #[cfg(test)]
 mod tests {
-    use super::{describe_failure, exit};
+    use super::{describe_failure, ended_by_itself, exit};
     use crate::instances::output::JobView;
     use container::status::{Status, Step};
 
@@ -481,6 +488,19 @@ mod tests {
             words.contains("execute the program") && words.contains("ENOENT"),
             "{words}"
         );
+    }
+
+    #[test]
+    fn a_job_that_we_kill_has_not_ended_by_itself() {
+        let job = |exit| JobView {
+            exit,
+            ..JobView::default()
+        };
+        assert!(!ended_by_itself(&job(Some(Status::Signaled(9)))));
+        assert!(!ended_by_itself(&job(None)));
+        for own in [Status::Exited(3), Status::Exited(0), Status::Signaled(15)] {
+            assert!(ended_by_itself(&job(Some(own))));
+        }
     }
 
     #[test]

@@ -1,10 +1,12 @@
-//! Whether an app that was started serves: its port opens, or its state file says RUNNING. And whether one that
-//! did so still does.
+//! Whether an app that was started serves: its port opens, or its state file says RUNNING. And whether one that opened
+//! its port still listens there.
 
+use crate::engine::Container;
+use crate::host::blocking;
 use crate::host::depot::disk::Disk;
 use crate::instances::droplets::tree::{Symlinks, read_text};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpStream;
@@ -19,10 +21,7 @@ const FIRST: Duration = Duration::from_millis(10);
 /// A state file's limit (DEA: 300 s, whatever the message says).
 pub(super) const STATE_FILE_TIMEOUT: Duration = Duration::from_secs(300);
 
-/// What a connection may take that is accepted by the kernel alone. After a second a lost SYN is sent again (RFC 6298).
-const ACCEPTED_WITHIN: Duration = Duration::from_secs(1);
-
-/// So many looks in a row must find nobody before an app counts as unresponsive.
+/// So many looks in a row must find that nobody listens.
 const LOOKS: u32 = 3;
 
 /// What is looked at.
@@ -57,52 +56,79 @@ async fn until_healthy(check: &Check) {
 async fn looks_healthy(check: &Check) -> bool {
     match check {
         Check::None => true,
-        Check::Port(address) => accepts(*address).await == Some(true),
+        Check::Port(address) => {
+            matches!(
+                timeout(Duration::from_secs(1), TcpStream::connect(address)).await,
+                Ok(Ok(_))
+            )
+        }
         Check::StateFile { disk, path } => {
             let (disk, path) = (Arc::clone(disk), path.clone());
-            let read =
-                crate::host::blocking(move || read_text(&disk.upper(), &path, Symlinks::Refused));
+            let read = blocking(move || read_text(&disk.upper(), &path, Symlinks::Refused));
             read.await
                 .is_ok_and(|bytes| bytes.is_some_and(|bytes| says_running(&bytes)))
         }
     }
 }
 
-/// Looks at `address` every `interval`; resolves once nobody has accepted there for [`LOOKS`] looks in a row.
-pub(super) async fn unresponsive(address: SocketAddr, interval: Duration) {
-    let mut looks = interval_at(Instant::now() + interval, interval);
+/// Looks every `interval` whether somebody in `container` listens at `address`; resolves once nobody did at [`LOOKS`]
+/// looks in a row.
+///
+/// The kernel is asked, and no connection made: that would be accepted for an app that hangs, wait in its queue, and fail
+/// for reasons that are not its own (a full table of connections, a firewall, a limit on bandwidth).
+pub(super) async fn deaf(container: Container, address: SocketAddrV4, interval: Duration) {
+    // Not all at once where many are adopted.
+    let first = Instant::now() + interval + crate::random::share(interval);
+    let mut looks = interval_at(first, interval);
     // After a pause of this host an app has its time again.
     looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut missed = 0;
     while missed < LOOKS {
         looks.tick().await;
-        missed = match accepts(address).await {
-            Some(true) => 0,
-            Some(false) => missed + 1,
-            None => missed,
-        };
+        missed = next(missed, look(&container, address).await);
     }
 }
 
-/// Whether a connection is accepted there; `None` if that cannot be found out.
-async fn accepts(address: SocketAddr) -> Option<bool> {
-    match timeout(ACCEPTED_WITHIN, TcpStream::connect(address)).await {
-        Ok(connected) => told(&connected.map(drop)),
-        Err(_late) => Some(false),
+/// How many looks in a row have found nobody, after this one.
+fn next(missed: u32, look: Option<bool>) -> u32 {
+    match look {
+        Some(true) => 0,
+        Some(false) => missed + 1,
+        None => missed,
     }
 }
 
-/// What a connect tells of who should accept it. What this host lacks (descriptors, ports, memory) tells nothing.
-fn told(connected: &io::Result<()>) -> Option<bool> {
-    let Err(error) = connected else {
-        return Some(true);
+/// Whether somebody listens; `None` if that cannot be found out, or if nobody is left who could: then its end is on its
+/// way to us, and tells more.
+async fn look(container: &Container, address: SocketAddrV4) -> Option<bool> {
+    let sockets = format!("/proc/{}/net", container.pid());
+    let read = move || -> io::Result<bool> {
+        let v4 = std::fs::read_to_string(format!("{sockets}/tcp"))?;
+        // A kernel may be without.
+        let v6 = std::fs::read_to_string(format!("{sockets}/tcp6")).unwrap_or_default();
+        Ok(listens(&v4, &v6, address))
     };
-    let theirs = [
-        io::ErrorKind::ConnectionRefused,
-        io::ErrorKind::ConnectionReset,
-        io::ErrorKind::TimedOut,
-    ];
-    theirs.contains(&error.kind()).then_some(false)
+    match blocking(read).await.ok()? {
+        false if container.is_idle().await => None,
+        listens => Some(listens),
+    }
+}
+
+/// Whether a socket that can be reached at `address` is in state LISTEN (0A). The texts are those of `/proc/<pid>/net/tcp`
+/// and `tcp6`: words of four address bytes as this machine's numbers (proc(5)).
+fn listens(v4: &str, v6: &str, address: SocketAddrV4) -> bool {
+    let ip = format!("{:08X}", u32::from_ne_bytes(address.ip().octets()));
+    let any = "00000000";
+    let mapped = format!("{any}{any}{:08X}", u32::from_ne_bytes([0, 0, 0xff, 0xff]));
+    let here = |text: &str, addresses: [String; 2]| {
+        let local = addresses.map(|ip| format!("{ip}:{:04X}", address.port()));
+        text.lines().any(|line| {
+            let mut words = line.split_ascii_whitespace().skip(1);
+            let (at, state) = (words.next(), words.nth(1));
+            state == Some("0A") && at.is_some_and(|at| local.iter().any(|local| local == at))
+        })
+    };
+    here(v4, [any.to_owned(), ip.clone()]) || here(v6, [any.repeat(4), format!("{mapped}{ip}")])
 }
 
 fn says_running(bytes: &[u8]) -> bool {
@@ -112,10 +138,9 @@ fn says_running(bytes: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Check, LOOKS, healthy, says_running, told, unresponsive};
-    use nix::errno::Errno;
+    use super::{Check, LOOKS, healthy, listens, next, says_running};
+    use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
     use std::time::Duration;
-    use tokio::time::timeout;
 
     #[test]
     fn only_running_is_running() {
@@ -132,44 +157,52 @@ mod tests {
     }
 
     #[test]
-    fn what_this_host_lacks_is_no_fault_of_an_app() {
-        assert_eq!(told(&Ok(())), Some(true));
-        for theirs in [Errno::ECONNREFUSED, Errno::ECONNRESET, Errno::ETIMEDOUT] {
-            assert_eq!(told(&Err(theirs.into())), Some(false), "{theirs}");
-        }
-        for ours in [
-            Errno::EMFILE,
-            Errno::ENFILE,
-            Errno::EADDRNOTAVAIL,
-            Errno::ENOBUFS,
-            Errno::ENOMEM,
-            Errno::EPERM,
-            Errno::ENETUNREACH,
+    fn only_looks_in_a_row_count_and_only_those_that_tell_something() {
+        let (yes, no, unknown) = (Some(true), Some(false), None);
+        let mut missed = 0;
+        for (look, wanted) in [
+            (no, 1),
+            (unknown, 1),
+            (no, 2),
+            (yes, 0),
+            (unknown, 0),
+            (no, 1),
+            (no, 2),
+            (no, LOOKS),
         ] {
-            assert_eq!(told(&Err(ours.into())), None, "{ours}");
+            missed = next(missed, look);
+            assert_eq!(missed, wanted);
         }
     }
 
-    #[tokio::test]
-    async fn only_looks_in_a_row_make_an_app_unresponsive() {
-        let often = Duration::from_millis(20);
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap();
-        let watching = tokio::spawn(unresponsive(address, often));
-        let accepted = tokio::task::spawn_blocking(move || {
-            // One look more than would be enough, had they found nobody.
-            for _ in 0..=LOOKS {
-                listener.accept().unwrap();
-            }
-            listener
-        });
-        let listener = accepted.await.unwrap();
-        assert!(!watching.is_finished());
-        drop(listener);
-        timeout(Duration::from_secs(60), watching)
-            .await
-            .unwrap()
-            .unwrap();
+    #[test]
+    fn listeners_are_found_in_the_kernels_own_words() {
+        let found = |address: SocketAddrV4| {
+            let text = |name| std::fs::read_to_string(format!("/proc/self/net/{name}"));
+            listens(
+                &text("tcp").unwrap(),
+                &text("tcp6").unwrap_or_default(),
+                address,
+            )
+        };
+        let port_of = |listener: &TcpListener| listener.local_addr().unwrap().port();
+        for at in ["127.0.0.1:0", "0.0.0.0:0", "[::]:0", "[::ffff:127.0.0.1]:0"] {
+            let listener = match TcpListener::bind(at) {
+                Ok(listener) => listener,
+                // A kernel without IPv6.
+                Err(_) if at.starts_with('[') => continue,
+                Err(error) => panic!("{at}: {error}"),
+            };
+            let address = SocketAddrV4::new(Ipv4Addr::LOCALHOST, port_of(&listener));
+            assert!(found(address), "{at}");
+            let elsewhere = SocketAddrV4::new([192, 0, 2, 1].into(), address.port());
+            assert_eq!(found(elsewhere), !at.contains("127.0.0.1"), "{at}");
+            // A connection is no listener.
+            let _client = TcpStream::connect(address).unwrap();
+            let _accepted = listener.accept().unwrap();
+            drop(listener);
+            assert!(!found(address), "{at}");
+        }
     }
 
     #[tokio::test]

@@ -1,6 +1,6 @@
 //! From an accepted start to RUNNING, and from a record back to where it was.
 
-use super::finish::{End, UNHEALTHY, UNRESPONSIVE};
+use super::finish::{DEAF, End, UNHEALTHY};
 use super::health::{self, Check};
 use super::hooks::Hook;
 use super::{Instance, Interrupt, Remains, job_is, limit_disk};
@@ -17,7 +17,7 @@ use crate::instances::state::Ask;
 use crate::instances::world::whole_seconds;
 use container::job::{JobRequest, Rlimit};
 use messages::state::State;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddrV4};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -103,7 +103,7 @@ impl Instance {
             return match &self.record.failure {
                 _ if self.record.out_of_memory => End::OutOfMemory,
                 Some(words) if words == UNHEALTHY => End::Unhealthy,
-                Some(words) if words == UNRESPONSIVE => End::Unresponsive,
+                Some(words) if words == DEAF => End::Deaf,
                 failure => End::Died(failure.clone()),
             };
         }
@@ -262,25 +262,36 @@ impl Instance {
             self.record.after_start = false;
             self.keep().await;
         }
-        let looks = self.world.config.instance.liveness_interval;
-        let address = self.address().filter(|_| self.record.listens);
-        let unresponsive = async move {
-            match looks.zip(address) {
-                Some((interval, address)) => health::unresponsive(address, interval).await,
+        loop {
+            match self.attend(self.deaf()).await {
+                Err(interrupt) => return interrupt.into(),
+                // Without a route it need not listen.
+                Ok(()) if self.record.uris.is_empty() => {}
+                Ok(()) => return End::Deaf,
+            }
+        }
+    }
+
+    /// Resolves once its app, which opened its port, listens there no longer; never where nobody looks.
+    fn deaf(&self) -> impl Future<Output = ()> + use<> {
+        let interval = self.world.config.instance.liveness_interval;
+        let listened = self.record.listens.then(|| self.container.clone());
+        let watched = interval.zip(listened.flatten()).zip(self.address());
+        async move {
+            match watched {
+                Some(((interval, container), address)) => {
+                    health::deaf(container, address, interval).await;
+                }
                 None => std::future::pending().await,
             }
-        };
-        match self.attend(unresponsive).await {
-            Err(interrupt) => interrupt.into(),
-            Ok(()) => End::Unresponsive,
         }
     }
 
     /// Where its app listens, if it does.
-    fn address(&self) -> Option<SocketAddr> {
+    fn address(&self) -> Option<SocketAddrV4> {
         let container = self.container.as_ref()?;
         let port = self.record.port?;
-        Some(SocketAddr::from((container.saved().lease.container, port)))
+        Some(SocketAddrV4::new(container.saved().lease.container, port))
     }
 
     async fn start(&mut self) -> Result<(), End> {
@@ -550,7 +561,9 @@ impl Instance {
                 };
                 (check, health::STATE_FILE_TIMEOUT)
             }
-            (None, Some(address)) if !self.record.uris.is_empty() => (Check::Port(address), limit),
+            (None, Some(address)) if !self.record.uris.is_empty() => {
+                (Check::Port(address.into()), limit)
+            }
             (None, _) => (Check::None, limit),
         })
     }
