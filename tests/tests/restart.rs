@@ -145,6 +145,20 @@ async fn a_server_that_stops_to_read_loses_nothing() {
 }
 
 #[tokio::test]
+async fn a_server_that_hangs_holds_no_shutdown_up_for_ever() {
+    let mut host = Host::start().await;
+    let mut message = host.message("sleeper", &Droplet::sample("sleeper"));
+    message["stop_grace"] = json!(1);
+    host.run(message).await;
+    host.bus().signal(Signal::SIGSTOP);
+    let status = host.end(Signal::SIGTERM).await;
+    assert!(status.success(), "{status}");
+    host.tree_until("empty machine", |tree| tree.named("wshd").is_empty())
+        .await;
+    host.bus().signal(Signal::SIGCONT);
+}
+
+#[tokio::test]
 async fn hang_up_is_a_goodbye_that_leaves_the_apps() {
     let mut host = Host::start().await;
     host.run(host.message("sleeper", &Droplet::sample("sleeper")))
@@ -154,8 +168,12 @@ async fn hang_up_is_a_goodbye_that_leaves_the_apps() {
         .tree_until("app", |tree| !tree.named("sleep").is_empty())
         .await;
     let before = tree.survivors();
+    let mut goodbyes = host.watch("dea.shutdown").await;
     let status = host.end(Signal::SIGHUP).await;
     assert!(status.success(), "{status}");
+    let goodbye = goodbyes.next().await;
+    assert_eq!(goodbye["id"], host.id);
+    assert_eq!(goodbye["app_id_to_count"], json!({"sleeper": 1}));
     let alone = host
         .tree_until("end of its followers", |tree| {
             tree.named("iomux-link").is_empty()

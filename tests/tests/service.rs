@@ -4,7 +4,7 @@ use async_nats::RequestErrorKind;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
-use tests::{Droplet, Host};
+use tests::{Droplet, Host, Setup};
 
 /// Silence after which nobody else answers.
 const SILENCE: Duration = Duration::from_millis(500);
@@ -32,6 +32,24 @@ async fn stats(host: &Host) -> (BTreeMap<String, Value>, Value) {
     let named = |endpoint: &Value| (endpoint["name"].as_str().unwrap().into(), endpoint.clone());
     let endpoints = endpoints.iter().map(named).collect();
     (endpoints, answer)
+}
+
+#[tokio::test]
+async fn each_of_two_hosts_answers_for_itself() {
+    let host = Host::with(Setup {
+        bus: Host::SHARED,
+        ..Setup::default()
+    })
+    .await;
+    let other = host.beside(&[]).await;
+    for kind in ["ping", "info", "stats"] {
+        let subject = format!("$SRV.{}.ostler", kind.to_uppercase());
+        let mut answers = host.request_all(&subject, &Value::Null, (2, SILENCE)).await;
+        assert_eq!(answers.len(), 2, "{subject}: {answers:?}");
+        answers.sort_by_key(|answer| answer["id"] != host.id);
+        is_of(&host, &answers[0], kind);
+        is_of(&other, &answers[1], kind);
+    }
 }
 
 #[tokio::test]

@@ -196,6 +196,38 @@ async fn a_port_that_never_opens_is_a_crash() {
     assert_eq!(exits.arrived(), Vec::<Value>::new());
 }
 
+#[tokio::test]
+async fn an_app_that_ends_before_its_port_opens_has_its_own_end() {
+    let host = Host::start().await;
+    let mut exits = host.watch("droplet.exited").await;
+    for (script, status) in [("exit 3", 3), ("exec no-such-program", 127)] {
+        let mut message = host.message("early", &Droplet::shell(script));
+        message["uris"] = json!(["early.example.net"]);
+        host.publish(&host.subject("start"), &message).await;
+        let exit = exits.next().await;
+        assert_eq!(exit["reason"], "CRASHED");
+        assert_eq!(exit["exit_status"], status, "{exit}");
+        assert_eq!(exit["exit_description"], "app instance exited");
+    }
+}
+
+#[tokio::test]
+async fn a_droplet_is_unpacked_outside_of_its_apps_memory() {
+    let host = Host::start().await;
+    let large = "0123456789abcdef".repeat(4 << 20);
+    let droplet = Droplet::of_files(&[
+        ("./app/large", &large),
+        ("./staging_info.yml", "start_command: sleep infinity\n"),
+    ]);
+    let mut message = host.message("small", &droplet);
+    // By its other digest, for once.
+    message["sha1"] = Value::Null;
+    message["sha256"] = json!(droplet.sha256());
+    message["limits"]["mem"] = json!(24);
+    host.run(message).await;
+    host.stop("small").await;
+}
+
 /// An app with this name that opens its port, closes it after USR1, and lives on.
 fn going_deaf(name: &str) -> Droplet {
     let script = r#"exec perl -MIO::Socket::INET -e '
@@ -401,6 +433,7 @@ async fn commands_of_one_sender_are_done_in_his_order() {
 
 #[tokio::test]
 async fn find_droplet_tells_one_answer_per_instance() {
+    let begun = Instant::now();
     let host = Host::start().await;
     let sleeper = Droplet::sample("sleeper");
     for index in [0, 1] {
@@ -455,7 +488,8 @@ async fn find_droplet_tells_one_answer_per_instance() {
         assert_eq!(stats["uris"], json!([]));
         assert_eq!(stats["host"], Network::HOST);
         assert!(stats["port"].as_u64().is_some_and(|port| port > 1024));
-        assert!(stats["uptime"].as_u64().is_some());
+        let uptime = stats["uptime"].as_u64().unwrap();
+        assert!(uptime <= begun.elapsed().as_secs() + 1, "{uptime}");
         assert_eq!(stats["mem_quota"], 134_217_728);
         assert_eq!(stats["disk_quota"], 268_435_456);
         assert_eq!(stats["fds_quota"], 1024);

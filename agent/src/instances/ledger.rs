@@ -117,7 +117,42 @@ fn since(entry: &Entry) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{Amount, Entry, Room, Short, admit, make_room};
+    use super::{Amount, Entry, Room, Short, admit, make_room, reserved};
+    use crate::instances::record::tests::record;
+    use messages::state::State;
+    use serde_json::json;
+
+    #[test]
+    fn an_instance_holds_memory_while_it_runs_and_disk_while_its_files_are_there() {
+        let holds = |state, files: bool| {
+            let mut record = record("00000000001");
+            record.state = state;
+            record.container = files.then(|| {
+                let lease = json!({"host": "10.0.0.1", "container": "10.0.0.2", "prefix": 30});
+                let saved = json!({"handle": "h", "lease": lease, "ports": [], "boot_id": "b"});
+                serde_json::from_value(saved).unwrap()
+            });
+            let Amount { memory, disk } = reserved([(&record, 1, 1)].into_iter());
+            (memory, disk)
+        };
+        for state in [
+            State::Born,
+            State::Starting,
+            State::Running,
+            State::Stopping,
+        ] {
+            assert_eq!(holds(state, true), (1, 1), "{state:?}");
+            // Its container is on its way.
+            assert_eq!(holds(state, false), (1, 1), "{state:?}");
+        }
+        for state in [State::Crashed, State::Stopped] {
+            assert_eq!(holds(state, true), (0, 1), "{state:?}");
+            assert_eq!(holds(state, false), (0, 0), "{state:?}");
+        }
+        for state in [State::Evacuating, State::Resuming] {
+            assert_eq!(holds(state, true), (0, 0), "{state:?}");
+        }
+    }
 
     fn leaving(wanted: usize, most: Room) -> Option<Vec<String>> {
         let entry = |handle: &str, crashed| Entry {

@@ -394,11 +394,11 @@ pub fn write_durably(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), RecordE
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::{Event, FORMAT, Limits, Record, Records};
     use messages::state::State;
 
-    fn record(handle: &str) -> Record {
+    pub(in crate::instances) fn record(handle: &str) -> Record {
         Record {
             format: FORMAT,
             boot_id: "b".into(),

@@ -156,7 +156,8 @@ impl Instance {
         self.tell_last_kills(by).await;
         let job = self.job.borrow().clone();
         // What ended by itself meanwhile was not killed for it.
-        let words = words.filter(|words| words != DEAF || !ended_by_itself(&job));
+        let of_looks = |words: &String| [DEAF, UNHEALTHY].contains(&words.as_str());
+        let words = words.filter(|words| !of_looks(words) || !ended_by_itself(&job));
         let exit = exit(&job, words, self.record.out_of_memory, now());
         self.record.exit = Some(exit);
         let event = events::exited(&self.view(), job.end);

@@ -12,7 +12,7 @@ use messages::subjects;
 use serde::Serialize;
 use std::collections::BTreeMap;
 use tokio::time::Instant;
-use tracing::warn;
+use tracing::{error, warn};
 
 /// How this host stands.
 #[derive(Debug, Clone)]
@@ -59,18 +59,27 @@ impl Stable {
     }
 
     /// The complete state of this host, never split. Admission sees to it that it fits; where a server
-    /// takes less than the one before it did, those that live are told rather than nobody.
+    /// takes less than the one before it did, those that live are told rather than nobody. If they alone are too many,
+    /// nothing true can be said in one message.
     fn heartbeat(&self) -> bool {
         let whole = self.beat(in_heartbeat);
         let most = self.link.max_payload;
         if whole.len() <= most {
             return self.say(Message::plain(subjects::HEARTBEAT, whole));
         }
-        warn!(
-            bytes = whole.len(),
-            most, "too many instances for one heartbeat of this bus: crashed ones are left out"
-        );
         let living = self.beat(|state| in_heartbeat(state) && state != State::Crashed);
+        if living.len() <= most {
+            warn!(
+                bytes = whole.len(),
+                most, "too many instances for one heartbeat of this bus: crashed ones are left out"
+            );
+        } else {
+            error!(
+                bytes = living.len(),
+                most,
+                "too many instances for one heartbeat of this bus: it hears of none and takes this host for dead; raise its max_payload"
+            );
+        }
         self.say(Message::plain(subjects::HEARTBEAT, living))
     }
 
