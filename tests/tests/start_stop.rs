@@ -288,10 +288,11 @@ async fn an_app_that_stops_listening_is_a_crash_with_its_own_reason_where_that_i
         (&exit["exit_status"], &exit["signal"]),
         (&json!(137), &json!(9))
     );
-    assert_eq!(
-        unregistered.next().await["uris"],
-        json!(["deaf.example.net"])
-    );
+    unregistered
+        .until("its route", |route| {
+            route["uris"] == json!(["deaf.example.net"])
+        })
+        .await;
     output
         .until("last word", |output| output.text(0, "stdout") == "deaf\n")
         .await;
