@@ -561,13 +561,24 @@ impl Host {
         self.start_agent().await
     }
 
-    /// Takes the bus away.
+    /// Takes the bus away, once the test has all that the server took from the agent.
     pub async fn stop_bus(&mut self) {
+        // What a server has confirmed and not passed on is lost with it, and no loss of the agent's: it is held until the
+        // server has nothing more for us. One that hangs has no answer.
+        self.agent
+            .iter()
+            .for_each(|agent| agent.signal(Signal::SIGSTOP));
+        for _ in 0..2 {
+            let _ = timeout(Duration::from_secs(2), known(&self.nats)).await;
+        }
         let bus = self.bus.take().expect("it runs");
         bus.signal(Signal::SIGKILL);
         bus.ended(patience())
             .await
             .expect("nothing survives SIGKILL");
+        self.agent
+            .iter()
+            .for_each(|agent| agent.signal(Signal::SIGCONT));
     }
 
     /// Brings the bus back; the test's own subscriptions are there again when this returns.
