@@ -186,11 +186,8 @@ async fn metrics(sources: &Sources) -> String {
     let world = &sources.world;
     let standing = timeout(PATIENCE, sources.standing());
     let (standing, spooled) = tokio::join!(standing, world.depth.bytes(PATIENCE));
-    let standing = standing.ok().flatten();
-    page::page(&page::Numbers {
-        spooled,
-        ..numbers(standing, &world.outlet, &sources.tally)
-    })
+    let told = (standing.ok().flatten(), spooled);
+    page::page(&numbers(told, &world.outlet, &sources.tally))
 }
 
 /// The page for collectors, of the same kind.
@@ -208,10 +205,14 @@ async fn varz(sources: &Sources) -> String {
     varz.body()
 }
 
-fn numbers(standing: Option<Standing>, outlet: &Outlet, tally: &Tally) -> page::Numbers {
+fn numbers(
+    (standing, spooled): (Option<Standing>, Option<u64>),
+    outlet: &Outlet,
+    tally: &Tally,
+) -> page::Numbers {
     page::Numbers {
         standing,
-        spooled: None,
+        spooled,
         mark: outlet.mark(),
         dropped: outlet.drops().value(),
         counts: tally.counts(),
@@ -232,7 +233,7 @@ mod tests {
         for _ in 0..3 {
             inlet.dropped.count();
         }
-        let page = page::page(&numbers(None, &outlet, &Tally::begin()));
+        let page = page::page(&numbers((None, None), &outlet, &Tally::begin()));
         let line = "ostler_bus_dropped_messages_total 3";
         assert!(page.lines().any(|is| is == line), "{page}");
     }

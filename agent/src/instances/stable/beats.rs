@@ -85,10 +85,7 @@ impl Stable {
 
     fn beat(&self, told: impl Fn(State) -> bool) -> Vec<u8> {
         let droplets = self
-            .stalls
-            .values()
-            .filter(|stall| !stall.leaves)
-            .map(|stall| &stall.view)
+            .told()
             .filter(|view| told(view.record.state))
             .map(|view| HeartbeatEntry {
                 cc_partition: view.cc_partition.clone(),
