@@ -172,6 +172,7 @@ fn remove(path: &Path) -> Outcome<()> {
 
 /// Runs it to its end. Calls that wait in the kernel (a disk that hangs) keep no agent from leaving.
 fn within_runtime<T>(work: impl Future<Output = Outcome<T>>) -> Outcome<T> {
+    crate::log::begin()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(WORKERS)
         .enable_all()
@@ -242,18 +243,25 @@ fn who_else() -> Option<Box<dyn Error>> {
 
 /// The host's durable id: made once, kept in `<base>/id`.
 fn host_id(base: &Path) -> Outcome<String> {
-    match std::fs::read_to_string(base.join("id")) {
+    let path = base.join("id");
+    match std::fs::read_to_string(&path) {
         Ok(id) if messages::subjects::is_token(id.trim()) => Ok(id.trim().to_owned()),
         Ok(id) => Err(format!(
             "{} holds {id:?}, which is no host id: remove the file to have a new one made",
-            base.join("id").display()
+            path.display()
         )
         .into()),
-        Err(_) => {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
             let id = crate::random::uuid();
             write_durably(base, "id", id.as_bytes())?;
             Ok(id)
         }
+        // Under another id nobody would find what is here.
+        Err(error) => Err(format!(
+            "this host's id in {} cannot be read: {error}",
+            path.display()
+        )
+        .into()),
     }
 }
 

@@ -1,11 +1,12 @@
 //! The parsers of this crate that take bytes of others: droplets and what stagers wrote into them, the stack's users,
-//! the kernel's log with names that apps choose, records that another agent or a failing disk left, what comes to the port of the metrics. `fuzz/` throws bytes
+//! the kernel's log with names that apps choose, the files by which apps say that they run, records that another agent or a failing disk left, what comes to the port of the metrics. `fuzz/` throws bytes
 //! at them; nothing else uses this module.
 
 use crate::engine::total_of;
 use crate::host::{kmsg, network};
 use crate::instances::droplets::stop::Stop;
 use crate::instances::droplets::{FetchOptions, Owner, unpack, uri, yaml};
+use crate::instances::instance::health::says_running;
 use crate::instances::stable::left_of_evacuation;
 use crate::instances::startup::environment::{AppEnv, build};
 use crate::instances::startup::passwd;
@@ -47,6 +48,12 @@ pub fn droplet_uri(text: &str) -> Result<String, String> {
 /// Why it is not understood.
 pub fn stager_text(document: &str, key: &str) -> Result<Option<String>, String> {
     yaml::text(document, key).map_err(|error| error.to_string())
+}
+
+/// Whether an app's state file says that it runs.
+#[must_use]
+pub fn state_file(bytes: &[u8]) -> bool {
+    says_running(bytes)
 }
 
 /// The page that the head of an HTTP request asks for.

@@ -8,11 +8,13 @@ mod engine;
 pub mod foreign;
 mod host;
 mod instances;
+mod log;
 mod metrics;
 mod quiet;
 mod random;
 
 pub use bus::{CLIENT_OFF, causes};
+pub use log::{Out as LogOut, flush as flush_log};
 pub use quiet::Quiet;
 
 /// What this agent calls itself on the bus.

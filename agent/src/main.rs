@@ -153,7 +153,9 @@ const AGENT_EXAMPLES: &str = "Examples:
   nats req dea.stop '{\"droplet\":\"my-app\"}'                      # stop it everywhere";
 
 fn main() -> ExitCode {
-    match perform(Arguments::parse().verb) {
+    let done = perform(Arguments::parse().verb);
+    ostler::flush_log();
+    match done {
         Ok(code) => code,
         Err(error) => {
             eprintln!("ostler: {}", chain(&*error));
@@ -230,7 +232,7 @@ fn start_log(format: LogFormat) {
     // The bus client's own lines are left out: what matters of them the agent says itself.
     let filter = EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| EnvFilter::new(format!("info,{}", ostler::CLIENT_OFF)));
-    let log = tracing_subscriber::fmt::layer().with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt::layer().with_writer(|| ostler::LogOut);
     let log = match format {
         LogFormat::Text => log.with_ansi(false).with_target(false).boxed(),
         LogFormat::Json => log.json().boxed(),
@@ -239,6 +241,12 @@ fn start_log(format: LogFormat) {
         .with(log.with_filter(filter.and(ostler::Quiet)))
         .with(ostler::causes());
     all.init();
+    // What was said before it stands before a fault.
+    let say = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |fault| {
+        ostler::flush_log();
+        say(fault);
+    }));
 }
 
 #[cfg(test)]

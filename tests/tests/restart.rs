@@ -323,11 +323,7 @@ async fn an_app_whose_record_is_another_agents_runs_on() {
     let text = std::fs::read_to_string(&record).unwrap();
     std::fs::write(&record, text.replace("\"format\":1", "\"format\":2")).unwrap();
     host.start_agent().await;
-    assert!(
-        host.log().contains("a record cannot be used"),
-        "{}",
-        host.log()
-    );
+    host.logged(0, "a record cannot be used").await;
     // Nothing of it is taken away or given to another.
     let other = host
         .run(host.message("other", &Droplet::sample("sleeper")))
@@ -350,11 +346,7 @@ async fn a_host_has_one_agent() {
         .await;
     let status = host.clean().await;
     assert!(!status.success(), "it would take the agent's apps away");
-    assert!(
-        host.log().contains("is the agent of this host"),
-        "{}",
-        host.log()
-    );
+    host.logged(0, "is the agent of this host").await;
     // Also with a base directory of its own.
     let base = host.base.with_file_name("other");
     let status = host.end_of_second_agent(&base).await;
@@ -1012,6 +1004,100 @@ async fn a_start_that_cannot_be_recorded_is_refused_and_leaves_nothing() {
     assert_eq!(exits.arrived(), Vec::<Value>::new());
     host.stop("new").await;
     host.stop("old").await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_recorded_is_done_and_not_answered_with_ok_until_it_is() {
+    let mut host = Host::with(tests::Setup {
+        before: &[Frozen::OWN_DISK],
+        ..Default::default()
+    })
+    .await;
+    let answer = host
+        .run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
+    let handle = answer["handle"].as_str().unwrap();
+    let records = host.base.join("instances").join(handle);
+    let directory = records.display().to_string();
+    let update = json!({"droplet": "app", "uris": [], "version": "newer"});
+    tests::tool("chattr", &["+i", &directory]);
+    let refused = host.request("dea.update", &update).await;
+    let again = host.request("dea.update", &update).await;
+    tests::tool("chattr", &["-i", &directory]);
+    for refused in [refused, again] {
+        let error = &refused["error"];
+        assert_eq!(error["code"], "internal", "{refused}");
+        assert_eq!(error["retryable"], true, "{refused}");
+        let words = error["message"].as_str().unwrap();
+        assert!(words.contains("could not be recorded"), "{words}");
+    }
+    // It is what it was told to be, and is recorded as soon as that can be, whether or not anybody asks.
+    let found = host
+        .request("dea.find.droplet", &json!({"droplet": "app"}))
+        .await;
+    assert_eq!(found["version"], "newer");
+    let newer = |_: &Tree| host.record(handle)["version"] == "newer";
+    host.tree_until("a record", newer).await;
+    assert_eq!(host.request("dea.update", &update).await["ok"], true);
+    host.restart().await;
+    let after = host
+        .request("dea.find.droplet", &json!({"droplet": "app"}))
+        .await;
+    assert_eq!(after["instance"], found["instance"]);
+    host.stop("app").await;
+}
+
+#[tokio::test]
+async fn a_repeated_start_can_be_scaled_also_if_its_first_agent_did_not_come_to_that() {
+    let mut host = Host::start().await;
+    let mut start = host.message("app", &Droplet::sample("sleeper"));
+    start["version"] = json!("old");
+    host.run(start.clone()).await;
+    host.stop("app").await;
+    start["version"] = json!("new");
+    start["request_id"] = json!("once");
+    // Whoever would keep what `scale` starts waits at this for ever.
+    let stuck = host.base.join("templates/app.json.new");
+    tests::tool("mkfifo", &[&stuck.display().to_string()]);
+    host.publish(&host.subject("start"), &start).await;
+    let mut beats = host.watch("dea.heartbeat").await;
+    let runs = |beat: &Value| beat["droplets"][0]["state"] == "RUNNING";
+    let first = beats.until("it runs", runs).await;
+    host.kill9().await;
+    std::fs::remove_file(&stuck).unwrap();
+    host.start_agent().await;
+    let answer = host.request(&host.subject("start"), &start).await;
+    assert_eq!(answer["instance"], first["droplets"][0]["instance"]);
+    host.restart().await;
+    let scale = json!({"droplet": "app", "instances": 2, "wait": "running"});
+    let scaled = host.request(&host.subject("scale"), &scale).await;
+    assert_eq!(scaled["ok"], true, "{scaled}");
+    let find = json!({"droplet": "app", "version": "new"});
+    assert_eq!(
+        host.request(&host.subject("find"), &find).await["matched"],
+        2
+    );
+    host.stop("app").await;
+}
+
+#[tokio::test]
+async fn an_id_that_cannot_be_read_is_not_replaced() {
+    let mut host = Host::start().await;
+    host.kill9().await;
+    let path = host.base.join("id");
+    let id = std::fs::read(&path).unwrap();
+    std::fs::write(&path, b"\xff").unwrap();
+    host.spawn_agent();
+    let ended = host.agent().ended(tests::patience()).await;
+    assert!(
+        ended.is_some_and(|status| !status.success()),
+        "{}",
+        host.log()
+    );
+    host.kill9().await;
+    assert_eq!(std::fs::read(&path).unwrap(), b"\xff");
+    std::fs::write(&path, id).unwrap();
+    host.start_agent().await;
 }
 
 #[tokio::test]

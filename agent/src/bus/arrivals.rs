@@ -9,7 +9,7 @@ use crate::instances::outlet::Counter;
 use async_nats::{Message, Subscriber};
 use futures_util::{FutureExt, StreamExt};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use tokio::sync::mpsc;
@@ -18,6 +18,9 @@ use tracing::{debug, warn};
 
 /// Messages that may wait to be taken: as many as the client keeps for one subscription.
 const WAITING: usize = 65_536;
+
+/// Bytes of messages that may wait to be taken.
+const WAITING_BYTES: usize = 64 << 20;
 
 /// What comes out of the queue.
 pub(super) enum Arrival {
@@ -29,6 +32,8 @@ pub(super) enum Arrival {
 /// What arrives on all of them, until each has ended.
 pub(super) struct Arrivals {
     queue: mpsc::Receiver<Arrival>,
+    /// Bytes of what is in it.
+    waiting: Arc<AtomicUsize>,
     taps: Vec<Arc<Tap>>,
 }
 
@@ -37,10 +42,12 @@ impl Arrivals {
     pub(super) fn of(subscribers: Vec<Subscriber>, dropped: &Counter) -> Self {
         let ends = subscribers.len();
         let (into, queue) = mpsc::channel(WAITING + ends);
+        let waiting = Arc::<AtomicUsize>::default();
         let tap = |subscriber| {
             let source = Source {
                 subscriber,
                 into: Some(into.clone()),
+                waiting: Arc::clone(&waiting),
                 ends,
                 dropped: dropped.clone(),
             };
@@ -51,12 +58,20 @@ impl Arrivals {
         };
         let taps: Vec<Arc<Tap>> = subscribers.into_iter().map(tap).collect();
         taps.iter().for_each(|tap| Arc::clone(tap).wake());
-        Self { queue, taps }
+        Self {
+            queue,
+            waiting,
+            taps,
+        }
     }
 
     /// What comes next; `None` when every subscription has ended.
     pub(super) async fn next(&mut self) -> Option<Arrival> {
-        self.queue.recv().await
+        let arrival = self.queue.recv().await;
+        if let Some(Arrival::Message(message)) = &arrival {
+            self.waiting.fetch_sub(message.length, Ordering::Relaxed);
+        }
+        arrival
     }
 
     /// Tells the server that nobody listens to the last of the subscriptions any more. What it had sent
@@ -87,6 +102,8 @@ struct Source {
     subscriber: Subscriber,
     /// `None` once the subscription has ended.
     into: Option<mpsc::Sender<Arrival>>,
+    /// Of all subscriptions.
+    waiting: Arc<AtomicUsize>,
     /// Room in the queue that messages leave for the ends.
     ends: usize,
     /// Of all subscriptions.
@@ -131,8 +148,13 @@ impl Source {
         {
             match (message, &self.into) {
                 (Some(message), Some(into)) => {
-                    let room = into.capacity() > self.ends;
+                    let length = message.length;
+                    let before = self.waiting.fetch_add(length, Ordering::Relaxed);
+                    // However large it is, one finds room where nothing waits.
+                    let room = into.capacity() > self.ends
+                        && (before == 0 || before + length <= WAITING_BYTES);
                     if !room || into.try_send(Arrival::Message(message)).is_err() {
+                        self.waiting.fetch_sub(length, Ordering::Relaxed);
                         let dropped = self.dropped.count();
                         // A flood must not become one of the log.
                         if dropped.is_power_of_two() {
@@ -154,62 +176,11 @@ impl Source {
 
 #[cfg(test)]
 mod tests {
-    use super::{Arrival, Arrivals, WAITING};
+    use super::super::testbed::Server;
+    use super::{Arrival, Arrivals, WAITING, WAITING_BYTES};
     use crate::instances::outlet::outlet;
     use async_nats::{Client, ConnectOptions};
     use futures_util::StreamExt;
-    use std::path::PathBuf;
-    use std::process::{Child, Command, Stdio};
-    use std::time::Duration;
-    use tokio::time::sleep;
-
-    /// A nats-server on a free port; goes with the test.
-    struct Server {
-        process: Child,
-        ports: PathBuf,
-    }
-
-    impl Server {
-        #[expect(
-            clippy::disallowed_methods,
-            reason = "the server is another program, and no helper"
-        )]
-        fn start() -> Self {
-            let ports = std::env::temp_dir().join(format!("ostler-flood-{}", std::process::id()));
-            std::fs::create_dir_all(&ports).unwrap();
-            let program = std::env::var("OSTLER_NATS_SERVER").unwrap_or("nats-server".into());
-            let process = Command::new(program)
-                .args(["--addr", "127.0.0.1", "--port", "-1", "--ports_file_dir"])
-                .arg(&ports)
-                .stderr(Stdio::null())
-                .spawn()
-                .expect("run `make deps`");
-            Self { process, ports }
-        }
-
-        /// Where it listens, once it does.
-        async fn address(&self) -> String {
-            loop {
-                let files = std::fs::read_dir(&self.ports).unwrap().flatten();
-                for file in files {
-                    let text = std::fs::read_to_string(file.path()).unwrap_or_default();
-                    let ports: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
-                    if let Some(address) = ports["nats"][0].as_str() {
-                        return address.to_owned();
-                    }
-                }
-                sleep(Duration::from_millis(10)).await;
-            }
-        }
-    }
-
-    impl Drop for Server {
-        fn drop(&mut self) {
-            let _ = self.process.kill();
-            let _ = self.process.wait();
-            let _ = std::fs::remove_dir_all(&self.ports);
-        }
-    }
 
     /// Publishes the numbers of `range` on `a` and `b` in turns, waiting for nothing.
     async fn flood(client: &Client, range: std::ops::Range<usize>) {
@@ -217,6 +188,33 @@ mod tests {
             let subject = if number % 2 == 0 { "a" } else { "b" };
             let said = client.publish(subject, number.to_string().into());
             said.await.unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn of_large_messages_fewer_may_wait() {
+        const LARGE: usize = 1_000_000;
+        const FIT: usize = WAITING_BYTES / LARGE;
+        let server = Server::start();
+        let options = ConnectOptions::new().retry_on_initial_connect();
+        let client = options.connect(server.address().await).await.unwrap();
+        let subscribers = vec![client.subscribe("a").await.unwrap()];
+        let mut last = client.subscribe("last").await.unwrap();
+        let (outlet, _inlet) = outlet();
+        let mut arrivals = Arrivals::of(subscribers, outlet.drops());
+        // Nobody reads; twice, for what was read makes room.
+        for round in 1..=2 {
+            for _ in 0..FIT + 5 {
+                client.publish("a", vec![0; LARGE].into()).await.unwrap();
+            }
+            client.publish("last", "".into()).await.unwrap();
+            last.next().await.unwrap();
+            // What counts is what is sent, a little more than the body.
+            let dropped = usize::try_from(outlet.drops().value()).unwrap();
+            assert!((5 * round..=7 * round).contains(&dropped), "{dropped}");
+            while arrivals.waiting.load(std::sync::atomic::Ordering::Relaxed) > 0 {
+                assert!(matches!(arrivals.next().await, Some(Arrival::Message(_))));
+            }
         }
     }
 

@@ -253,11 +253,18 @@ impl Trouble {
 
 #[cfg(test)]
 mod tests {
-    use super::{RECONNECT_CAP_MS, delay, untiring};
+    use super::super::testbed::Server;
+    use super::{Link, RECONNECT_CAP_MS, delay, untiring, watch_link};
+    use crate::bus::{Access, Surroundings};
+    use crate::config::Nats;
+    use crate::instances::outlet::Counter;
     use async_nats::ConnectOptions;
+    use futures_util::StreamExt;
+    use std::sync::Arc;
     use std::time::Duration;
     use tokio::net::TcpSocket;
-    use tokio::sync::watch;
+    use tokio::sync::{mpsc, oneshot, watch};
+    use tokio::time::sleep;
 
     /// More tries than an hour has: one takes half of the longest delay, more or less.
     const HOUR: usize = 1000;
@@ -281,6 +288,41 @@ mod tests {
         }
         let server = socket.listen(1).unwrap();
         server.accept().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_the_client_itself_has_no_room_for_is_counted() {
+        const ROOM: usize = 2;
+        const SAID: usize = 10;
+        let server = Server::start();
+        let (tell, told) = mpsc::unbounded_channel();
+        let options = untiring(ConnectOptions::new(), delay)
+            .subscription_capacity(ROOM)
+            .event_callback(move |event| {
+                drop(tell.send(event));
+                std::future::ready(())
+            });
+        let client = options.connect(server.address().await).await.unwrap();
+        let access = Access::gather(&Nats::default(), Surroundings::default()).unwrap();
+        let (link, mut is) = watch::channel(Link::default());
+        let (dropped, (twin, _twins)) = (Counter::default(), oneshot::channel());
+        let kept_true = (link, dropped.clone());
+        let watched = (client.clone(), "host".to_owned());
+        tokio::spawn(watch_link(watched, Arc::new(access), told, kept_true, twin));
+        is.wait_for(|link| link.up).await.unwrap();
+        let _unread = client.subscribe("unread").await.unwrap();
+        let mut last = client.subscribe("last").await.unwrap();
+        for _ in 0..SAID {
+            client.publish("unread", "".into()).await.unwrap();
+        }
+        client.publish("last", "".into()).await.unwrap();
+        last.next().await.unwrap();
+        while dropped.value() < (SAID - ROOM) as u64 {
+            sleep(Duration::from_millis(10)).await;
+        }
+        // No fault of the connection.
+        assert!(is.borrow().up);
+        assert_eq!(dropped.value(), (SAID - ROOM) as u64);
     }
 
     #[test]

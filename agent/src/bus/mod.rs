@@ -10,6 +10,8 @@ mod receive;
 mod refusals;
 mod replay;
 mod tally;
+#[cfg(test)]
+mod testbed;
 mod twin;
 
 pub use access::{Access, AccessError, Surroundings};

@@ -9,7 +9,7 @@ use super::tally::{self, Call, Tally};
 use crate::instances::instance::events;
 use crate::instances::outlet::Message as Outgoing;
 use crate::instances::record::RecordError;
-use crate::instances::stable::{self, Ask};
+use crate::instances::stable::{self, Answers, Ask};
 use crate::instances::world::World;
 use async_nats::{Client, HeaderMap, Message, Subscriber};
 use messages::command::{Asked, Command, Query, json, parse};
@@ -20,6 +20,7 @@ use messages::subjects::{COMPONENT_ANNOUNCE, COMPONENT_DISCOVER, Incoming, Kind,
 use messages::trace::{self, Trace};
 use std::convert::Infallible;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
@@ -37,12 +38,17 @@ const PAUSE_PATIENCE: Duration = Duration::from_secs(1);
 /// What the stable may take to say how this host stands, and its disk how much output waits.
 const HOST_PATIENCE: Duration = Duration::from_millis(200);
 
+/// Bytes of answers that may wait for a bus that is slow, before more is asked for.
+const UNSENT: usize = 64 << 20;
+
 /// Everything an answer needs.
 struct Desk {
     world: Arc<World>,
     replay: Mutex<Replay>,
     identity: Identity,
     tally: Arc<Tally>,
+    /// Bytes of answers that wait for the bus.
+    unsent: Arc<AtomicUsize>,
     /// Whatever is owed holds the desk, and so keeps this open.
     _owing: mpsc::Sender<Infallible>,
 }
@@ -73,6 +79,7 @@ pub async fn receive(
         world,
         replay: Mutex::new(replay),
         tally,
+        unsent: Arc::default(),
         _owing: owing,
     });
     desk.announce().await;
@@ -247,7 +254,11 @@ async fn command_to(
         // Stops and updates are never refused: here they wait.
         return ask(asks, asked).await;
     }
-    let (asked, refusal) = match asks.try_send(asked) {
+    let taken = match desk.is_behind() {
+        true => Err(mpsc::error::TrySendError::Full(asked)),
+        false => asks.try_send(asked),
+    };
+    let (asked, refusal) = match taken {
         Ok(()) => return,
         Err(mpsc::error::TrySendError::Full(asked)) => (
             asked,
@@ -325,15 +336,27 @@ async fn query_to(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, query: Query, call
     let Some(reply_to) = call.reply_to.clone() else {
         return;
     };
-    let (answers, mut answered) = mpsc::unbounded_channel::<Vec<u8>>();
-    // The protocol has no word for `busy`: here it waits, as stops do.
+    // The protocol has no word for `busy`: as a server does with who reads too slowly.
+    if desk.is_behind() {
+        let dropped = desk.world.outlet.drops().count();
+        if dropped.is_power_of_two() {
+            warn!(
+                dropped,
+                "queries are dropped: their answers wait for the bus"
+            );
+        }
+        return;
+    }
+    let (answers, mut answered) = Answers::counted(Arc::clone(&desk.unsent));
+    // Here it waits, as stops do.
     ask(asks, Ask::Query { query, answers }).await;
     let desk = Arc::clone(desk);
     tokio::spawn(async move {
         while let Some(body) = answered.recv().await {
-            let outlet = &desk.world.outlet;
+            let (outlet, bytes) = (&desk.world.outlet, body.len());
             let answer = Outgoing::plain(reply_to.clone(), body);
             outlet.send(answer.within(call.trace.as_ref())).await;
+            desk.unsent.fetch_sub(bytes, Ordering::Relaxed);
         }
         desk.tally.count(&call, None);
     });
@@ -373,6 +396,11 @@ async fn tell(
 }
 
 impl Desk {
+    /// Whether more answers wait for the bus than should.
+    fn is_behind(&self) -> bool {
+        self.unsent.load(Ordering::Relaxed) >= UNSENT
+    }
+
     /// Tells everybody once where this host tells how it is.
     async fn announce(&self) {
         if let Some(mut component) = self.world.component(self.tally.since) {
@@ -417,7 +445,10 @@ impl Desk {
 
     async fn send(&self, subject: String, trace: Option<&Trace>, reply: &Reply) {
         let answer = fitting(&subject, reply, self.world.outlet.mark().max_payload());
+        let bytes = answer.body.len();
+        self.unsent.fetch_add(bytes, Ordering::Relaxed);
         self.world.outlet.send(answer.within(trace)).await;
+        self.unsent.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     /// Whoever only publishes a start learns by an exit that it was refused.

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! One task says what is in the queue, in its order and whenever the bus has room, so however many
-//! routes there are, none is left out. A route that was taken back is said until the server is sure to
+//! routes there are, none is left out; what is too large for one message is said in several. A route that was taken back is said until the server is sure to
 //! have it, on each new connection again, and once more with the next repeat: a router may miss a word.
 
 use super::outlet::{Mark, Message, Outlet};
@@ -19,6 +19,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, oneshot};
 use tokio::time::timeout;
+use tracing::warn;
 
 /// Before what could not be confirmed on a connection that still stands is said again.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -168,9 +169,10 @@ impl Routes {
                 continue;
             }
             let room = self.outlet.room().await;
+            let most = self.outlet.mark().max_payload();
             // The word is chosen now: what was taken back meanwhile is not registered.
             let mut state = self.state();
-            if let Some(message) = state.next() {
+            if let Some(message) = state.next(most) {
                 room.say(message);
                 self.unsure.notify_one();
             }
@@ -233,18 +235,64 @@ impl State {
         self.open.insert(route.port, route);
     }
 
-    /// The next word, if it is still true.
-    fn next(&mut self) -> Option<Message> {
-        let (subject, route) = match self.queue.pop_front()? {
-            Word::Register(route) => (ROUTER_REGISTER, route.to_bytes()),
-            Word::Repeat(port) => (ROUTER_REGISTER, self.open.get(&port)?.to_bytes()),
-            Word::Unregister(number) => {
-                let taken_back = self.taken_back.get_mut(&number)?;
-                taken_back.stage = Stage::Said;
-                (ROUTER_UNREGISTER, taken_back.route.to_bytes())
-            }
+    /// The next word, if it is still true and the bus takes it: `most` bytes. A larger one makes way for its parts.
+    fn next(&mut self, most: usize) -> Option<Message> {
+        let word = self.queue.pop_front()?;
+        let (subject, route) = match &word {
+            Word::Register(route) => (ROUTER_REGISTER, route),
+            Word::Repeat(port) => (ROUTER_REGISTER, self.open.get(port)?),
+            Word::Unregister(number) => (ROUTER_UNREGISTER, &self.taken_back.get(number)?.route),
         };
-        Some(Message::plain(subject, route))
+        let message = Message::plain(subject, route.to_bytes());
+        if message.size() > most {
+            let route = route.clone();
+            self.split(&word, route);
+            return None;
+        }
+        if let Word::Unregister(number) = word {
+            self.taken_back.get_mut(&number)?.stage = Stage::Said;
+        }
+        Some(message)
+    }
+
+    /// Puts both halves of a word that is too large in its place. One URI alone no router can have heard of: that is
+    /// left out.
+    fn split(&mut self, word: &Word, mut route: Route) {
+        let rest = route.uris.split_off(route.uris.len() / 2);
+        if route.uris.is_empty() {
+            let (port, bytes) = (route.port, rest.first().map(String::len));
+            warn!(port, bytes, "a route is too large for the bus");
+            if let Word::Unregister(number) = word {
+                // For good: whoever waits for it waits no longer.
+                drop(self.taken_back.remove(number));
+            }
+            return;
+        }
+        let rest = Route {
+            uris: rest,
+            ..route.clone()
+        };
+        match word {
+            Word::Register(_) | Word::Repeat(_) => {
+                self.queue.push_front(Word::Register(rest));
+                self.queue.push_front(Word::Register(route));
+            }
+            Word::Unregister(number) => {
+                // Who waits for it hears of the last part: the server takes them in their order.
+                if let Some(whole) = self.taken_back.get_mut(number) {
+                    whole.route = rest;
+                }
+                self.queue.push_front(Word::Unregister(*number));
+                self.count += 1;
+                let part = TakenBack {
+                    route,
+                    stage: Stage::Queued,
+                    heard: None,
+                };
+                self.taken_back.insert(self.count, part);
+                self.queue.push_front(Word::Unregister(self.count));
+            }
+        }
     }
 
     fn said(&self) -> Vec<u64> {

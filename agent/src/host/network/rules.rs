@@ -97,6 +97,10 @@ impl Rules {
         let notes = chains.iter().filter(is_note);
         let mut notes: BTreeSet<_> = notes.map(|chain| chain.name.clone()).collect();
         if sysctl::read(FORWARDING)? == "0" && notes.insert(FORWARDING_NOTE.to_owned()) {
+            warn!(
+                "forwarding was off and is switched on, for containers need it: this host passes packets between all of \
+                 its networks now, unless rules of its own keep it from that"
+            );
             let found = told(foreign::forwarders(&chains)).unwrap_or_default();
             notes.extend(
                 found

@@ -229,6 +229,12 @@ impl Crashes {
         self.inner.kept()
     }
 
+    /// Whether more of the disk is used than what is kept for later may see. Blocks.
+    #[must_use]
+    pub fn is_crowded(&self) -> bool {
+        self.inner.is_crowded()
+    }
+
     /// Removes what is too old, and the oldest as long as the disk is too full. Nobody waits for it.
     pub fn reap(&self) {
         if self.kept().is_empty() {
@@ -312,10 +318,14 @@ impl Inner {
         old.iter().for_each(|handle| self.remove(handle));
     }
 
+    fn is_crowded(&self) -> bool {
+        statvfs(&self.dir).is_ok_and(|disk| is_full(&disk, &self.limits))
+    }
+
     /// The oldest go first, whosever they are.
     fn yield_to_others(&self) {
         let mut removed = 0;
-        while statvfs(&self.dir).is_ok_and(|disk| is_full(&disk, &self.limits)) {
+        while self.is_crowded() {
             let oldest = self
                 .kept()
                 .values()

@@ -16,7 +16,7 @@ use container::status::Status;
 use messages::state::State;
 use std::pin::pin;
 use std::time::Duration;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{error, info, warn};
 
 /// How long the dead may take to close their pipes and their supervisor to write the end.
@@ -24,6 +24,9 @@ const LAST_BYTES: Duration = Duration::from_secs(5);
 
 /// How long a killed job may take to be reported, before its container is killed.
 const LAST_STATUS: Duration = Duration::from_secs(2);
+
+/// Between two looks whether anybody is left whose grace is not over; the first come sooner.
+const LEFT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Between two tries to kill what waits in the kernel.
 const STUCK_PAUSE: Duration = Duration::from_secs(5);
@@ -103,7 +106,7 @@ impl Instance {
                 warn!(handle = self.record.handle, %error, "TERM could not be sent");
             }
             let grace = Duration::try_from_secs_f64(grace).unwrap_or(LAST_BYTES);
-            if !self.job_ends_within(grace).await {
+            if !self.everybody_ends_within(grace, &container).await {
                 info!(handle = self.record.handle, "killed after its grace");
                 self.kill_job().await;
             }
@@ -178,6 +181,22 @@ impl Instance {
             self.hear_for(STUCK_PAUSE).await;
         }
         self.stuck = None;
+    }
+
+    /// A job is over when its first process is, often a shell; what it has started has its grace, too.
+    async fn everybody_ends_within(&mut self, limit: Duration, container: &Container) -> bool {
+        let deadline = Instant::now() + limit;
+        if !self.job_ends_within(limit).await {
+            return false;
+        }
+        let left = async {
+            let mut pause = Duration::from_millis(1);
+            while !container.is_idle().await {
+                sleep(pause).await;
+                pause = (pause * 2).min(LEFT_PAUSE);
+            }
+        };
+        self.hear_while(timeout_at(deadline, left)).await.is_ok()
     }
 
     async fn job_ends_within(&mut self, limit: Duration) -> bool {
@@ -280,6 +299,7 @@ impl Instance {
             () = self.unheard.heard() => Event::Heard,
             () = job_is(&mut self.job, |job| job.delivered), if undelivered => Event::Wants,
             Some(query) = self.queries.recv() => Event::Query(query),
+            () = super::save_again(self.unrecorded.as_ref()) => Event::Unrecorded,
         }
     }
 
@@ -290,6 +310,7 @@ impl Instance {
             Event::Query(query) => self.answer(query).await,
             // An update is for every state.
             Event::Wants => self.apply_wants().await,
+            Event::Unrecorded => self.keep_again().await,
             Event::OutOfMemory(_) | Event::Survived | Event::Ended => {}
         }
     }

@@ -131,7 +131,8 @@ fn listens(v4: &str, v6: &str, address: SocketAddrV4) -> bool {
     here(v4, [any.to_owned(), ip.clone()]) || here(v6, [any.repeat(4), format!("{mapped}{ip}")])
 }
 
-fn says_running(bytes: &[u8]) -> bool {
+/// Whether an app's state file says that it runs.
+pub(crate) fn says_running(bytes: &[u8]) -> bool {
     serde_json::from_slice::<serde_json::Value>(bytes)
         .is_ok_and(|json| json.get("state").and_then(|state| state.as_str()) == Some("RUNNING"))
 }

@@ -9,7 +9,7 @@
 mod announce;
 pub(crate) mod events;
 mod finish;
-mod health;
+pub(crate) mod health;
 mod hooks;
 mod kills;
 mod route;
@@ -28,7 +28,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep_until};
 use tracing::{Span, error, error_span, info, warn};
 
 /// What the stable is told. Unbounded in type, bounded in fact: each instance tells one change for
@@ -60,8 +60,10 @@ pub struct View {
     pub index: u64,
     /// `stop_grace` of the start message.
     pub stop_grace: Option<Duration>,
-    /// The number of the newest wants that were applied and recorded.
+    /// The number of the newest wants that were applied, and recorded unless that is `unrecorded`.
     pub applied: u64,
+    /// Why its record on disk is not this one, if so. It is tried again.
+    pub unrecorded: Option<String>,
     /// Why the newest limits that it was asked to take were not, if so.
     pub refusal: Option<Refusal>,
     /// Its processes do not die, in words.
@@ -155,7 +157,11 @@ enum Event {
     Ended,
     Survived,
     Query(Query),
+    Unrecorded,
 }
+
+/// Before a record that could not be saved is tried again.
+const SAVE_AGAIN: Duration = Duration::from_secs(1);
 
 /// Why a wait ended early.
 #[derive(Debug)]
@@ -188,6 +194,8 @@ pub struct Instance {
     announcer: announce::Announcer,
     cpu: Option<(Instant, u64, f64)>,
     applied: u64,
+    /// Why the record could not be saved, and when that was tried last.
+    unrecorded: Option<(String, Instant)>,
     refusal: Option<Refusal>,
     /// What does not die, in words.
     stuck: Option<String>,
@@ -260,6 +268,7 @@ pub fn instance(
         announcer,
         cpu: None,
         applied: 0,
+        unrecorded: None,
         refusal: None,
         stuck: None,
         open_files: None,
@@ -326,6 +335,7 @@ impl Instance {
                 () = died(container) => Event::Ended,
                 () = self.untold.due() => Event::Survived,
                 Some(query) = self.queries.recv() => Event::Query(query),
+                () = save_again(self.unrecorded.as_ref()) => Event::Unrecorded,
                 done = &mut work => return Ok(done),
             };
             match event {
@@ -340,6 +350,7 @@ impl Instance {
                 Event::Confirmed => self.confirmed().await,
                 Event::Heard => self.route_heard().await,
                 Event::Query(query) => self.answer(query).await,
+                Event::Unrecorded => self.keep_again().await,
             }
         }
     }
@@ -366,7 +377,9 @@ impl Instance {
         if wants.evacuate && self.record.stopping.is_none() {
             self.enter(Ask::Evacuate).await;
         }
-        if changed {
+        // Whoever asks again wants to hear that it is recorded.
+        let again = self.unrecorded.is_some() && self.applied != wants.number;
+        if changed || again {
             self.keep().await;
         }
         if changed || self.applied != wants.number {
@@ -527,6 +540,7 @@ impl Instance {
             index: self.message.index,
             stop_grace: self.message.stop_grace.map(Duration::from_secs),
             applied: self.applied,
+            unrecorded: self.unrecorded.as_ref().map(|(why, _)| why.clone()),
             refusal: self.refusal.clone(),
             stuck: self.stuck.clone(),
         }
@@ -547,13 +561,23 @@ impl Instance {
             .map_err(|error| error.to_string())
     }
 
-    /// Saves the record; a failure is logged, for the instance itself is as right as before.
-    async fn keep(&self) {
-        if let Err(error) = self.save().await {
+    /// Saves the record. A failure is logged and tried again, for the instance itself is as right as before.
+    async fn keep(&mut self) {
+        let saved = self.save().await;
+        if let Err(error) = &saved {
             error!(
                 handle = self.record.handle,
                 error, "the record could not be saved"
             );
+        }
+        self.unrecorded = saved.err().map(|why| (why, Instant::now()));
+    }
+
+    async fn keep_again(&mut self) {
+        self.keep().await;
+        if self.unrecorded.is_none() {
+            info!(handle = self.record.handle, "the record was saved at last");
+            self.tell();
         }
     }
 
@@ -597,6 +621,14 @@ async fn job_is(job: &mut watch::Receiver<JobView>, so: impl FnMut(&JobView) -> 
 async fn next<T>(channel: &mut Option<mpsc::Receiver<T>>) -> Option<T> {
     match channel {
         Some(channel) => channel.recv().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Resolves when a record that could not be saved should be tried again; never, if there is none.
+async fn save_again(unrecorded: Option<&(String, Instant)>) {
+    match unrecorded {
+        Some((_, tried)) => sleep_until(*tried + SAVE_AGAIN).await,
         None => std::future::pending().await,
     }
 }

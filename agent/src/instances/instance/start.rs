@@ -235,12 +235,13 @@ impl Instance {
         }
         if !self.record.serves() {
             let started = self.until_started().await;
-            if matches!(started, Err(End::OutOfMemory)) {
+            let never_ran = self.job.borrow().never_ran();
+            match started {
                 // A stop and an end are seen again by what follows, a kill is told once.
-                return End::OutOfMemory;
-            }
-            if started.is_err() && self.job.borrow().never_ran() {
-                return self.begin_again().await;
+                Err(end @ End::OutOfMemory) => return end,
+                Err(_) if never_ran => return self.begin_again().await,
+                Err(end @ End::Failed(_)) => return end,
+                Ok(_) | Err(_) => {}
             }
             let healthy = match self.layer().await {
                 Ok((layer, _)) => self.become_healthy(&layer).await,

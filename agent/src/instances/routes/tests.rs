@@ -154,6 +154,39 @@ async fn nothing_is_said_after_it_was_taken_back() {
 }
 
 #[tokio::test]
+async fn what_is_too_large_for_one_message_is_said_in_parts() {
+    let mut bus = Bus::there();
+    bus.inlet.link.send_modify(|link| link.max_payload = 500);
+    let routes = Arc::clone(&bus.routes);
+    let [a, b, c, d] = ["a", "b", "c", "d"].map(|letter| letter.repeat(100));
+    let (first, last) = (format!(r#"1 ["{a}","{b}"]"#), format!(r#"1 ["{c}","{d}"]"#));
+    // One that no message can hold is nobody's.
+    let huge = "e".repeat(500);
+    routes.open(route(1, &[&a, &b, &c, &d]));
+    routes.open(route(2, &[&huge]));
+    bus.words([&*format!("+{first}"), &*format!("+{last}")])
+        .await;
+    bus.silence().await;
+    routes.repeat();
+    bus.words([&*format!("+{first}"), &*format!("+{last}")])
+        .await;
+    bus.silence().await;
+    let (_, mut told) = routes.close(1).unwrap();
+    let (_, mut of_nobody) = routes.close(2).unwrap();
+    bus.words([&*format!("-{first}"), &*format!("-{last}")])
+        .await;
+    assert!(!heard(&mut told));
+    bus.confirm().await;
+    assert!(heard(&mut told));
+    // Nobody waits for that.
+    let closed = of_nobody.try_recv();
+    assert_eq!(closed, Err(oneshot::error::TryRecvError::Closed));
+    // The parts are said once more, at least that for which somebody waited.
+    routes.repeat();
+    bus.words([&*format!("-{last}")]).await;
+}
+
+#[tokio::test]
 async fn what_was_taken_back_is_said_until_it_was_heard_and_once_more() {
     let mut bus = Bus::away();
     let routes = Arc::clone(&bus.routes);

@@ -62,7 +62,11 @@ impl Stable {
     ) {
         let until = Until::of(request.wait);
         if let Some((handle, known)) = self.with_request_id(request.request_id.as_deref()) {
-            self.answer_when(Owed::all(vec![(handle, 0)], until), known, answer);
+            // The agent that accepted it answered nobody, and may not have come to this.
+            let template = self.keep_template(request.droplet.to_string(), raw);
+            let mut owed = Owed::all(vec![(handle, 0)], until);
+            owed.push(template);
+            self.answer_when(owed, known, answer);
             return;
         }
         match self.accept_one(request, &raw, trace.as_ref()) {

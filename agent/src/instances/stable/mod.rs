@@ -31,8 +31,10 @@ use messages::start::StartRequest;
 use messages::state::State;
 use messages::trace::Trace;
 use pace::Pace;
+use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use templates::Templates;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
@@ -77,9 +79,8 @@ pub enum Ask {
     Query {
         /// What is asked.
         query: messages::command::Query,
-        /// Where the answers go, each a body; closed when there are no more. Unbounded in type, bounded
-        /// by the number of instances.
-        answers: mpsc::UnboundedSender<Vec<u8>>,
+        /// Where the answers go; closed when there are no more.
+        answers: Answers,
     },
     /// How this host stands.
     Host(oneshot::Sender<Standing>),
@@ -89,6 +90,29 @@ pub enum Ask {
     Trigger(Trigger),
     /// All subjects are subscribed to: this host can be asked.
     Ready,
+}
+
+/// Where the answers to one query go, each a body. Unbounded in type, bounded by the number of instances; whoever
+/// takes queries in sees what waits of all of them.
+#[derive(Debug, Clone)]
+pub struct Answers {
+    to: mpsc::UnboundedSender<Vec<u8>>,
+    waiting: Arc<AtomicUsize>,
+}
+
+impl Answers {
+    /// Answers that count in `waiting`, in bytes, until whoever takes them takes them off.
+    #[must_use]
+    pub fn counted(waiting: Arc<AtomicUsize>) -> (Self, mpsc::UnboundedReceiver<Vec<u8>>) {
+        let (to, answered) = mpsc::unbounded_channel();
+        (Self { to, waiting }, answered)
+    }
+
+    fn send(&self, body: Vec<u8>) {
+        self.waiting.fetch_add(body.len(), Ordering::Relaxed);
+        // Whoever waits for them does so until they end.
+        drop(self.to.send(body));
+    }
 }
 
 /// One instance as the stable sees it.
@@ -170,6 +194,8 @@ pub struct Stable {
     unread: Vec<String>,
     /// What is perhaps nobody's. Whoever looks for it has it.
     sighted: Arc<Mutex<BTreeSet<String>>>,
+    /// Whoever removes what is on the disk for nobody has it.
+    reaping: Arc<std::sync::Mutex<()>>,
 }
 
 impl std::fmt::Debug for Stable {
@@ -271,6 +297,7 @@ impl Stable {
             _kept: kept,
             unread,
             sighted: Arc::default(),
+            reaping: Arc::default(),
         }
     }
 
@@ -484,7 +511,7 @@ impl Stable {
     fn tidy(&mut self, chore: Chore) {
         match chore {
             Chore::Crashes => self.reap(),
-            Chore::Droplets => self.reap_droplets(),
+            Chore::Droplets => self.reap_disk(true),
             Chore::Orphans => self.reap_orphans(),
         }
     }
@@ -512,25 +539,31 @@ impl Stable {
         for handle in old {
             self.want(&handle, |wants| wants.reap = true);
         }
-        self.world.crashes.reap();
+        self.reap_disk(false);
     }
 
-    /// Keeps the droplets of what is here and of what may be scaled up again.
-    fn reap_droplets(&self) {
+    /// Removes what is on the disk for nobody: what crashes left and is old, and, now and then, droplets. Those of what
+    /// is here stay; so do those of what may be scaled up again, but where the disk is too full: the next scale from 0
+    /// downloads them again. What crashes left yields last.
+    fn reap_disk(&self, droplets_too: bool) {
         let starts = self.stalls.values().map(|stall| &stall.view.record.start);
-        let in_use: HashSet<String> = starts
-            .chain(self.templates.all())
-            .filter_map(|start| StartRequest::from_value(start).ok())
-            .filter_map(|start| start.sha256.or(start.sha1))
-            .filter_map(|hex| Digest::from_hex(&hex).ok())
-            .map(|digest| digest.to_string())
-            .collect();
-        let droplets = self.world.droplets.clone();
+        let (mut spared, may_come) = (droplets_of(starts), droplets_of(self.templates.all()));
+        let (droplets, crashes) = (self.world.droplets.clone(), self.world.crashes.clone());
+        let turn = Arc::clone(&self.reaping);
         in_background(move || {
-            let removed = droplets.reap(&in_use, JUST_ASKED_FOR);
-            if removed > 0 {
-                info!(removed, "removed droplets that nobody uses");
+            // A disk that hangs is looked at by one.
+            let Ok(_turn) = turn.try_lock() else { return };
+            let crowded = crashes.is_crowded();
+            if !crowded {
+                spared.extend(may_come);
             }
+            if droplets_too || crowded {
+                let removed = droplets.reap(&spared, JUST_ASKED_FOR);
+                if removed > 0 {
+                    info!(removed, crowded, "removed droplets that nobody uses");
+                }
+            }
+            crashes.reap();
         });
     }
 
@@ -684,6 +717,19 @@ fn ticks_from(first: Instant, period: Duration) -> Interval {
     let mut ticks = interval_at(first, period);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks
+}
+
+/// The names of the droplets that these start messages want.
+fn droplets_of<'a>(starts: impl Iterator<Item = &'a Value>) -> HashSet<String> {
+    let digest = |start: &Value| {
+        let text = |key| start.get(key).and_then(Value::as_str);
+        let hex = text("sha256").or_else(|| text("sha1"))?;
+        Digest::from_hex(hex).ok()
+    };
+    starts
+        .filter_map(digest)
+        .map(|digest| digest.to_string())
+        .collect()
 }
 
 /// What is looked for from time to time, to be removed.

@@ -1,7 +1,7 @@
 //! Queries: answered as the protocol says, zero, one or many times, never with an error object.
 
 use super::commands::candidate;
-use super::{Duration, Duty, Instant, Query, Stable, Stall, now, timeout_at};
+use super::{Answers, Duration, Duty, Instant, Query, Stable, Stall, now, timeout_at};
 use crate::instances::instance::{Measured, MeasuredDisk, View};
 use crate::instances::ledger::Room;
 use messages::command::{DiscoverRequest, Query as Asked, discover_delay_ms};
@@ -11,14 +11,14 @@ use messages::outgoing::{
     usage_time,
 };
 use messages::state::State;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 /// How long a measurement may take; the DEA's callers wait 2 s for all answers.
 const MEASURE: Duration = Duration::from_secs(1);
 
 impl Stable {
-    pub(super) fn query(&self, query: Asked, answers: mpsc::UnboundedSender<Vec<u8>>) {
+    pub(super) fn query(&self, query: Asked, answers: Answers) {
         match query {
             Asked::FindDroplet(request) => {
                 for stall in self.matching(&request.filter) {
@@ -39,10 +39,10 @@ impl Stable {
 
     /// Answers for one instance; with stats, after its task has measured. If it is too busy to measure in
     /// time, its use is left out, and where the bus does not take so much all its stats; never the answer.
-    fn found(&self, stall: &Stall, include_stats: bool, answers: mpsc::UnboundedSender<Vec<u8>>) {
+    fn found(&self, stall: &Stall, include_stats: bool, answers: Answers) {
         let reply = self.find_reply(stall);
         if !include_stats || stall.view.record.state != State::Running {
-            drop(answers.send(reply.to_bytes()));
+            answers.send(reply.to_bytes());
             return;
         }
         let measured = measure(stall);
@@ -58,7 +58,7 @@ impl Stable {
                 ..reply.clone()
             };
             let whole = Some(whole.to_bytes()).filter(|body| body.len() <= most);
-            drop(answers.send(whole.unwrap_or_else(|| reply.to_bytes())));
+            answers.send(whole.unwrap_or_else(|| reply.to_bytes()));
         });
     }
 
@@ -93,7 +93,7 @@ impl Stable {
     }
 
     /// Answers once every instance has measured, or not in time: the sum is of those that could.
-    fn status(&self, answers: mpsc::UnboundedSender<Vec<u8>>) {
+    fn status(&self, answers: Answers) {
         let mut reply = StatusReply {
             hello: self.hello(),
             max_memory: self.capacity().memory,
@@ -111,11 +111,11 @@ impl Stable {
                 }
             }
             reply.used_memory = bytes >> 20;
-            drop(answers.send(reply.to_bytes()));
+            answers.send(reply.to_bytes());
         });
     }
 
-    fn droplet_status(&self, answers: &mpsc::UnboundedSender<Vec<u8>>) {
+    fn droplet_status(&self, answers: &Answers) {
         for stall in self.stalls.values() {
             let record = &stall.view.record;
             if matches!(record.state, State::Starting | State::Running) {
@@ -123,12 +123,12 @@ impl Stable {
                     name: stall.view.name.clone(),
                     uris: record.uris.clone(),
                 };
-                drop(answers.send(status.to_bytes()));
+                answers.send(status.to_bytes());
             }
         }
     }
 
-    fn discover(&self, request: &DiscoverRequest, answers: mpsc::UnboundedSender<Vec<u8>>) {
+    fn discover(&self, request: &DiscoverRequest, answers: Answers) {
         let wanted = crate::instances::ledger::Amount {
             memory: request.memory,
             disk: request.disk,
@@ -155,7 +155,7 @@ impl Stable {
         let body = self.hello().to_bytes();
         tokio::spawn(async move {
             tokio::time::sleep(Duration::from_millis(delay)).await;
-            drop(answers.send(body));
+            answers.send(body);
         });
     }
 }

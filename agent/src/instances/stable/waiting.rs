@@ -307,7 +307,10 @@ impl Stable {
         let over = record.state == State::Stopped
             || record.state == State::Crashed && record.exit.is_some();
         match until {
-            Until::Recorded | Until::Applied if view.applied >= number => Progress::There,
+            Until::Recorded | Until::Applied if view.applied >= number => match &view.unrecorded {
+                None => Progress::There,
+                Some(why) => Progress::Never(ErrorCode::Internal, unrecorded(why)),
+            },
             Until::Recorded if over => Progress::There,
             // On its way out already: the way out is recorded.
             Until::Recorded if matches!(record.state, State::Stopping | State::Crashed) => {
@@ -324,6 +327,12 @@ impl Stable {
             Until::Running => running(record),
         }
     }
+}
+
+fn unrecorded(why: &str) -> String {
+    format!(
+        "done, but a kill of the agent would undo it, for it could not be recorded: {why}; ask again"
+    )
 }
 
 fn running(record: &Record) -> Progress {

@@ -1,0 +1,148 @@
+//! Where log lines go: to standard error, from [`begin`] on by a thread of their own. Whoever stops reading that, a pipe
+//! or journald's socket, or lets its disk hang, then stops no more than the log: what finds no room is left out, and
+//! counted.
+
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
+use std::sync::{Arc, OnceLock};
+use std::thread;
+use std::time::Duration;
+use tracing::warn;
+
+/// Lines that may wait to be written.
+const WAITING: usize = 8192;
+
+/// How long the last lines may take.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
+static LOG: OnceLock<Lines> = OnceLock::new();
+
+enum Item {
+    Line(Vec<u8>),
+    /// All before it are written.
+    Mark(SyncSender<()>),
+}
+
+/// Standard error, as the log has it.
+#[derive(Debug, Clone, Copy)]
+pub struct Out;
+
+impl Write for Out {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        match LOG.get() {
+            Some(lines) => {
+                lines.say(line);
+                Ok(line.len())
+            }
+            None => io::stderr().write(line),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Has a thread write the log from now on. What forks comes before it.
+///
+/// # Errors
+/// There can be no thread.
+pub fn begin() -> io::Result<()> {
+    let lines = Lines::to(io::stderr())?;
+    let _first = LOG.set(lines);
+    Ok(())
+}
+
+/// Waits until the log is written, but not for long: before the end of the process.
+pub fn flush() {
+    if let Some(lines) = LOG.get() {
+        lines.flush();
+    }
+}
+
+/// The way to the thread.
+#[derive(Debug)]
+struct Lines {
+    to: SyncSender<Item>,
+    /// Since the beginning.
+    lost: Arc<AtomicU64>,
+}
+
+impl Lines {
+    /// A thread that writes to `out`.
+    fn to(mut out: impl Write + Send + 'static) -> io::Result<Self> {
+        let (to, items) = sync_channel(WAITING);
+        let lines = Self {
+            to,
+            lost: Arc::default(),
+        };
+        let lost = Arc::clone(&lines.lost);
+        thread::Builder::new().name("log".into()).spawn(move || {
+            let mut told = 0;
+            while let Ok(item) = items.recv() {
+                match item {
+                    // Nobody can be told that nobody reads.
+                    Item::Line(line) => drop(out.write_all(&line)),
+                    Item::Mark(reached) => drop(reached.send(())),
+                }
+                let all = lost.load(Ordering::Relaxed);
+                if all > told {
+                    let lost = all - told;
+                    warn!(lost, "log lines were lost: whoever reads them was too slow");
+                    told = all;
+                }
+            }
+        })?;
+        Ok(lines)
+    }
+
+    /// Takes a line, and never waits.
+    fn say(&self, line: &[u8]) {
+        match self.to.try_send(Item::Line(line.to_vec())) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) => {
+                self.lost.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Waits until what was said is written, but not for long.
+    fn flush(&self) {
+        let (reached, told) = sync_channel(1);
+        if self.to.try_send(Item::Mark(reached)).is_ok() {
+            let _in_time = told.recv_timeout(LAST_LINES);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Lines, WAITING};
+    use std::io::Read;
+    use std::sync::atomic::Ordering;
+
+    #[test]
+    fn nobody_waits_for_whoever_does_not_read() {
+        let (mut reader, writer) = std::io::pipe().unwrap();
+        let lines = Lines::to(writer).unwrap();
+        // More than the pipe and the queue hold.
+        let line = [b'x'; 100];
+        for _ in 0..2 * WAITING {
+            lines.say(&line);
+        }
+        let lost = lines.lost.load(Ordering::Relaxed);
+        assert!(lost > 0);
+        // Nor does whoever ends.
+        lines.flush();
+        let reads = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            reader.read_to_end(&mut all).map(|_| all.len())
+        });
+        lines.flush();
+        drop(lines);
+        let read = reads.join().unwrap().unwrap();
+        let written = 2 * WAITING - usize::try_from(lost).unwrap();
+        assert_eq!(read, written * line.len(), "whole lines, in their order");
+    }
+}
