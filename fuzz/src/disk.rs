@@ -53,7 +53,7 @@ pub(crate) fn requests(bytes: &[u8]) {
 const BOOT: &str = "9bd7fcba-f806-4d32-891a-5313e57e7323";
 
 /// An instance's record, how far its output was told, a crash's record, an evacuation, where the pools stand; and what
-/// the `oom` helper says.
+/// the `oom` helper and an app's state file say.
 pub(crate) fn records(bytes: &[u8]) {
     if let Some(crash) = foreign::crash(bytes) {
         assert!(foreign::crash(&crash).is_some());
@@ -61,6 +61,9 @@ pub(crate) fn records(bytes: &[u8]) {
     let all = Duration::from_secs(600);
     if let Some(left) = foreign::evacuation(bytes, BOOT, all, 1_795_425_376.0) {
         assert!(left <= all, "{left:?}");
+    }
+    if foreign::state_file(bytes) {
+        assert!(bytes.windows(7).any(|word| word == b"RUNNING") || bytes.contains(&b'\\'));
     }
     if let Ok(record) = foreign::record(bytes) {
         assert_eq!(foreign::record(&record), Ok(record));

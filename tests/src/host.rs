@@ -274,16 +274,31 @@ impl Host {
     /// Asks all at once, each with an inbox of its own. Waits until each has as many answers as it must have,
     /// and then two seconds more for those that must not come. Gives all, in the order of the questions.
     pub async fn ask_each(&self, questions: &[Question]) -> Vec<Vec<Message>> {
+        let lanes = [self.nats.clone()];
+        self.ask_each_over(&lanes, questions, |_| 0).await
+    }
+
+    /// [`Host::ask_each`] over several connections: the question of a number goes over that of `lane`.
+    pub async fn ask_each_over(
+        &self,
+        lanes: &[Client],
+        questions: &[Question],
+        lane: impl Fn(usize) -> usize,
+    ) -> Vec<Vec<Message>> {
         let inbox = self.nats.new_inbox();
         let all = self.nats.subscribe(format!("{inbox}.*")).await;
         let mut all = all.expect("a good subject");
+        // Before anybody asks over another connection.
+        self.nats.flush().await.expect("connected");
         for (number, question) in questions.iter().enumerate() {
             let (subject, to) = (question.subject.clone(), format!("{inbox}.{number}"));
             let body = question.body.clone().into();
-            let sent = self.nats.publish_with_reply(subject, to, body).await;
-            sent.expect("connected");
+            let sent = lanes[lane(number)].publish_with_reply(subject, to, body);
+            sent.await.expect("connected");
         }
-        self.nats.flush().await.expect("connected");
+        for lane in lanes {
+            lane.flush().await.expect("connected");
+        }
         let mut answers = vec![Vec::new(); questions.len()];
         let mut missing: usize = questions.iter().map(|question| question.answers).sum();
         loop {
@@ -361,7 +376,9 @@ impl Host {
 
     /// Stops all instances of `droplet` here and waits until they are gone.
     pub async fn stop(&self, droplet: &str) {
-        let message = json!({"droplet": droplet, "wait": "stopped"});
+        let mut message = Self::fixture("dea.stop-app");
+        message["droplet"] = json!(droplet);
+        message["wait"] = json!("stopped");
         let answer = self.request(&self.subject("stop"), &message).await;
         assert_eq!(answer["ok"], true, "{answer}\n{}", self.log());
     }

@@ -150,9 +150,12 @@ impl Case {
                 .collect();
             assert!(from.len() < 2 || from[0] != from[1], "{about}");
         } else {
+            let mut told = BTreeSet::new();
             for answer in answers.iter().map(self::body) {
                 assert!(answer.get("ok").is_none(), "{about}");
                 assert!(answer.get("error").is_none(), "{about}");
+                let instance = answer["instance"].as_str().map(str::to_owned);
+                assert!(instance.is_none_or(|one| told.insert(one)), "{about}");
             }
         }
     }
@@ -183,7 +186,7 @@ impl Stage {
                 0
             }
         };
-        match dice.number(9) {
+        match dice.number(11) {
             0..=2 => self.find(dice),
             3 => {
                 let find = json!({"droplet": coming(dice), "include_stats": true});
@@ -207,9 +210,16 @@ impl Stage {
                 let discover = json!({"droplet": coming(dice), "limits": {"mem": mem}});
                 Case::query("dea.discover", bytes(&discover), fits..=fits)
             }
-            _ => {
+            8 => {
                 let triggers = ["dea.locate", "healthmanager.start", "router.start"];
                 Case::query(dice.pick(&triggers), body, 0..=0)
+            }
+            9 => Case::query("vcap.component.discover", body, 2..=2),
+            _ => {
+                let verb = dice.pick(&["PING", "INFO", "STATS"]);
+                let one = format!(".ostler.{}", dice.pick(&self.ids));
+                let (whose, hosts) = dice.pick(&[("", 2), (".ostler", 2), (one.as_str(), 1)]);
+                Case::query(&format!("$SRV.{verb}{whose}"), body, hosts..=hosts)
             }
         }
     }
@@ -354,23 +364,21 @@ async fn apps(host: &Host) -> Vec<(String, String)> {
         .collect()
 }
 
+/// Little patience with ports, and a page that collectors are told of.
+const PATIENCE_AND_PAGE: (&str, &str) = (
+    "[network]",
+    "[metrics]\nlisten = \"0.0.0.0:9464\"\n[instance]\nhealth_check_timeout = 2\n[network]",
+);
+
 #[tokio::test]
 async fn a_thousand_random_requests_are_answered_once_each_by_every_host() {
     let one = Host::with(Setup {
-        config: &[(
-            "[network]",
-            "[instance]\nhealth_check_timeout = 2\n[network]",
-        )],
+        config: &[PATIENCE_AND_PAGE],
         bus: Host::SHARED,
         ..Default::default()
     })
     .await;
-    let two = one
-        .beside(&[(
-            "[network]",
-            "[instance]\nhealth_check_timeout = 2\n[network]",
-        )])
-        .await;
+    let two = one.beside(&[PATIENCE_AND_PAGE]).await;
     assert_ne!(one.id, two.id);
     let mut stay = Vec::new();
     for index in 0..5 {
@@ -424,10 +432,18 @@ async fn a_thousand_random_requests_are_answered_once_each_by_every_host() {
 }
 
 /// Sends, and says which answers are right.
+#[derive(Clone)]
 struct Sent {
     question: Question,
     right: &'static [&'static str],
+    /// The app that it is about; each has a connection of its own, so that the order of what is asked of it is known.
+    app: usize,
 }
+
+const APPS: u64 = 8;
+
+/// Of these, instances run when all is said: nobody stops them whole.
+const KEPT: usize = 6;
 
 const REFUSED: &[&str] = &[
     "ok",
@@ -454,30 +470,40 @@ fn sent(subject: &str, body: &Value, right: &'static [&'static str]) -> Sent {
             answers: 1,
         },
         right,
+        app: 0,
     }
 }
 
+/// A start of one of [`APPS`].
+fn begin(host: &Host, start: &Value, app: usize, index: u64) -> Value {
+    let mut start = start.clone();
+    start["droplet"] = json!(format!("app-{app}"));
+    start["index"] = json!(index);
+    if app > 0 {
+        // Its droplet never comes: it starts until it is stopped, and costs little.
+        start["executableUri"] = json!(host.files.put("silent.tgz", Body::Silent));
+        start["sha1"] = json!("0".repeat(40));
+    }
+    start
+}
+
 fn good(host: &Host, start: &Value, dice: &mut Dice) -> Sent {
-    let number = dice.number(8);
-    let droplet = format!("app-{number}");
-    match dice.number(8) {
+    let app = usize::try_from(dice.number(APPS)).unwrap();
+    let droplet = format!("app-{app}");
+    // Under the same id the same is asked, or something else.
+    let id = |dice: &mut Dice, verb: &str| format!("{verb}-{app}-{}", dice.number(30));
+    let sent = match dice.number(8) {
         0..=2 => {
-            let mut start = start.clone();
-            start["droplet"] = json!(droplet);
-            start["index"] = json!(dice.number(100));
-            if number > 0 {
-                // Its droplet never comes: it starts until it is stopped, and costs little.
-                start["executableUri"] = json!(host.files.put("silent.tgz", Body::Silent));
-                start["sha1"] = json!("0".repeat(40));
-            }
+            let mut start = begin(host, start, app, dice.number(100));
             if dice.number(2) == 0 {
-                start["request_id"] = json!(format!("start-{}", dice.number(200)));
+                start["request_id"] = json!(id(dice, "start"));
             }
             sent(&host.subject("start"), &start, REFUSED)
         }
-        3 | 4 => sent("dea.stop", &json!({"droplet": droplet}), &["ok"]),
-        5 => {
-            let stop = json!({"droplet": droplet, "indices": [dice.number(100)], "request_id": format!("stop-{}", dice.number(200))});
+        3 | 4 if app < KEPT => sent("dea.stop", &json!({"droplet": droplet}), &["ok"]),
+        5 if app < KEPT => {
+            let mut stop = json!({"droplet": droplet, "indices": [dice.number(100)]});
+            stop["request_id"] = json!(id(dice, "stop"));
             sent(&host.subject("stop"), &stop, &["ok"])
         }
         6 => {
@@ -486,15 +512,17 @@ fn good(host: &Host, start: &Value, dice: &mut Dice) -> Sent {
             sent("dea.update", &update, &["ok"])
         }
         _ => {
-            let scale = json!({"droplet": droplet, "instances": dice.number(4)});
+            let least = u64::from(app >= KEPT);
+            let scale = json!({"droplet": droplet, "instances": least + dice.number(3)});
             sent(&host.subject("scale"), &scale, SCALED)
         }
-    }
+    };
+    Sent { app, ..sent }
 }
 
 fn broken(host: &Host, start: &Value, dice: &mut Dice) -> Sent {
     let mut bad = start.clone();
-    match dice.number(8) {
+    let sent = match dice.number(8) {
         0 => {
             bad["limits"]["mem"] = json!("16");
             sent(&host.subject("start"), &bad, &["bad_field"])
@@ -520,7 +548,164 @@ fn broken(host: &Host, start: &Value, dice: &mut Dice) -> Sent {
             sent.question.body = b"{\"droplet\":\"app-0\",".to_vec();
             sent
         }
+    };
+    // Over either connection.
+    let app = usize::from(dice.number(2) == 0);
+    Sent { app, ..sent }
+}
+
+/// An instance as its host must have it.
+#[derive(Debug)]
+struct Lives {
+    index: u64,
+    version: String,
+    handle: String,
+    /// `None`: an update gave it another one.
+    instance: Option<String>,
+}
+
+/// What must become of an app by what was asked of it in this order, and how that was answered.
+#[derive(Debug, Default)]
+struct Ledger {
+    lives: Vec<Lives>,
+    /// Whatever was to stop; some of it may still be there.
+    leaving: usize,
+    /// What `scale` starts.
+    version: String,
+    answered: std::collections::BTreeMap<String, Value>,
+}
+
+impl Ledger {
+    /// What was refused is not done; nor is what is asked again.
+    fn enter(&mut self, asked: &Value, verb: &str, answer: &Value) {
+        if answer["ok"] != true {
+            return;
+        }
+        if let Some(id) = asked["request_id"].as_str() {
+            if let Some(first) = self.answered.get(id) {
+                assert_eq!(first, answer, "{asked}");
+                return;
+            }
+            self.answered.insert(id.to_owned(), answer.clone());
+        }
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        match verb {
+            "start" => {
+                self.version = text(&asked["version"]);
+                self.begins(answer);
+            }
+            "stop" => {
+                let of = |index| match asked["indices"].as_array() {
+                    Some(indices) => indices.contains(&json!(index)),
+                    None => true,
+                };
+                let told: Vec<String> = { answer["instances"].as_array().unwrap().iter() }
+                    .map(text)
+                    .collect();
+                let (go, stay): (Vec<Lives>, Vec<Lives>) = std::mem::take(&mut self.lives)
+                    .into_iter()
+                    .partition(|one| of(one.index));
+                let named = go.iter().filter_map(|one| one.instance.as_ref());
+                for one in named {
+                    assert!(told.contains(one), "{one}: {asked} {answer}");
+                }
+                // One that is stopping already matches, too, as long as it is there.
+                let most = go.len() + self.leaving;
+                assert!((go.len()..=most).contains(&told.len()), "{asked} {answer}");
+                self.leaving += go.len();
+                self.lives = stay;
+            }
+            "update" => {
+                let most = self.lives.len() + self.leaving;
+                let matched = usize::try_from(answer["matched"].as_u64().unwrap()).unwrap();
+                let some = self.lives.len()..=most;
+                assert!(some.contains(&matched), "{asked} {answer} {self:?}");
+                self.version = text(&asked["version"]);
+                for one in &mut self.lives {
+                    if one.version != self.version {
+                        one.version.clone_from(&self.version);
+                        one.instance = None;
+                    }
+                }
+            }
+            _ => {
+                let wanted = usize::try_from(asked["instances"].as_u64().unwrap()).unwrap();
+                let stopped: Vec<String> = { answer["stopped"].as_array().unwrap().iter() }
+                    .map(text)
+                    .collect();
+                for handle in &stopped {
+                    let at = self.lives.iter().position(|one| one.handle == *handle);
+                    self.lives.remove(at.expect("one that lived"));
+                }
+                self.leaving += stopped.len();
+                let started = answer["started"].as_array().unwrap();
+                started.iter().for_each(|one| self.begins(one));
+                assert!(stopped.is_empty() || started.is_empty(), "{answer}");
+                assert_eq!(self.lives.len(), wanted, "{asked} {answer}");
+            }
+        }
     }
+
+    fn begins(&mut self, told: &Value) {
+        let text = |key: &str| told[key].as_str().unwrap().to_owned();
+        self.lives.push(Lives {
+            index: told["index"].as_u64().unwrap(),
+            version: self.version.clone(),
+            handle: text("handle"),
+            instance: Some(text("instance")),
+        });
+    }
+
+    /// All of it is there, and nothing else.
+    fn check(&self, found: &[Value]) {
+        let mut must: Vec<(u64, &str)> = { self.lives.iter() }
+            .map(|one| (one.index, one.version.as_str()))
+            .collect();
+        let mut is: Vec<(u64, &str)> = found
+            .iter()
+            .map(|one| {
+                (
+                    one["index"].as_u64().unwrap(),
+                    one["version"].as_str().unwrap(),
+                )
+            })
+            .collect();
+        must.sort_unstable();
+        is.sort_unstable();
+        assert_eq!(is, must, "{found:?}");
+        let named = self.lives.iter().filter_map(|one| one.instance.as_ref());
+        for one in named {
+            assert!(
+                found.iter().any(|found| found["instance"] == **one),
+                "{one}"
+            );
+        }
+    }
+}
+
+/// A third of them broken, some again and late; stops of half of the apps at the end.
+fn ten_thousand(host: &Host, dice: &mut Dice) -> Vec<Sent> {
+    let start = small(host, "app", 0);
+    let mut all: Vec<Sent> = Vec::new();
+    while all.len() < 9996 {
+        let next = match dice.number(30) {
+            0..=9 => broken(host, &start, dice),
+            10..=27 => good(host, &start, dice),
+            _ => match all.get(usize::try_from(dice.number(10_000)).unwrap()) {
+                Some(old) => old.clone(),
+                None => good(host, &start, dice),
+            },
+        };
+        all.push(next);
+    }
+    for app in 0..4 {
+        let stop = json!({"droplet": format!("app-{app}"), "wait": "stopped"});
+        all.push(Sent {
+            app,
+            ..sent("dea.stop", &stop, &["ok"])
+        });
+    }
+    all
 }
 
 #[tokio::test]
@@ -530,27 +715,11 @@ async fn ten_thousand_at_once_leave_a_right_state() {
         ..Default::default()
     })
     .await;
-    let start = small(&host, "app", 0);
-    let mut dice = Dice(23);
-    let mut all: Vec<Sent> = Vec::new();
-    while all.len() < 9992 {
-        let next = match dice.number(30) {
-            0..=9 => broken(&host, &start, &mut dice),
-            10..=27 => good(&host, &start, &mut dice),
-            // Late, and again.
-            _ => match all.get(usize::try_from(dice.number(10_000)).unwrap()) {
-                Some(old) => Sent {
-                    question: old.question.clone(),
-                    right: old.right,
-                },
-                None => good(&host, &start, &mut dice),
-            },
-        };
-        all.push(next);
-    }
-    for number in 0..8 {
-        let stop = json!({"droplet": format!("app-{number}"), "wait": "stopped"});
-        all.push(sent("dea.stop", &stop, &["ok"]));
+    let all = ten_thousand(&host, &mut Dice(23));
+    let mut ledgers: [Ledger; 8] = Default::default();
+    for (app, ledger) in ledgers.iter_mut().enumerate().skip(KEPT) {
+        let start = begin(&host, &small(&host, "app", 0), app, 0);
+        ledger.enter(&start, "start", &ask(&host, "start", &start).await);
     }
     assert_eq!(all.len(), 10_000);
     let mut heartbeats = host.watch("dea.heartbeat").await;
@@ -566,30 +735,61 @@ async fn ten_thousand_at_once_leave_a_right_state() {
         }
     });
     let questions: Vec<Question> = all.iter().map(|sent| sent.question.clone()).collect();
+    let lanes = [
+        host.nats().clone(),
+        async_nats::connect(Host::BUS).await.unwrap(),
+    ];
     let began = tokio::time::Instant::now();
-    let answers = host.ask_each(&questions).await;
+    let over = |number: usize| all[number].app % lanes.len();
+    let answers = host.ask_each_over(&lanes, &questions, over).await;
     let took = began.elapsed();
     let mut codes = std::collections::BTreeMap::<String, usize>::new();
     for (sent, answers) in all.iter().zip(&answers) {
-        let about = String::from_utf8_lossy(&sent.question.body);
-        assert_eq!(answers.len(), 1, "{}: {about}", sent.question.subject);
+        let Question { subject, body, .. } = &sent.question;
+        let about = String::from_utf8_lossy(body);
+        assert_eq!(answers.len(), 1, "{subject}: {about}");
         let code = code(&answers[0]);
+        let answer = self::body(&answers[0]);
         assert!(
             sent.right.contains(&code.as_str()),
-            "{}: {about}: {:?}",
-            sent.question.subject,
-            answers[0].payload
+            "{subject}: {about}: {answer}"
         );
+        if let (Ok(asked), Some((_, verb))) = (
+            serde_json::from_slice::<Value>(body),
+            subject.rsplit_once('.'),
+        ) {
+            ledgers[sent.app].enter(&asked, verb, &answer);
+        }
         *codes.entry(code).or_default() += 1;
     }
     eprintln!("{took:?} {codes:?}");
-    host.tree_until("empty machine", |tree| tree.named("wshd").is_empty())
-        .await;
     let end = json!({"dea": "the-end", "droplets": []});
     host.publish("dea.heartbeat", &end).await;
     let longest = beats.await.unwrap();
     eprintln!("longest without a heartbeat: {longest:?}");
     assert!(longest < tests::patience(), "{longest:?}");
+    // Each app is as the answers said, in their order; what was to stop goes.
+    for (app, ledger) in ledgers.iter().enumerate() {
+        let droplet = format!("app-{app}");
+        assert!(app < KEPT || !ledger.lives.is_empty(), "{droplet}");
+        assert!(app >= 4 || ledger.lives.is_empty(), "{droplet}");
+        let states = json!(["BORN", "STARTING", "RUNNING", "CRASHED"]);
+        let find = json!({"droplet": droplet, "states": states});
+        let found = ask(&host, "find", &find).await;
+        ledger.check(found["instances"].as_array().unwrap());
+    }
+    let lives: usize = ledgers.iter().map(|ledger| ledger.lives.len()).sum();
+    eprintln!("{lives} live");
+    let told = apps(&host).await.len();
+    assert!(
+        (lives..=16).contains(&told),
+        "{lives} live, {told} are told"
+    );
+    for app in 4..8 {
+        host.stop(&format!("app-{app}")).await;
+    }
+    host.tree_until("empty machine", |tree| tree.named("wshd").is_empty())
+        .await;
     assert_eq!(apps(&host).await, []);
     // It goes on as ever.
     host.run(small(&host, "app-0", 0)).await;
@@ -934,11 +1134,7 @@ async fn an_instance_that_nobody_can_measure_yet_is_found_all_the_same() {
     std::fs::rename(&run, &away).unwrap();
     std::fs::write(&run, "").unwrap();
     host.start_agent().await;
-    assert!(
-        host.log().contains("cannot be adopted yet"),
-        "{}",
-        host.log()
-    );
+    host.logged(0, "cannot be adopted yet").await;
     let question = Question {
         subject: "dea.find.droplet".to_owned(),
         body: bytes(&json!({"droplet": "app", "include_stats": true})),

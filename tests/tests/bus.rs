@@ -4,7 +4,7 @@ use async_nats::{Client, ConnectOptions, Event, RequestErrorKind};
 use futures_util::StreamExt;
 use nix::sys::signal::Signal;
 use serde_json::json;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -510,6 +510,8 @@ const AS_HOST: [(&str, &str); 2] = [("NATS_USER", "host"), ("NATS_PASSWORD", "te
 async fn with_permissions(directory: &Directory, of_host: impl Fn(&str) -> String) -> Host {
     let server = directory.write("server.conf", &roles(ALL));
     let mut host = Host::with(Setup {
+        // With all that a host may say.
+        config: &[("[cgroup]", "[metrics]\nlisten = \"0.0.0.0:9464\"\n[cgroup]")],
         bus: &["--config", &server],
         client: as_controller(),
         agent_env: &AS_HOST,
@@ -524,10 +526,39 @@ async fn with_permissions(directory: &Directory, of_host: impl Fn(&str) -> Strin
     host
 }
 
+/// Hears what a reader may hear, until it has heard all kinds of it.
+async fn read_all() -> impl Future<Output = ()> {
+    let block = fs::read_to_string(tests::fixtures().join("nats/reader.conf")).unwrap();
+    let lines = block.lines().filter(|line| !line.starts_with('#'));
+    let quoted = lines.flat_map(|line| line.split('"').skip(1).step_by(2));
+    let mut kinds: Vec<String> = quoted
+        .filter(|text| *text != ">")
+        .map(str::to_owned)
+        .collect();
+    let options = ConnectOptions::new().user_and_password("reader".into(), "tester".into());
+    let reader = options.connect(Host::BUS).await.unwrap();
+    let mut heard = Vec::new();
+    for kind in &kinds {
+        heard.push(reader.subscribe(kind.clone()).await.unwrap());
+    }
+    reader.flush().await.unwrap();
+    let mut heard = futures_util::stream::select_all(heard);
+    async move {
+        while !kinds.is_empty() {
+            let message = timeout(patience(), heard.next()).await;
+            let message = message.unwrap_or_else(|_| panic!("never heard: {kinds:?}"));
+            let subject = message.expect("it is connected").subject;
+            kinds.retain(|kind| !subject.starts_with(kind.trim_end_matches('>')));
+        }
+        drop(reader);
+    }
+}
+
 #[tokio::test]
 async fn a_host_does_its_work_with_the_least_permissions() {
     let directory = Directory::new();
     let mut host = with_permissions(&directory, least_of_host).await;
+    let read = read_all().await;
     let mut output = host.output("app").await;
     let mut exits = host.watch("droplet.exited").await;
     let mut ooms = host.watch("droplet.oom").await;
@@ -552,6 +583,8 @@ async fn a_host_does_its_work_with_the_least_permissions() {
     for (subject, body) in [("dea.discover", &wanted), ("$SRV.PING", &json!(null))] {
         assert_eq!(host.request(subject, body).await["id"], json!(host.id));
     }
+    let component = host.request("vcap.component.discover", &json!(null)).await;
+    assert_eq!(component["type"], "DEA", "{component}");
     host.restart().await;
     let status = host.request("dea.status", &json!({})).await;
     assert_eq!(status["id"], json!(host.id));
@@ -579,6 +612,7 @@ async fn a_host_does_its_work_with_the_least_permissions() {
     host.stop("web").await;
     host.stop("app").await;
     host.end(Signal::SIGTERM).await;
+    read.await;
     let log = host.bus_log();
     assert!(!log.contains("Violation"), "{log}");
 }
@@ -1212,6 +1246,40 @@ async fn a_smaller_largest_message_is_kept_to_after_a_reconnect() {
         .await;
     assert_eq!(answer["error"]["code"], "too_large", "{answer}");
     host.stop("sleeper").await;
+}
+
+#[tokio::test]
+async fn routes_that_fill_more_than_one_message_are_told_in_several() {
+    let (directory, mut host) = on_a_bus_that_is_resized().await;
+    let uris: Vec<String> = (0..60)
+        .map(|number| format!("{number:02}{}.example.net", "x".repeat(50)))
+        .collect();
+    let mut message = host.message("web", &Droplet::sample("sinatra"));
+    message["uris"] = json!([&uris[..], &["y".repeat(3000)]].concat());
+    let answer = host.run(message).await;
+    let mut exits = host.watch("droplet.exited").await;
+    resize(&directory, &mut host, 2000).await;
+    let mut registered = host.watch("router.register").await;
+    let mut taken_back = host.watch("router.unregister").await;
+    let all = |words: &[serde_json::Value]| {
+        let said = words
+            .iter()
+            .flat_map(|word| word["uris"].as_array().unwrap());
+        let said: BTreeSet<&str> = said.map(|uri| uri.as_str().unwrap()).collect();
+        uris.iter().all(|uri| said.contains(uri.as_str()))
+    };
+    while !all(registered.all()) {
+        registered.next().await;
+    }
+    host.stop("web").await;
+    while !all(taken_back.all()) {
+        taken_back.next().await;
+    }
+    // What no message can hold keeps nothing: neither its instance's record, nor that of another.
+    exits.next().await;
+    let handle = answer["handle"].as_str().unwrap();
+    let record = host.base.join("instances").join(handle);
+    host.tree_until("no record", |_| !record.exists()).await;
 }
 
 #[tokio::test]

@@ -200,6 +200,34 @@ async fn health_is_what_the_bus_does_and_comes_back_with_it() {
 }
 
 #[tokio::test]
+async fn an_agent_that_leaves_is_not_well() {
+    let host = watched().await;
+    let mut output = host.output("deaf").await;
+    let script = "exec perl -e '$0 = \"deafapp\"; $SIG{TERM} = \"IGNORE\"; $| = 1; print \"up\\n\"; sleep 1 while 1'";
+    let mut start = host.message("deaf", &Droplet::shell(script));
+    start["stop_grace"] = json!(600);
+    host.run(start).await;
+    output
+        .until("first line", |output| output.text(0, "stdout") == "up\n")
+        .await;
+    failing(&[]).await;
+    host.agent().signal(Signal::SIGTERM);
+    let body = failing(&["stable"]).await;
+    assert_eq!(body["checks"]["stable"]["error"], "the agent is leaving");
+    // The numbers that are not the stable's are told all the same.
+    let numbers = metrics().await;
+    assert_eq!(numbers["ostler_bus_connected"], 1.0);
+    assert!(!numbers.contains_key("ostler_memory_available_bytes"));
+    host.tree().one("deafapp").signal(Signal::SIGKILL);
+    let ended = host.agent().ended(patience()).await;
+    assert!(
+        ended.is_some_and(|status| status.success()),
+        "{}",
+        host.log()
+    );
+}
+
+#[tokio::test]
 async fn a_disk_that_hangs_is_named_and_asking_again_and_again_adds_nothing_to_it() {
     let config = &[ON];
     let host = Host::with(Setup {

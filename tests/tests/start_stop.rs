@@ -3,8 +3,11 @@
 use futures_util::StreamExt;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use tests::{Droplet, Host, Network, Setup, get, patience, rounds};
+use tests::{Droplet, Host, Network, Process, Setup, get, patience, rounds};
 
 /// The keys of a JSON object, sorted.
 fn keys(value: &Value) -> Vec<&str> {
@@ -299,6 +302,218 @@ async fn an_app_that_stops_listening_is_a_crash_with_its_own_reason_where_that_i
     assert_eq!(exits.arrived(), Vec::<Value>::new());
     host.stop("worker").await;
     host.stop("changed").await;
+}
+
+/// An app with this name that opens its port, and ends with 3 after USR1; with `rest`, it leaves a child behind.
+fn going_away(name: &str, rest: bool) -> Droplet {
+    let script = r#"exec perl -MIO::Socket::INET -e '
+  $0 = "NAME";
+  if (REST and not fork) { $0 = "rest"; sleep 1 while 1 }
+  $SIG{USR1} = sub { exit 3 };
+  my $listener = IO::Socket::INET->new(LocalPort => $ENV{PORT}, Listen => 9, ReuseAddr => 1) or die "bind: $!";
+  while (1) { my $client = $listener->accept or next; close $client }
+'
+"#;
+    let rest = if rest { "1" } else { "0" };
+    Droplet::shell(&script.replace("NAME", name).replace("REST", rest))
+}
+
+#[tokio::test]
+async fn an_end_of_its_own_says_more_than_a_port_that_closed_with_it() {
+    let host = Host::with(Setup {
+        config: &[("[network]", "[instance]\nliveness_interval = 1\n[network]")],
+        ..Default::default()
+    })
+    .await;
+    let mut exits = host.watch("droplet.exited").await;
+    for (name, rest) in [("alone", false), ("parent", true)] {
+        let mut message = host.message(name, &going_away(name, rest));
+        message["uris"] = json!([format!("{name}.example.net")]);
+        host.run(message).await;
+        let app = host.tree().one(name).clone();
+        // As on a machine that is slow: the port is closed, and nobody has told of the end.
+        let mut init = app.clone();
+        while init.comm != "wshd" {
+            init = Process::read(init.ppid).unwrap();
+        }
+        init.signal(Signal::SIGSTOP);
+        app.signal(Signal::SIGUSR1);
+        let mut beats = host.watch("dea.heartbeat").await;
+        let in_state = |beat: &Value, state: &str| {
+            let entries = beat["droplets"].as_array().unwrap();
+            entries
+                .iter()
+                .any(|one| one["droplet"] == name && one["state"] == state)
+        };
+        if rest {
+            // Whoever is left could listen, and does not.
+            beats
+                .until("its end", |beat| in_state(beat, "CRASHED"))
+                .await;
+        } else {
+            // Nobody is left: its end must be on its way. Twice as many looks as would be enough.
+            for _ in 0..6 {
+                let beat = beats.next().await;
+                assert!(in_state(&beat, "RUNNING"), "{beat}");
+            }
+        }
+        assert_eq!(exits.arrived(), Vec::<Value>::new());
+        init.signal(Signal::SIGCONT);
+        let exit = exits.next().await;
+        assert_eq!(
+            (&exit["droplet"], &exit["exit_status"]),
+            (&json!(name), &json!(3))
+        );
+        assert_eq!(exit["reason"], "CRASHED");
+        assert_ne!(
+            exit["exit_description"], "stopped listening on its port",
+            "{exit}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn whatever_an_app_has_started_has_its_grace_too() {
+    let host = Host::start().await;
+    let mut output = host.output("app").await;
+    let mut exits = host.watch("droplet.exited").await;
+    // The shell ends at once by the TERM that all are sent.
+    let script = r#"perl -e '
+  $| = 1;
+  $SIG{TERM} = sub { sleep 2; print "drained\n"; exit };
+  print "up\n";
+  sleep 1 while 1' &
+wait
+"#;
+    host.run(host.message("app", &Droplet::shell(script))).await;
+    output
+        .until("first line", |output| output.text(0, "stdout") == "up\n")
+        .await;
+    host.stop("app").await;
+    output
+        .until("last line", |output| {
+            output.text(0, "stdout") == "up\ndrained\n"
+        })
+        .await;
+    let exit = exits.next().await;
+    assert_eq!(
+        (&exit["reason"], &exit["exit_status"]),
+        (&json!("STOPPED"), &json!(143))
+    );
+}
+
+/// All regular files below `directory` that hold `words`, on its own file system. Disks of apps are none of them.
+fn holding(directory: &Path, words: &str) -> Vec<PathBuf> {
+    let device = fs::metadata(directory).map(|about| about.dev()).ok();
+    let mut found = Vec::new();
+    for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+        // What is going away is nobody's.
+        let Ok(about) = entry.metadata() else {
+            continue;
+        };
+        if about.is_dir() && Some(about.dev()) == device {
+            found.extend(holding(&entry.path(), words));
+        } else if about.is_file() && about.len() < 1 << 20 {
+            let bytes = fs::read(entry.path()).unwrap_or_default();
+            if bytes
+                .windows(words.len())
+                .any(|piece| piece == words.as_bytes())
+            {
+                found.push(entry.path());
+            }
+        }
+    }
+    found
+}
+
+#[tokio::test]
+async fn an_apps_secrets_are_on_no_disk_where_others_read_them() {
+    const SECRET: &str = "s3cret-of-the-app";
+    let host = Host::start().await;
+    let mut exits = host.watch("droplet.exited").await;
+    let mut message = host.message("app", &Droplet::sample("sleeper"));
+    message["env"] = json!([format!("PASSWORD={SECRET}")]);
+    message["request_id"] = json!("once");
+    host.run(message).await;
+    let mut message = host.message("crashed", &Droplet::shell("echo $PASSWORD; exit 3"));
+    message["env"] = json!([format!("PASSWORD={SECRET}")]);
+    host.publish(&host.subject("start"), &message).await;
+    exits.next().await;
+    let files = holding(&host.base, SECRET);
+    let kinds = |kind: &str| {
+        let mut relative = files
+            .iter()
+            .filter_map(|file| file.strip_prefix(&host.base).ok());
+        relative.any(|file| file.starts_with(kind))
+    };
+    assert!(kinds("instances") && kinds("crashes"), "{files:?}");
+    for file in &files {
+        let modes: Option<Vec<u32>> = { file.ancestors() }
+            .take_while(|path| path.starts_with(&host.base))
+            .map(|path| fs::metadata(path).ok().map(|about| about.mode() & 0o777))
+            .collect();
+        // Of the one that crashed some of it goes meanwhile.
+        let Some(modes) = modes else { continue };
+        // A directory that nobody else enters, and the file itself, should somebody let others in.
+        let (own, above) = modes.split_first().unwrap();
+        assert!(
+            above.iter().any(|mode| mode & 0o077 == 0),
+            "{modes:?} {}",
+            file.display()
+        );
+        assert_eq!(own & 0o077, 0, "{}", file.display());
+    }
+    host.stop("app").await;
+}
+
+#[tokio::test]
+async fn what_a_host_says_of_an_instance_is_its_own_whatever_a_start_presets() {
+    let host = Host::start().await;
+    let mut registered = host.watch("router.register").await;
+    let mut message = host.message("web", &going_away("web", false));
+    message["uris"] = json!(["web.example.net"]);
+    let preset = "5e".repeat(32);
+    for key in [
+        "instance",
+        "instance_id",
+        "private_instance_id",
+        "private_instance",
+        "handle",
+        "warden_handle",
+        "host",
+        "dea",
+        "staged",
+    ] {
+        message[key] = json!(preset);
+    }
+    for key in [
+        "port",
+        "host_port",
+        "instance_host_port",
+        "container_port",
+        "state_timestamp",
+    ] {
+        message[key] = json!(22);
+    }
+    message["state"] = json!("CRASHED");
+    message["exit_status"] = json!(3);
+    message["unsent"] = json!([["droplet.exited", "{}"]]);
+    let answer = host.run(message).await;
+    let route = registered.next().await;
+    let found = host
+        .request("dea.find.droplet", &json!({"droplet": "web"}))
+        .await;
+    assert_eq!(found["state"], "RUNNING");
+    assert_eq!(found["instance"], answer["instance"]);
+    assert_ne!(route["port"], 22);
+    for said in [&answer, &route, &found] {
+        assert!(!said.to_string().contains(&preset), "{said}");
+    }
+    assert_eq!(
+        (&answer["dea"], &route["host"]),
+        (&json!(host.id), &json!(Network::HOST))
+    );
+    host.stop("web").await;
 }
 
 #[tokio::test]
