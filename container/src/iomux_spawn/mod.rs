@@ -230,7 +230,7 @@ fn take_over(
     let job = job
         .ok_or(Errno::EINVAL)
         .context("takeover", "the directory is not named by a job's number")?;
-    let (status, theirs) = start::pipe()?;
+    let (status, theirs) = start::pipe("status")?;
     let attached = Client::connect(socket).and_then(|client| client.attach(job, theirs.as_fd()));
     match attached {
         Ok((stdout, stderr)) => Ok(Some(Pipes {

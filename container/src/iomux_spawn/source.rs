@@ -9,6 +9,7 @@ use crate::{
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     unistd::{pipe2, read},
 };
 use std::{
@@ -54,6 +55,8 @@ pub(super) struct Peek {
 /// What a look saw.
 enum Seen<'a> {
     Bytes(&'a [u8]),
+    /// Buffers without a byte, which are gone now.
+    Hollow,
     Empty,
     Closed,
 }
@@ -86,6 +89,7 @@ impl Source {
         for _ in 0..TURN {
             let waiting = match peek.look(&self.pipe)? {
                 Seen::Bytes(waiting) => waiting,
+                Seen::Hollow => continue,
                 nothing @ (Seen::Empty | Seen::Closed) => {
                     self.open = matches!(nothing, Seen::Empty);
                     self.ready = false;
@@ -129,7 +133,8 @@ impl Source {
 
 impl Peek {
     pub(super) fn new() -> Result<Self, SysError> {
-        let (read, write) = pipe2(OFlag::O_CLOEXEC).context("pipe2", "peek")?;
+        let flags = OFlag::O_CLOEXEC | OFlag::O_NONBLOCK;
+        let (read, write) = pipe2(flags).context("pipe2", "peek")?;
         Ok(Self {
             read,
             write,
@@ -139,7 +144,7 @@ impl Peek {
 
     fn look(&mut self, source: &OwnedFd) -> Result<Seen<'_>, SysError> {
         let copied = match pipe::tee(source.as_fd(), self.write.as_fd(), MAX_PAYLOAD) {
-            Ok(0) => return Ok(Seen::Closed),
+            Ok(0) => return self.look_at_nothing(source),
             Ok(copied) => copied,
             Err(Errno::EAGAIN) => return Ok(Seen::Empty),
             Err(errno) => return Err(errno).context("tee", "a job's pipe"),
@@ -150,5 +155,20 @@ impl Peek {
             filled += read(&self.read, rest).context("read", "peek")?;
         }
         Ok(Seen::Bytes(self.buffer.get(..copied).unwrap_or_default()))
+    }
+
+    /// What it means that not one byte was copied: only a pipe that is empty, too, has nobody who may write.
+    fn look_at_nothing(&mut self, source: &OwnedFd) -> Result<Seen<'_>, SysError> {
+        // Else the copies of hollow buffers would take the room of the next look.
+        while read(&self.read, &mut self.buffer).is_ok() {}
+        let mut fds = [PollFd::new(source.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::ZERO).context("poll", "a job's pipe")?;
+        let [polled] = fds;
+        let seen = polled.revents().unwrap_or(PollFlags::empty());
+        if seen.contains(PollFlags::POLLHUP) && !seen.contains(PollFlags::POLLIN) {
+            return Ok(Seen::Closed);
+        }
+        pipe::skip_hollow(source.as_fd()).context("read", "a job's pipe")?;
+        Ok(Seen::Hollow)
     }
 }

@@ -33,9 +33,9 @@ pub(super) fn start(program: &[CString], job: Option<OwnedFd>) -> Result<Pipes, 
         Mode::empty(),
     )
     .context("open", "/dev/null")?;
-    let (stdout, out) = pipe2(OFlag::O_CLOEXEC).context("pipe2", "stdout")?;
-    let (stderr, err) = pipe2(OFlag::O_CLOEXEC).context("pipe2", "stderr")?;
-    let (status, status_end) = pipe()?;
+    let (stdout, out) = pipe("stdout")?;
+    let (stderr, err) = pipe("stderr")?;
+    let (status, status_end) = pipe("status")?;
     let kept = [
         Some(("WSH_STATUS_FD", &status_end)),
         job.as_ref().map(|job| ("WSH_JOB_FD", job)),
@@ -81,10 +81,10 @@ pub(super) fn failed(errno: Errno) -> Status {
     }
 }
 
-/// A status pipe: its read end does not block; the write end is for others.
-pub(super) fn pipe() -> Result<(OwnedFd, OwnedFd), SysError> {
-    let (read, write) = pipe2(OFlag::O_CLOEXEC).context("pipe2", "status")?;
-    fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).context("fcntl", "status")?;
+/// A pipe: its read end does not block; the write end is for others.
+pub(super) fn pipe(what: &str) -> Result<(OwnedFd, OwnedFd), SysError> {
+    let (read, write) = pipe2(OFlag::O_CLOEXEC).context("pipe2", what)?;
+    fcntl(&read, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).context("fcntl", what)?;
     Ok((read, write))
 }
 

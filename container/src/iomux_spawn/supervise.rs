@@ -19,12 +19,11 @@ use std::{
     time::Instant,
 };
 
-/// The read ends of a job's pipes.
+/// The read ends of a job's pipes, which do not block.
 #[derive(Debug)]
 pub(super) struct Pipes {
     pub(super) stdout: OwnedFd,
     pub(super) stderr: OwnedFd,
-    /// Non-blocking.
     pub(super) status: OwnedFd,
 }
 
