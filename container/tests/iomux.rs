@@ -18,7 +18,7 @@ use container::{
     job::JobRequest,
     spool::{Cursor, Record},
     status::{Status, Step},
-    sys::pidfd,
+    sys::{pidfd, volume},
 };
 use nix::{
     errno::Errno,
@@ -805,6 +805,84 @@ while os.getppid() == supervisor: time.sleep(0.01)
     // What was in the pipe has died with it, and what it was just throwing away was not counted.
     assert!(heard.at[0] >= (4 << 20) - (128 << 10), "{:?}", heard.at);
     assert!(heard.missing[0] >= 2 << 20, "{:?}", heard.missing);
+}
+
+/// An ext4 file system in a file, mounted.
+struct SmallDisk {
+    place: PathBuf,
+    number: u32,
+}
+
+impl SmallDisk {
+    fn mount(place: PathBuf) -> Self {
+        use nix::mount::{MsFlags, mount};
+        let image = place.with_extension("img");
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&image)
+            .unwrap();
+        file.set_len(64 << 20).unwrap();
+        let mut mkfs = Command::new("mkfs.ext4");
+        let made = mkfs.args(["-q", "-b", "4096"]).arg(&image).status();
+        assert!(made.unwrap().success());
+        // The device goes with the mount.
+        let (_device, number) = volume::attach(&file, 4096).unwrap();
+        let device = PathBuf::from(format!("/dev/loop{number}"));
+        let options = Some("errors=remount-ro");
+        mount(
+            Some(&device),
+            &place,
+            Some("ext4"),
+            MsFlags::empty(),
+            options,
+        )
+        .unwrap();
+        Self { place, number }
+    }
+
+    /// The device is gone, as it were: EIO.
+    fn abandon(&self) {
+        volume::abandon_ext4(File::open(&self.place).unwrap().as_fd()).unwrap();
+    }
+
+    /// The file system finds itself broken: EROFS.
+    fn break_down(&self) {
+        let error = format!("/sys/fs/ext4/loop{}/trigger_fs_error", self.number);
+        fs::write(error, "a test").unwrap();
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(&self.place, nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+#[test]
+fn an_app_goes_on_where_its_output_can_no_longer_be_kept() {
+    // Three segments before, and as much after.
+    let script = "busybox yes | busybox head -c 6291456; read go < /tmp/go
+        busybox yes | busybox head -c 6291456; echo said >&2; echo said > /tmp/said; exit 4";
+    for fail in [SmallDisk::abandon, SmallDisk::break_down] {
+        let (place, dir) = (Place::new(), Scratch::new());
+        let disk = SmallDisk::mount(dir.job());
+        place.run_inside("mkfifo -m 666 /tmp/go /tmp/said");
+        let job = supervise(&place, sh(script), &dir.job());
+        let mut link = Link::start(&dir.job(), Cursor::default());
+        let mut heard = Heard::default();
+        while heard.at[0] < 6 << 20 {
+            heard.take(link.next().unwrap().unwrap());
+        }
+        // The next write to a clean page is news to the file system.
+        nix::unistd::syncfs(File::open(dir.job()).unwrap()).unwrap();
+        fail(&disk);
+        assert_eq!(place.run_inside("echo > /tmp/go; cat /tmp/said"), "said\n");
+        assert_eq!(job.code(), 1, "the end cannot be in the log");
+        let jobs = place.client().info().unwrap();
+        assert_eq!((jobs.len(), jobs[0].status), (1, Some(Status::Exited(4))));
+    }
 }
 
 #[test]

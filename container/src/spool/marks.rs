@@ -9,82 +9,98 @@
 //!      5  whose hole of unknown size has no record yet: 1 stdout, 2 stderr, 3 both
 //! ```
 //!
-//! A killed process has done a system call wholly or not at all as far as the page cache can tell,
-//! so plain stores before and after each call are enough.
+//! A killed process has done a system call wholly or not at all as far as the page cache can tell
+//! (these words are in one page), so a plain write before and after each call is enough. A write, and no
+//! store to a mapping: where a file system cannot take a changed page any more (XFS after a shutdown,
+//! `iomap_page_mkwrite`), that is a SIGBUS (`do_page_mkwrite` in mm/memory.c), and this is an errno.
 
 use super::{Stream, files};
-use crate::{fault::SysError, sys::pages::SharedPage};
-use nix::fcntl::OFlag;
+use crate::fault::{Context, SysError};
+use nix::{
+    fcntl::OFlag,
+    sys::uio::{pread, pwrite},
+};
 use std::{
+    cell::Cell,
     fs,
-    os::fd::{AsFd, BorrowedFd},
-    sync::atomic::{AtomicU64, Ordering},
+    os::fd::{BorrowedFd, OwnedFd},
 };
 
 const MAGIC: u64 = u64::from_le_bytes(*b"OSTLSPL1");
+
+/// How large the file is, so that its block is taken at its beginning.
+const BYTES: usize = 4096;
 
 /// What a writer was doing when it was killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Busy {
     Idle,
-    /// Moving bytes of this stream behind the last record.
+    /// Moving bytes of this stream behind the last record; whatever stands there is of this stream.
     Moving(Stream),
-    /// Throwing bytes of this stream away because the disk is full.
+    /// Throwing bytes of this stream away because they cannot be kept.
     Discarding(Stream),
+}
+
+/// The words of the file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Words {
+    magic: u64,
+    boot: u64,
+    busy: u64,
+    stdout: u64,
+    stderr: u64,
+    uncertain: u64,
 }
 
 #[derive(Debug)]
 pub(super) struct Marks {
-    boot: &'static AtomicU64,
-    busy: &'static AtomicU64,
-    stdout: &'static AtomicU64,
-    stderr: &'static AtomicU64,
-    uncertain: &'static AtomicU64,
+    file: OwnedFd,
+    now: Cell<Words>,
+    /// What is in the file, as far as that is known.
+    kept: Cell<Option<Words>>,
 }
 
 impl Marks {
-    /// Maps the file, made if need be, and stamps it with this boot. Marks of an earlier boot cannot be
+    /// Reads the file, made if need be, and stamps it with this boot. Marks of an earlier boot cannot be
     /// trusted, nor can the log's tail: what is left of them is that output may be missing.
     pub(super) fn open(dir: BorrowedFd<'_>) -> Result<Self, SysError> {
         let file = files::open_in(dir, "state", OFlag::O_RDWR | OFlag::O_CREAT)?;
-        let page = SharedPage::map(file.as_fd())?;
-        let [magic, boot, busy, stdout, stderr, uncertain, ..] = page.words();
-        let marks = Self {
+        let mut found = [0; BYTES];
+        let size = pread(&file, &mut found, 0).context("pread", "state")?;
+        if size < BYTES {
+            pwrite(&file, &found, 0).context("pwrite", "state")?;
+        }
+        let words = Words::decode(&found);
+        let known = words.magic == MAGIC;
+        let boot = boot_stamp();
+        if known && words.boot == boot {
+            return Ok(Self {
+                file,
+                now: Cell::new(words),
+                kept: Cell::new(Some(words)),
+            });
+        }
+        let both = Stream::ALL.into_iter().map(bit).sum();
+        let words = Words {
+            magic: MAGIC,
             boot,
-            busy,
-            stdout,
-            stderr,
-            uncertain,
+            uncertain: if known { both } else { words.uncertain },
+            ..Words::default()
         };
-        let known = magic.load(Ordering::Acquire) == MAGIC;
-        let now = boot_stamp();
-        if known && marks.boot.load(Ordering::Acquire) == now {
-            return Ok(marks);
-        }
-        for stream in Stream::ALL {
-            // Before the stamp: a writer that is killed in between has not forgotten it.
-            if known {
-                marks.set_uncertain(stream);
-            }
-            marks.set_taken(stream, 0);
-        }
-        marks.set(Busy::Idle);
-        marks.boot.store(now, Ordering::Release);
-        magic.store(MAGIC, Ordering::Release);
-        Ok(marks)
+        pwrite(&file, &words.encode(), 0).context("pwrite", "state")?;
+        Ok(Self {
+            file,
+            now: Cell::new(words),
+            kept: Cell::new(Some(words)),
+        })
     }
 
     pub(super) fn set(&self, busy: Busy) {
-        let word = match busy {
-            Busy::Idle => 0,
-            Busy::Moving(stream) => 2 * stream as u64 + 1,
-            Busy::Discarding(stream) => 2 * stream as u64 + 2,
-        };
-        self.busy.store(word, Ordering::Release);
+        self.change(|words| words.busy = word(busy));
     }
 
     pub(super) fn busy(&self) -> Busy {
-        match self.busy.load(Ordering::Acquire) {
+        match self.now.get().busy {
             1 => Busy::Moving(Stream::Stdout),
             2 => Busy::Discarding(Stream::Stdout),
             3 => Busy::Moving(Stream::Stderr),
@@ -96,31 +112,92 @@ impl Marks {
     /// Bytes of a stream taken from its pipe; only of use where larger than what the log accounts
     /// for.
     pub(super) fn taken(&self, stream: Stream) -> u64 {
-        self.taken_word(stream).load(Ordering::Acquire)
+        match stream {
+            Stream::Stdout => self.now.get().stdout,
+            Stream::Stderr => self.now.get().stderr,
+        }
     }
 
+    /// Nothing is being done any more, and so many bytes have been taken.
     pub(super) fn set_taken(&self, stream: Stream, bytes: u64) {
-        self.taken_word(stream).store(bytes, Ordering::Release);
+        self.change(|words| {
+            words.busy = word(Busy::Idle);
+            match stream {
+                Stream::Stdout => words.stdout = bytes,
+                Stream::Stderr => words.stderr = bytes,
+            }
+        });
     }
 
     /// Whether a hole of unknown size waits for its record.
     pub(super) fn uncertain(&self, stream: Stream) -> bool {
-        self.uncertain.load(Ordering::Acquire) & bit(stream) != 0
+        self.now.get().uncertain & bit(stream) != 0
     }
 
     pub(super) fn set_uncertain(&self, stream: Stream) {
-        self.uncertain.fetch_or(bit(stream), Ordering::AcqRel);
+        self.change(|words| words.uncertain |= bit(stream));
     }
 
     pub(super) fn clear_uncertain(&self, stream: Stream) {
-        self.uncertain.fetch_and(!bit(stream), Ordering::AcqRel);
+        self.change(|words| words.uncertain &= !bit(stream));
     }
 
-    fn taken_word(&self, stream: Stream) -> &AtomicU64 {
-        match stream {
-            Stream::Stdout => self.stdout,
-            Stream::Stderr => self.stderr,
+    /// Changes the words, here and in the file. Where that fails, a successor finds older ones until the next change.
+    fn change(&self, change: impl FnOnce(&mut Words)) {
+        let mut words = self.now.get();
+        change(&mut words);
+        self.now.set(words);
+        if self.kept.get() != Some(words) {
+            let written = pwrite(&self.file, &words.encode(), 0);
+            self.kept
+                .set((written == Ok(Words::BYTES)).then_some(words));
         }
+    }
+}
+
+impl Words {
+    const BYTES: usize = 48;
+
+    fn encode(&self) -> [u8; Self::BYTES] {
+        let words = [
+            self.magic,
+            self.boot,
+            self.busy,
+            self.stdout,
+            self.stderr,
+            self.uncertain,
+        ];
+        let mut bytes = [0; Self::BYTES];
+        for (place, word) in bytes.as_chunks_mut().0.iter_mut().zip(words) {
+            *place = word.to_le_bytes();
+        }
+        bytes
+    }
+
+    /// Of a file that ends early the rest is 0.
+    fn decode(bytes: &[u8; BYTES]) -> Self {
+        let mut words = bytes
+            .as_chunks()
+            .0
+            .iter()
+            .map(|word| u64::from_le_bytes(*word));
+        let mut next = || words.next().unwrap_or(0);
+        Self {
+            magic: next(),
+            boot: next(),
+            busy: next(),
+            stdout: next(),
+            stderr: next(),
+            uncertain: next(),
+        }
+    }
+}
+
+fn word(busy: Busy) -> u64 {
+    match busy {
+        Busy::Idle => 0,
+        Busy::Moving(stream) => 2 * stream as u64 + 1,
+        Busy::Discarding(stream) => 2 * stream as u64 + 2,
     }
 }
 

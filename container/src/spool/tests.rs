@@ -395,6 +395,74 @@ fn what_a_full_disk_swallowed_is_named() {
 }
 
 #[test]
+fn a_disk_that_takes_nothing_stops_nobody_and_is_named_when_it_is_back() {
+    let dir = Scratch::new();
+    let mut job = Job::new();
+    let mut spool = SpoolWriter::open(&dir.0, 0).unwrap();
+    for _ in 0..10 {
+        job.output(&mut spool, Stream::Stdout, 50_000);
+    }
+    assert!(
+        spool.starts.len() > 1,
+        "there is an older segment to give up"
+    );
+    // In their place: nothing can be moved there (EINVAL) or written (ENOSPC), made or deleted (ENOTDIR).
+    let full = || File::options().read(true).write(true).open("/dev/full");
+    let segment = std::mem::replace(&mut spool.segment, full().unwrap().into());
+    let directory = std::mem::replace(&mut spool.dir, full().unwrap().into());
+    for stream in [Stream::Stdout, Stream::Stderr, Stream::Stdout] {
+        job.output(&mut spool, stream, 60_000);
+    }
+    assert!(spool.exit(Status::Exited(0)).is_err());
+    (spool.segment, spool.dir) = (segment, directory);
+    job.output(&mut spool, Stream::Stdout, 5);
+    spool.exit(Status::Exited(0)).unwrap();
+    let heard = hear(&dir.0);
+    assert_eq!(heard.at, [620_005, 60_000]);
+    assert_eq!((heard.missing, heard.uncertain), ([120_000, 60_000], 0));
+    assert_eq!(heard.exits, [(Status::Exited(0), 620_005, 60_000)]);
+}
+
+#[test]
+fn bytes_that_became_no_record_are_named() {
+    for killed in [false, true] {
+        let dir = Scratch::new();
+        let mut job = Job::new();
+        let mut spool = SpoolWriter::open(&dir.0, 0).unwrap();
+        job.output(&mut spool, Stream::Stdout, 10);
+        job.write(Stream::Stdout, 1000);
+        let pipe = job.pipes[0].0.as_fd();
+        let moved = spool.move_in(Stream::Stdout, pipe, 1000).unwrap();
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let segment = std::mem::replace(&mut spool.segment, full.into());
+        spool.commit_or_lose(Stream::Stdout, moved);
+        spool.segment = segment;
+        if killed {
+            drop(spool);
+            spool = SpoolWriter::open(&dir.0, 0).unwrap();
+        }
+        job.output(&mut spool, Stream::Stdout, 5);
+        let heard = hear(&dir.0);
+        assert_eq!((heard.at, heard.missing), ([1015, 0], [1000, 0]));
+        let bytes = fs::metadata(dir.0.join(files::name(0))).unwrap().len();
+        assert_eq!(bytes, spool.end, "nothing of them is left");
+    }
+}
+
+#[test]
+fn marks_that_cannot_be_kept_kill_nobody() {
+    let dir = Scratch::new();
+    let mut job = Job::new();
+    let mut spool = SpoolWriter::open(&dir.0, 0).unwrap();
+    job.output(&mut spool, Stream::Stdout, 10);
+    // As good as a file system that takes no changed page: a store to a mapping of this file is a SIGBUS.
+    let state = File::options().write(true).open(dir.0.join("state"));
+    state.unwrap().set_len(0).unwrap();
+    job.output(&mut spool, Stream::Stderr, 10);
+    assert_eq!(hear(&dir.0).at, [10, 10]);
+}
+
+#[test]
 fn a_full_file_system_costs_old_segments_then_bytes_but_never_the_account() {
     // Many small segments, and one that has the disk for itself.
     for cap in [0, 16 << 20] {

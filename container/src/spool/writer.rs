@@ -42,6 +42,8 @@ pub struct SpoolWriter {
     cap: u64,
     tail: Tail,
     marks: Marks,
+    /// Bytes that are no record may stand behind the last one, and must go before the next.
+    torn: bool,
     /// Room that is set aside for the last records.
     reserve: OwnedFd,
     scratch: Vec<u8>,
@@ -85,6 +87,7 @@ impl SpoolWriter {
             cap,
             tail,
             marks,
+            torn: false,
             reserve,
             scratch,
         };
@@ -100,8 +103,9 @@ impl SpoolWriter {
 
     /// Moves up to `bytes` (at most [`MAX_PAYLOAD`]) from a stream's pipe to the log, as one
     /// record, and tells how many. 0 if the pipe has none. Does not wait for the pipe. If the disk
-    /// stays full even without the older segments, the bytes are thrown away and a gap is recorded
-    /// as soon as it fits.
+    /// stays full even without the older segments, or cannot be written for any other reason (it is
+    /// read-only after an error, or gone), the bytes are thrown away and a gap is recorded as soon as
+    /// that can be done.
     pub fn take(
         &mut self,
         stream: Stream,
@@ -115,18 +119,13 @@ impl SpoolWriter {
                 .and_then(|()| self.move_in(stream, pipe, bytes));
             match moved {
                 Ok(moved) => break moved,
-                Err(error) if is_full(&error) => {
-                    if !self.drop_oldest()? {
-                        return self.discard(stream, pipe, bytes);
-                    }
-                }
-                Err(error) => return Err(error),
+                Err(error) if is_full(&error) && self.drop_oldest().unwrap_or(false) => {}
+                Err(_cannot_keep) => return self.discard(stream, pipe, bytes),
             }
         };
         if moved > 0 {
-            self.commit(stream, moved)?;
+            self.commit_or_lose(stream, moved);
         }
-        self.marks.set(Busy::Idle);
         Ok(moved)
     }
 
@@ -169,7 +168,7 @@ impl SpoolWriter {
     }
 
     /// Moves bytes behind the place that the header will have. Leaves the mark: they count from now
-    /// on.
+    /// on, and with their header nothing stands behind the last record.
     fn move_in(
         &mut self,
         stream: Stream,
@@ -198,7 +197,15 @@ impl SpoolWriter {
         }
     }
 
-    /// Makes a record of the bytes that `move_in` left.
+    /// Makes a record of the bytes that `move_in` left. Where that fails they are in no pipe any more, and
+    /// missing.
+    fn commit_or_lose(&mut self, stream: Stream, bytes: usize) {
+        if self.commit(stream, bytes).is_err() {
+            self.torn = true;
+            self.lost(stream, bytes);
+        }
+    }
+
     fn commit(&mut self, stream: Stream, bytes: usize) -> Result<(), SysError> {
         let offset = self.tail.offset(stream);
         let len = u32::try_from(bytes).unwrap_or(0);
@@ -210,7 +217,14 @@ impl SpoolWriter {
             time_ns: now_ns()?,
             aux: 0,
         };
-        pwrite(&self.segment, &header.encode(), self.place()).context("pwrite", "spool segment")?;
+        let header = header.encode();
+        match pwrite(&self.segment, &header, self.place()) {
+            Ok(written) if written == header.len() => {}
+            failed => {
+                let errno = failed.err().unwrap_or(Errno::ENOSPC);
+                return Err(errno).context("pwrite", "spool segment");
+            }
+        }
         self.end += (HEADER_BYTES + bytes) as u64;
         self.tail.advance(stream, offset + bytes as u64);
         Ok(())
@@ -223,15 +237,19 @@ impl SpoolWriter {
         pipe: BorrowedFd<'_>,
         bytes: usize,
     ) -> Result<usize, SysError> {
-        let before = self.marks.taken(stream).max(self.tail.offset(stream));
         self.marks.set(Busy::Discarding(stream));
         let thrown = match splice(pipe, self.null.as_fd(), None, bytes) {
             Err(Errno::EAGAIN) => 0,
             thrown => thrown.context("splice", "pipe to /dev/null")?,
         };
-        self.marks.set_taken(stream, before + thrown as u64);
-        self.marks.set(Busy::Idle);
+        self.lost(stream, thrown);
         Ok(thrown)
+    }
+
+    /// Counts bytes that were taken from the pipe and cannot be kept.
+    fn lost(&self, stream: Stream, bytes: usize) {
+        let before = self.marks.taken(stream).max(self.tail.offset(stream));
+        self.marks.set_taken(stream, before + bytes as u64);
     }
 
     /// Records as gaps what the marks know to be missing. What does not fit stays in them.
@@ -273,7 +291,7 @@ impl SpoolWriter {
     fn append(&mut self, record: &Record<&[u8]>) -> Result<(), SysError> {
         loop {
             match self.try_append(record) {
-                Err(error) if is_full(&error) && self.drop_oldest()? => {}
+                Err(error) if is_full(&error) && self.drop_oldest().unwrap_or(false) => {}
                 done => return done,
             }
         }
@@ -284,6 +302,7 @@ impl SpoolWriter {
         codec::encode(record, &mut self.scratch);
         let bytes = self.scratch.len() as u64;
         self.make_place(bytes)?;
+        self.marks.set(Busy::Idle);
         write_whole(self.segment.as_fd(), &self.scratch, self.place())?;
         self.tail.apply(self.end, record);
         self.end += bytes;
@@ -292,6 +311,10 @@ impl SpoolWriter {
 
     /// Begins a new segment if this many bytes do not fit the present one.
     fn make_place(&mut self, bytes: u64) -> Result<(), SysError> {
+        if self.torn {
+            ftruncate(&self.segment, self.place()).context("ftruncate", "spool segment")?;
+            self.torn = false;
+        }
         let used = self.place().unsigned_abs();
         if used > HEAD_BYTES && used + bytes > self.segment_bytes() {
             self.segment = new_segment(self.dir.as_fd(), self.end, &self.tail.head)?;
@@ -304,16 +327,15 @@ impl SpoolWriter {
 
     /// Deletes the oldest segment; false if only the present one is left.
     fn drop_oldest(&mut self) -> Result<bool, SysError> {
-        if self.starts.len() < 2 {
+        let Some(start) = self.starts.front().filter(|_| self.starts.len() > 1) else {
             return Ok(false);
+        };
+        let name = files::name(*start);
+        match unlinkat(&self.dir, name.as_str(), UnlinkatFlags::NoRemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => {}
+            Err(errno) => return Err(errno).context("unlink", name),
         }
-        if let Some(start) = self.starts.pop_front() {
-            let name = files::name(start);
-            match unlinkat(&self.dir, name.as_str(), UnlinkatFlags::NoRemoveDir) {
-                Ok(()) | Err(Errno::ENOENT) => {}
-                Err(errno) => return Err(errno).context("unlink", name),
-            }
-        }
+        self.starts.pop_front();
         Ok(true)
     }
 
@@ -345,7 +367,7 @@ impl SpoolWriter {
             Busy::Moving(stream)
                 if behind > HEADER_BYTES && behind <= HEADER_BYTES + MAX_PAYLOAD =>
             {
-                self.commit(stream, behind - HEADER_BYTES)?;
+                self.commit_or_lose(stream, behind - HEADER_BYTES);
             }
             Busy::Moving(_) | Busy::Discarding(_) | Busy::Idle => {
                 ftruncate(&self.segment, place).context("ftruncate", "spool segment")?;

@@ -14,7 +14,6 @@ pub mod fdpass;
 pub mod inherit;
 pub mod interrupt;
 pub mod mount;
-pub mod pages;
 pub mod pidfd;
 pub mod pipe;
 pub mod process;
