@@ -3,7 +3,7 @@
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
-use tests::{Body, Droplet, Host, Network, Setup, patience};
+use tests::{Body, Droplet, Frozen, Host, Network, Setup, patience};
 
 /// Silence for so long is no answer: others came much sooner.
 const SILENCE: Duration = Duration::from_secs(1);
@@ -196,6 +196,63 @@ async fn what_has_no_address_is_not_offered() {
 async fn what_has_no_room_in_a_heartbeat_is_not_offered() {
     let few = ("[resources]", "[resources]\ninstances = 2");
     a_third_is_not_offered(few).await;
+}
+
+#[tokio::test]
+async fn two_starts_for_the_last_place_on_the_disk_are_one_instance_and_one_refusal() {
+    // Of 4 GB, some 3.7 are to be had.
+    let host = Host::with(Setup {
+        config: &[
+            Setup::NO_TIMER,
+            ("[network]", "[instance]\ndisk = \"image\"\n[network]"),
+        ],
+        before: &[Frozen::OWN_DISK],
+        ..Default::default()
+    })
+    .await;
+    let mut exits = host.watch("droplet.exited").await;
+    let mut advertised = host.watch("dea.advertise").await;
+    let start = host.subject("start");
+    let large = discover("another", 16, 2400);
+    offered(&host, &large).await;
+    let mut waits = waiting(&host, "waits", 0);
+    let mut runs = host.message("runs", &Droplet::sample("sleeper"));
+    let mut late = host.message("late", &Droplet::sample("sleeper"));
+    for message in [&mut waits, &mut runs, &mut late] {
+        message["limits"]["disk"] = json!(2400);
+        message["wait"] = json!(null);
+    }
+    runs["wait"] = json!("running");
+    // The first has no container when the second comes, and then has one.
+    for first in [waits, runs] {
+        let answers = host
+            .burst(&[(&start, first.clone()), (&start, late.clone())])
+            .await;
+        assert_eq!(answers[0]["ok"], true, "{answers:?}");
+        let error = &answers[1]["error"];
+        assert_eq!(error["code"], "not_enough_disk", "{answers:?}");
+        not_offered(&host, &large).await;
+        host.publish_bytes("dea.locate", "").await;
+        let rest = |one: &Value| (1000..1400).contains(&one["available_disk"].as_i64().unwrap());
+        advertised.until("the rest", rest).await;
+        // It is counted once.
+        let mut rest = host.message("rest", &Droplet::sample("sleeper"));
+        rest["limits"]["disk"] = json!(800);
+        host.run(rest).await;
+        for app in ["rest", first["droplet"].as_str().unwrap()] {
+            host.stop(app).await;
+        }
+        offered(&host, &large).await;
+    }
+    let refused = exits
+        .until("refusals", |exit| exit["droplet"] == "late")
+        .await;
+    assert_eq!(refused["exit_status"], -1, "{refused}");
+    let crashed = exits
+        .all()
+        .iter()
+        .find(|exit| exit["reason"] == "CRASHED" && exit["droplet"] != "late");
+    assert_eq!(crashed, None);
 }
 
 #[tokio::test]

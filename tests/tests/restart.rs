@@ -946,6 +946,10 @@ async fn a_frozen_disk_stops_no_heartbeat() {
         assert_eq!(beat["droplets"][0]["state"], "RUNNING", "{beat}");
         assert_eq!(adverts.next().await["app_id_to_count"]["new"], 1);
     }
+    // What it has room for is known, too.
+    let wanted = json!({"droplet": "more", "limits": {"mem": 64, "disk": 64}});
+    assert_eq!(host.request("dea.discover", &wanted).await["id"], host.id);
+    too_large(&host).await;
     let early = [started.arrived(), updated.arrived(), stopped.arrived()].concat();
     assert_eq!(early, Vec::<Value>::new(), "nothing is on disk yet");
     drop(frozen);
@@ -963,6 +967,64 @@ async fn a_frozen_disk_stops_no_heartbeat() {
         let mut answers = answers;
         assert_eq!(answers.arrived(), Vec::<Value>::new(), "answered once");
     }
+}
+
+/// A start that the disk has no room for is refused.
+async fn too_large(host: &Host) {
+    let mut large = host.message("large", &Droplet::sample("sleeper"));
+    large["limits"]["disk"] = json!(8192);
+    let answer = host.request(&host.subject("start"), &large).await;
+    let error = &answer["error"];
+    assert_eq!(error["code"], "not_enough_disk", "{answer}");
+    let message = error["message"].as_str().unwrap();
+    assert!(message.contains("are free in"), "{message}");
+}
+
+/// What each thread of the agent is at (proc(5)): a letter for each.
+fn threads(host: &Host) -> Vec<char> {
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", host.agent().pid())).unwrap();
+    let states = tasks.flatten().filter_map(|task| {
+        let stat = std::fs::read_to_string(task.path().join("stat")).ok()?;
+        stat.rsplit_once(") ")?.1.chars().next()
+    });
+    states.collect()
+}
+
+#[tokio::test]
+async fn a_look_at_the_disk_that_hangs_keeps_no_answer_back() {
+    let host = Host::with(tests::Setup {
+        config: &[("[network]", "[instance]\ndisk = \"image\"\n[network]")],
+        before: &[Frozen::OWN_DISK],
+        ..Default::default()
+    })
+    .await;
+    let sleeper = Droplet::sample("sleeper");
+    let answer = host.run(host.message("app", &sleeper)).await;
+    let frozen = Frozen::image(&host, answer["handle"].as_str().unwrap());
+    // Its image is to grow, and nobody can look at what is left as long as that is under way.
+    let grow = json!({"droplet": "app", "instances": 1, "limits": {"disk": 320}});
+    let mut grown = ask(&host, &host.subject("scale"), &grow).await;
+    host.tree_until("thread that waits", |_| threads(&host).contains(&'D'))
+        .await;
+    let before = threads(&host).len();
+    let mut beats = host.watch("dea.heartbeat").await;
+    let wanted = json!({"droplet": "more", "limits": {"mem": 64, "disk": 64}});
+    // Longer than it takes until somebody looks again.
+    for _ in 0..8 {
+        assert_eq!(host.request("dea.discover", &wanted).await["id"], host.id);
+        too_large(&host).await;
+        beats.next().await;
+    }
+    let after = threads(&host).len();
+    assert!(after < before + 5, "{before} threads, then {after}");
+    assert_eq!(grown.arrived(), Vec::<Value>::new());
+    drop(frozen);
+    let answer = grown.next().await;
+    assert_eq!(answer["ok"], true, "{answer}");
+    assert!(answer.get("refused").is_none(), "{answer}");
+    host.run(host.message("more", &sleeper)).await;
+    host.stop("more").await;
+    host.stop("app").await;
 }
 
 #[tokio::test]

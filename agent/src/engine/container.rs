@@ -273,7 +273,10 @@ impl Container {
             return Err(EngineError::Destroyed(self.inner.handle.clone()));
         };
         let disks = self.inner.shared.disks.clone();
-        Ok(blocking(move || disk.limit(&disks, change)).await?)
+        blocking(move || disk.limit(&disks, change)).await?;
+        // Whoever hears of it can have what this gave back.
+        self.inner.shared.lookout.glance().await;
+        Ok(())
     }
 
     /// What its writable layer holds now; `None` where nothing bounds it.

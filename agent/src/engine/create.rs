@@ -2,6 +2,7 @@
 
 use super::container::Container;
 use super::destroy::Again;
+use super::lookout::Making;
 use super::{EngineError, Place, Shared, Spec, blocking, destroy, disk, identity, launch, owned};
 use crate::host::cgroups::Group;
 use crate::host::depot::disk::Disk;
@@ -28,6 +29,7 @@ pub(super) async fn create(
     let work = async move {
         let began = Instant::now();
         let mut undo = Undo {
+            making: Some(shared.lookout.making(&spec.handle, spec.disk)),
             shared: Arc::clone(&shared),
             steps: Vec::new(),
         };
@@ -131,6 +133,9 @@ async fn make_directory(
         other => other?,
     };
     let disk = disk::make(&shared.disks, &shared.helpers, (&directory, ids), spec.disk).await?;
+    if let Some(making) = undo.making.take() {
+        making.until_counted();
+    }
     let (spec, address) = (spec.clone(), lease.container);
     blocking(move || {
         let files = identity::files(&spec, address);
@@ -164,6 +169,8 @@ async fn make_group(shared: &Arc<Shared>, spec: &Spec) -> Result<Group, EngineEr
 /// What a failed creation must take back, in the order in which it was begun.
 struct Undo {
     shared: Arc<Shared>,
+    /// Until its disk is bounded, or all of it is taken back.
+    making: Option<Making>,
     steps: Vec<Step>,
 }
 

@@ -80,6 +80,8 @@ pub(super) async fn container(container: &Container) -> Result<(), EngineError> 
     blocking(move || disk.inspect(|disk| disk.abandon())).await;
     remains(&inner.shared, &inner.handle).await?;
     give_back(&inner.shared, &container.saved());
+    // Whoever hears of it can have what it was promised.
+    inner.shared.lookout.glance().await;
     *destroyed = Destroyed::Yes;
     let elapsed_us = began.elapsed().as_micros();
     tracing::info!(handle = inner.handle, elapsed_us, "container destroyed");
@@ -98,6 +100,7 @@ pub(super) async fn from_record(shared: &Shared, saved: &Saved) -> Result<(), En
     if let Some(held) = held {
         give_back(shared, &held);
     }
+    shared.lookout.glance().await;
     removed
 }
 

@@ -42,7 +42,7 @@ pub(super) async fn open(
         base: space.base().to_owned(),
         why,
     })?;
-    if disks.free().map_err(DiskError::from)?.is_none() {
+    if !disks.bind() {
         tracing::warn!("disk space of instances is unlimited, and what they use is unknown");
     }
     Ok(disks)

@@ -20,6 +20,7 @@ mod error;
 mod follow;
 mod identity;
 mod launch;
+mod lookout;
 mod oom;
 mod place;
 mod supervisor;
@@ -46,11 +47,12 @@ pub use crate::host::network::{Bandwidth, EgressRule, Lease, NetworkConfig, Traf
 pub use ::container::launch::{Access, Bind};
 
 use crate::host::cgroups::Cgroups;
-use crate::host::depot::disk::{Disks, Space};
+use crate::host::depot::disk::{DiskError, Disks, Space};
 use crate::host::depot::{self, Depot};
 use crate::host::helpers::{Command, Ended, HelperError, Helpers, Leash};
 use crate::host::network::{Attached, Network};
 use crate::host::{blocking, in_background};
+use lookout::Lookout;
 use oom::KillLog;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashSet};
@@ -142,6 +144,7 @@ struct Shared {
     network: Network,
     depot: Depot,
     disks: Disks,
+    lookout: Lookout,
     kills: KillLog,
     boot_id: String,
     spool_bytes: u64,
@@ -164,6 +167,9 @@ impl Engine {
         let helpers = Helpers::start(config.helpers).map_err(EngineError::Helpers)?;
         let space = Space::new(&config.base, config.spool_bytes);
         let disks = disk::open(space, &depot, &helpers, config.disk).await?;
+        let looked_at = disks.clone();
+        let lookout = Lookout::open(move || looked_at.look()).await;
+        let lookout = lookout.map_err(DiskError::from)?;
         config.network.standing = Some(config.base.join("pools"));
         let network = Network::open(&config.network).await?;
         tracing::info!(cgroups = cgroups.describe(), disk = disks.describe(), base = %config.base.display(), "engine opened");
@@ -175,6 +181,7 @@ impl Engine {
             network,
             depot,
             disks,
+            lookout,
             kills,
             boot_id,
             spool_bytes,
@@ -295,12 +302,27 @@ impl Engine {
             }
         })
         .await;
+        // No look is under way when this returns: the file system may be unmounted.
+        self.shared.lookout.glance().await;
     }
 
-    /// Bytes that are free for the writable layers of new containers; `None` where nothing bounds them.
+    /// Bytes that `more` new containers can have together for their writable layers, as last looked at: what is
+    /// neither used nor promised to anybody, nor will be taken by those that are `here`, each with its limit. `None`
+    /// where nothing bounds them. Waits for no disk.
     #[must_use]
-    pub fn disk_free(&self) -> Option<u64> {
-        self.shared.disks.free().ok().flatten()
+    pub fn disk_left<'a>(
+        &self,
+        here: impl Iterator<Item = (&'a str, DiskLimit)>,
+        more: u64,
+    ) -> Option<u64> {
+        let needs = |limit| self.disk_needs(limit);
+        self.shared.lookout.left(here, more, needs)
+    }
+
+    /// Most bytes that the writable layer of a new container takes from the disk.
+    #[must_use]
+    pub fn disk_needs(&self, limit: DiskLimit) -> u64 {
+        self.shared.disks.needs(limit)
     }
 
     /// Starts a helper that ends at once with 0, and waits for that: whether others could be started.
@@ -331,12 +353,14 @@ impl Shared {
     async fn discard(&self, handle: &str) -> Result<(), EngineError> {
         let (depot, name) = (self.depot.clone(), handle.to_owned());
         blocking(move || depot.discard(&name)).await?;
-        let depot = self.depot.clone();
+        let (depot, lookout) = (self.depot.clone(), self.lookout.clone());
         in_background(move || {
             if let Err(error) = depot.empty_trash_beside() {
                 tracing::warn!(%error, "trash was left");
             }
+            lookout.ask();
         });
+        self.lookout.ask();
         Ok(())
     }
 }

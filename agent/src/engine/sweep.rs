@@ -141,6 +141,7 @@ pub(super) async fn clear_all(shared: &Shared, mut strays: Strays) {
 pub(super) async fn empty_trash(shared: &Shared) -> Result<(), String> {
     let depot = shared.depot.clone();
     let emptied = blocking(move || depot.empty_trash()).await;
+    shared.lookout.ask();
     emptied.map_err(|error| format!("trash: {error}"))
 }
 

@@ -58,7 +58,7 @@ pub fn admit(capacity: Amount, reserved: Amount, wanted: Amount) -> Result<(), S
 
 /// The container's files count as long as they are there: a crash holds disk until it is cleaned up,
 /// not until it is forgotten. What is kept of it beyond that is not the app's but the agent's.
-fn holds_disk(record: &Record) -> bool {
+pub fn holds_disk(record: &Record) -> bool {
     match record.state {
         State::Born | State::Starting | State::Running | State::Stopping => true,
         State::Crashed | State::Stopped => record.container.is_some(),

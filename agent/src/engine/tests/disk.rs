@@ -1,7 +1,9 @@
 //! What a writable layer may hold: images here, project quotas where the kernel has them.
 
 use super::world::{World, create, fresh_handle, job, run, world};
-use crate::engine::{Adopted, Container, DiskChange, DiskUsage, DiskWay, Engine, EngineError};
+use crate::engine::{
+    Adopted, Container, DiskChange, DiskLimit, DiskUsage, DiskWay, Engine, EngineError,
+};
 use crate::host::depot::disk::{DiskError, Disks, Space};
 use container::status::Status;
 use container::sys::quota::{self, Quota};
@@ -35,6 +37,20 @@ async fn change(container: &Container, bytes: u64) -> Result<(), DiskError> {
             Ok(())
         }
     }
+}
+
+/// Bytes that one more container can have, as seen now.
+async fn left(engine: &Engine) -> u64 {
+    engine.shared.lookout.look().await;
+    engine.disk_left(std::iter::empty(), 1).unwrap()
+}
+
+/// Bytes that one more container could have beside one, if nothing were promised: records and output have their own
+/// part.
+fn unused(world: &World) -> u64 {
+    let space = nix::sys::statvfs::statvfs(&world.base).unwrap();
+    let spools = 2 * world.config().spool_bytes;
+    space.blocks_available() * space.fragment_size() - 64 * MB - spools
 }
 
 /// Jobs are numbered through.
@@ -186,7 +202,7 @@ fn what_the_depot_does_not_have_is_promised_to_nobody() {
     world(|world| async move {
         let base = mount_depot(&world.base, "1G");
         let engine = engine(&world, DiskWay::Image).await;
-        let free = engine.disk_free().unwrap();
+        let free = left(&engine).await;
         let mut spec = world.spec(&world.handle);
         spec.disk.bytes = free + MB;
         let error = create(&engine, spec).await.unwrap_err();
@@ -207,6 +223,22 @@ fn what_the_depot_does_not_have_is_promised_to_nobody() {
             .join("disk.img");
         let taken = fs::metadata(&image).unwrap().blocks() * 512;
         assert!((512 * MB..540 * MB).contains(&taken), "{taken}");
+        let limit = world.spec(&world.handle).disk;
+        let limit = |bytes| DiskLimit { bytes, ..limit };
+        assert!(taken <= engine.disk_needs(limit(512 * MB)), "{taken}");
+        // What a look has counted is not taken twice, however old the look is; what it has not is taken.
+        let free = left(&engine).await;
+        assert_eq!(free, unused(&world));
+        let beside = |handle: &str, bytes| {
+            let here = std::iter::once((handle, limit(bytes)));
+            engine.disk_left(here, 1).unwrap()
+        };
+        assert_eq!(beside(&world.handle, 512 * MB), free);
+        assert_eq!(beside(&world.handle, 520 * MB), free - 8 * MB);
+        let takes = engine.disk_needs(limit(16 * MB)) + world.config().spool_bytes;
+        assert_eq!(beside("planned", 16 * MB), free - takes);
+        change(&container, 520 * MB).await.unwrap();
+        assert_eq!(beside(&world.handle, 520 * MB), unused(&world));
         container.destroy().await.unwrap();
         world.nothing_left(&world.handle).await;
         engine.close().await;
@@ -225,12 +257,8 @@ fn what_the_kernel_takes_out_of_an_image_stays_promised() {
         // As the loop driver does where ext4 has zeros to write: an app that fills its disk and writes into
         // preallocated files can make it do so.
         let image = format!("{base}/containers/{}/disk.img", world.handle);
-        let before = engine.disk_free().unwrap();
-        // Records and output have their own part.
-        let space = nix::sys::statvfs::statvfs(&world.base).unwrap();
-        let available = space.blocks_available() * space.fragment_size();
-        let spools = 2 * world.config().spool_bytes;
-        assert_eq!(before, available - 64 * MB - spools, "with one more");
+        let before = left(&engine).await;
+        assert_eq!(before, unused(&world));
         run(&[
             "fallocate",
             "--punch-hole",
@@ -240,8 +268,10 @@ fn what_the_kernel_takes_out_of_an_image_stays_promised() {
             "8GiB",
             &image,
         ]);
-        let free = engine.disk_free().unwrap();
+        let free = unused(&world);
         assert!(free > before + 64 * MB, "{before} {free}");
+        let after = left(&engine).await;
+        assert!(after.abs_diff(before) < MB, "{before} {after}");
 
         let mut other = world.spec(&fresh_handle());
         other.disk.bytes = free - 48 * MB;
@@ -369,9 +399,10 @@ async fn fewer_inodes(container: &Container) {
 
 /// What others were promised is not free, used or not.
 async fn promises_are_counted(world: &World, engine: &Engine, container: &Container) {
-    let free = engine.disk_free().unwrap();
     let most = usage(container).await;
     let promised = most.limit.bytes - most.bytes;
+    let free = unused(world);
+    assert_eq!(left(engine).await, free - promised);
     let mut spec = world.spec(&fresh_handle());
     spec.disk.bytes = free - promised / 2;
     let error = create(engine, spec.clone()).await.unwrap_err();

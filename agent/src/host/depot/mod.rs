@@ -142,7 +142,7 @@ impl Directory {
         self.path.join("disk.img")
     }
 
-    /// The file with the number of its loop device, and the size of what it may not have.
+    /// The file with the number of its loop device, the size of what it may not have, and its limit.
     #[must_use]
     pub fn loop_number(&self) -> PathBuf {
         self.path.join("loop")

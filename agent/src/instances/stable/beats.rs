@@ -104,11 +104,15 @@ impl Stable {
         heartbeat.to_bytes()
     }
 
-    /// MB that may still be reserved and that the depot really has; negative if too much is.
+    /// MB that may still be reserved and that the depot really has for one more; negative if too much is.
     fn available_disk(&self) -> i64 {
         let unreserved = difference(self.capacity().disk, self.reserved().disk);
-        let free = self.world.engine.disk_free().unwrap_or(u64::MAX);
-        unreserved.min(i64::try_from(free >> 20).unwrap_or(i64::MAX))
+        let left = self.disk_left(1).unwrap_or(u64::MAX);
+        // What bounding takes, too: for the largest limit, so that no smaller one takes more.
+        let bounded = self.disk_limit(left >> 20);
+        let beside = self.world.engine.disk_needs(bounded) - bounded.bytes;
+        let free = left.saturating_sub(beside) >> 20;
+        unreserved.min(i64::try_from(free).unwrap_or(i64::MAX))
     }
 
     /// What is free here, as long as somebody may ask for it.

@@ -2,7 +2,7 @@
 
 use super::waiting::{Owed, Until};
 use super::{Duty, Stable, Stall, now};
-use crate::engine::Place;
+use crate::engine::{DiskLimit, Place};
 use crate::instances::instance::{Update, events};
 use crate::instances::ledger::{self, Amount, Entry, Room, Short};
 use crate::instances::record::{self, Limits, Record, StopReason};
@@ -151,11 +151,11 @@ impl Stable {
                 "`sha1` is null: a digest of the droplet is needed",
             ));
         }
-        let more = |each: u64, grown: u64| each.saturating_mul(count as u64).saturating_add(grown);
-        self.admit_amount(Amount {
-            memory: more(request.limits.mem, grown.memory),
-            disk: more(request.limits.disk, grown.disk),
-        })?;
+        let each = Amount {
+            memory: request.limits.mem,
+            disk: request.limits.disk,
+        };
+        self.admit_amount((each, count as u64), grown)?;
         let bytes = heartbeat_bytes(request);
         let leaving = self.room_for(Room {
             instances: count,
@@ -210,7 +210,17 @@ impl Stable {
         })
     }
 
-    pub(super) fn admit_amount(&self, wanted: Amount) -> Result<(), Reply> {
+    /// Whether so many new instances that take `each` have room beside what others grow by.
+    pub(super) fn admit_amount(
+        &self,
+        (each, count): (Amount, u64),
+        grown: Amount,
+    ) -> Result<(), Reply> {
+        let all = |each: u64, grown: u64| each.saturating_mul(count).saturating_add(grown);
+        let wanted = Amount {
+            memory: all(each.memory, grown.memory),
+            disk: all(each.disk, grown.disk),
+        };
         let reserved = self.reserved();
         ledger::admit(self.capacity(), reserved, wanted).map_err(|short| match short {
             Short::Memory => Reply::error(
@@ -232,10 +242,11 @@ impl Stable {
                 ),
             ),
         })?;
-        let needed = wanted.disk.saturating_mul(1 << 20);
-        match self.world.engine.disk_free() {
+        let one = self.world.engine.disk_needs(self.disk_limit(each.disk));
+        let needed = all(one, grown.disk.saturating_mul(1 << 20));
+        match self.disk_left(count) {
             // Whoever wants nothing is not refused for what others have.
-            Some(free) if needed > free && needed > 0 => Err(Reply::error(
+            Some(free) if needed > free && wanted.disk > 0 => Err(Reply::error(
                 ErrorCode::NotEnoughDisk,
                 format!(
                     "{needed} bytes of disk are needed and {free} are free in {}",
@@ -243,6 +254,26 @@ impl Stable {
                 ),
             )),
             Some(_) | None => Ok(()),
+        }
+    }
+
+    /// Bytes that the depot has for so many new instances, beside what those that are here have and will take; `None`
+    /// where nothing is bounded.
+    pub(super) fn disk_left(&self, count: u64) -> Option<u64> {
+        let here = self.stalls.iter();
+        let here = here.filter(|(_, stall)| ledger::holds_disk(&stall.view.record));
+        let limits = here.map(|(handle, stall)| {
+            let limit = self.disk_limit(stall.promised().disk);
+            (handle.as_str(), limit)
+        });
+        self.world.engine.disk_left(limits, count)
+    }
+
+    /// What the engine is asked for with so many MB.
+    pub(super) fn disk_limit(&self, megabytes: u64) -> DiskLimit {
+        DiskLimit {
+            bytes: megabytes.saturating_mul(1 << 20),
+            inodes: self.world.config.instance.disk_inodes,
         }
     }
 

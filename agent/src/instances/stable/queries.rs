@@ -3,7 +3,7 @@
 use super::commands::candidate;
 use super::{Answers, Duration, Duty, Instant, Query, Stable, Stall, now, timeout_at};
 use crate::instances::instance::{Measured, MeasuredDisk, View};
-use crate::instances::ledger::Room;
+use crate::instances::ledger::{Amount, Room};
 use messages::command::{DiscoverRequest, Query as Asked, discover_delay_ms};
 use messages::filter::Filter;
 use messages::outgoing::{
@@ -129,7 +129,7 @@ impl Stable {
     }
 
     fn discover(&self, request: &DiscoverRequest, answers: Answers) {
-        let wanted = crate::instances::ledger::Amount {
+        let wanted = Amount {
             memory: request.memory,
             disk: request.disk,
         };
@@ -141,7 +141,7 @@ impl Stable {
             instances: 1,
             bytes: HeartbeatEntry::bytes_at_most(&request.droplet, "default", 0),
         };
-        let full = self.admit_amount(wanted).is_err()
+        let full = self.admit_amount((wanted, 1), Amount::default()).is_err()
             || self.room_for(room).is_err()
             || !self.world.engine.has_place();
         if full {

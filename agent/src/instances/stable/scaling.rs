@@ -168,7 +168,7 @@ impl Stable {
         }
         // The last has the longest index, and so the longest entry in heartbeats.
         let Some((last, _)) = messages.last() else {
-            self.admit_amount(grown)?;
+            self.admit_amount((Amount::default(), 0), grown)?;
             return Ok(Vec::new());
         };
         let places = self.admit_start(last, messages.len(), grown)?;

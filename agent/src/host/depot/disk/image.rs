@@ -13,6 +13,7 @@
 //! with the last of them both are gone, whoever died when.
 
 use super::pattern::{Kind, Patterns};
+use super::space::Promise;
 use super::{Change, DiskError, Limit, Mkfs, Space, Usage, whole_mb};
 use crate::host::depot::Directory;
 use container::fault::{Context, SysError};
@@ -57,7 +58,7 @@ const PROGRAMS: [&str; 4] = [
 #[derive(Debug)]
 pub(super) struct Image {
     space: Space,
-    /// Where the number of its loop device and the size of its ballast are kept.
+    /// Where its [`Notes`] are kept.
     notes: PathBuf,
     number: u32,
     /// The mount (`O_PATH`).
@@ -157,22 +158,43 @@ pub(super) fn complete(
     Ok(image)
 }
 
-/// What an image was promised and does not have: holes where its ballast is not. Nothing before it is complete.
-pub(super) fn owed(directory: &Directory) -> Result<u64, SysError> {
-    let Some((_, ballast)) = noted(&directory.loop_number())? else {
-        return Ok(0);
+/// What an image was promised, and of that what it does not have: holes where its ballast is not. `None` before it
+/// is complete.
+pub(super) fn promise(directory: &Directory) -> Result<Option<Promise>, SysError> {
+    let Some(notes) = noted(&directory.loop_number())? else {
+        return Ok(None);
     };
     let path = directory.image();
     let file = match fs::metadata(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(0),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.context("stat", path.display())?,
     };
     let has = file.blocks().saturating_mul(512);
-    Ok(file.len().saturating_sub(ballast).saturating_sub(has))
+    let may_have = file.len().saturating_sub(notes.ballast);
+    Ok(Some(Promise {
+        limit: notes.limit.unwrap_or(u64::MAX),
+        owed: may_have.saturating_sub(has),
+    }))
 }
 
-/// The number of the loop device and the bytes of the ballast, once both are known.
-fn noted(path: &Path) -> Result<Option<(u32, u64)>, SysError> {
+/// Most bytes of the depot that an image takes from the beginning.
+pub(super) fn needs(limit: Limit) -> u64 {
+    let beside = OWN + inodes(limit).saturating_mul(256) + BLOCK;
+    limit.bytes.saturating_add(beside)
+}
+
+/// What is kept of an image that is complete.
+#[derive(Debug, Clone, Copy)]
+struct Notes {
+    /// Of its loop device.
+    number: u32,
+    /// Bytes of its ballast.
+    ballast: u64,
+    /// Bytes of its limit; `None`: an agent wrote this that did not keep them.
+    limit: Option<u64>,
+}
+
+fn noted(path: &Path) -> Result<Option<Notes>, SysError> {
     let text = match fs::read_to_string(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.context("read", path.display())?,
@@ -180,7 +202,13 @@ fn noted(path: &Path) -> Result<Option<(u32, u64)>, SysError> {
     let mut words = text.split(' ');
     let number = words.next().and_then(|word| word.parse().ok());
     let ballast = words.next().and_then(|word| word.parse().ok());
-    let noted = number.zip(ballast).ok_or(Errno::EBADMSG);
+    let limit = words.next().and_then(|word| word.parse().ok());
+    let noted = number.zip(ballast).map(|(number, ballast)| Notes {
+        number,
+        ballast,
+        limit,
+    });
+    let noted = noted.ok_or(Errno::EBADMSG);
     noted.map(Some).context("read", path.display())
 }
 
@@ -209,7 +237,7 @@ impl Image {
         };
         let path = directory.loop_number();
         let noted = noted(&path)?.ok_or(Errno::ENOENT);
-        let (number, _) = noted.context("read", path.display())?;
+        let number = noted.context("read", path.display())?.number;
         let stat = fstat(&file).context("fstat", "image")?;
         let held = volume::attached(number, (stat.st_dev, stat.st_ino))?;
         // Nobody has it mounted.
@@ -255,9 +283,9 @@ impl Image {
 
     /// Keeps what [`noted`] reads.
     fn note(&self) -> Result<(), SysError> {
-        let ballast = self.ballast.metadata().context("fstat", "ballast")?.len();
+        let (room, number) = (self.room()?, self.number);
         let new = self.notes.with_extension("new");
-        fs::write(&new, format!("{} {ballast}", self.number))
+        fs::write(&new, format!("{number} {} {}", room.ballast, room.limit()))
             .and_then(|()| fs::rename(&new, &self.notes))
             .context("write", self.notes.display())
     }
@@ -389,7 +417,7 @@ impl Image {
         self.space.has_room(needed)?;
         match holes.iter().try_for_each(|hole| allocate(&self.file, hole)) {
             // Others of the file system were faster.
-            Err(Errno::ENOSPC) => Err(self.space.not_enough(needed, self.space.free()?)),
+            Err(Errno::ENOSPC) => Err(self.space.not_enough(needed, self.space.left()?)),
             other => Ok(other.context("fallocate", "image")?),
         }
     }

@@ -12,11 +12,13 @@
 //! what the other has promised. Which way a container went shows in its
 //! directory, so it is the same for every agent after the first.
 
+mod free;
 mod image;
 mod pattern;
 mod quota;
 mod space;
 
+pub use free::Free;
 pub use space::Space;
 
 use super::{Directory, handles};
@@ -233,16 +235,34 @@ impl Disks {
         }
     }
 
-    /// Bytes that a new container could still have; `None` where nothing is bounded. What is promised
-    /// to others but not used by them is not counted as taken here, only when a container is made. What the
-    /// agent itself writes has its own part.
+    /// A look at what new containers can have; `None` where nothing is bounded. It sees a container that is being
+    /// made either without its bounds or with all that these take.
     ///
     /// # Errors
     /// As statvfs(3).
-    pub fn free(&self) -> Result<Option<u64>, SysError> {
+    pub fn look(&self) -> Result<Option<Free>, SysError> {
+        if !self.bind() {
+            return Ok(None);
+        }
+        let _turn = self.turn();
+        self.space.look().map(Some)
+    }
+
+    /// Whether anything bounds the containers that are made now.
+    #[must_use]
+    pub fn bind(&self) -> bool {
         match self.way {
-            Way::Quota(_) | Way::Image { .. } => self.space.free().map(Some),
-            Way::Unlimited => Ok(None),
+            Way::Quota(_) | Way::Image { .. } => true,
+            Way::Unlimited => false,
+        }
+    }
+
+    /// Most bytes that the depot must have for a new container with this limit, beside those for its output.
+    #[must_use]
+    pub fn needs(&self, limit: Limit) -> u64 {
+        match self.way {
+            Way::Image { .. } => image::needs(limit),
+            Way::Quota(_) | Way::Unlimited => limit.bytes,
         }
     }
 

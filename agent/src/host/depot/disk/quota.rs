@@ -1,5 +1,6 @@
 //! Project quotas (ext4 with the feature `project`, XFS; mounted with `prjquota`).
 
+use super::space::Promise;
 use super::{Change, DiskError, Limit, Usage, open_directory, whole_mb};
 use crate::host::depot::Directory;
 use container::fault::{Context, SysError};
@@ -95,13 +96,16 @@ impl Projects {
     }
 }
 
-/// What a container was promised and has not used.
-pub(super) fn owed(directory: &Directory) -> Result<u64, SysError> {
+/// What a container was promised; `None` if it has no project.
+pub(super) fn promise(directory: &Directory) -> Result<Option<Promise>, SysError> {
     let Some(project) = Project::find(&directory.disk())? else {
-        return Ok(0);
+        return Ok(None);
     };
     let quota = project.quota()?;
-    Ok(quota.most_bytes.saturating_sub(quota.bytes))
+    Ok(Some(Promise {
+        limit: quota.most_bytes,
+        owed: quota.most_bytes.saturating_sub(quota.bytes),
+    }))
 }
 
 impl Project {

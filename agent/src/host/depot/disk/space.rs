@@ -1,8 +1,9 @@
 //! What of the depot's file system writable layers may have.
 
-use super::{Directory, DiskError, handles, image, quota};
+use super::{Directory, DiskError, Free, handles, image, quota};
 use container::fault::{Context, SysError};
 use nix::sys::statvfs::statvfs;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Bytes that no layer gets: records, logs and what else the agent keeps of its instances, but for output.
@@ -13,6 +14,44 @@ const OWN: u64 = 64 << 20;
 pub struct Space {
     base: PathBuf,
     spool_bytes: u64,
+}
+
+/// What a container whose writable layer is bounded was promised.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Promise {
+    /// Bytes of its limit; `u64::MAX` where nobody knows them.
+    pub(super) limit: u64,
+    /// Bytes of that which are still to be had from the depot.
+    pub(super) owed: u64,
+}
+
+impl Promise {
+    /// No promise: whatever it has is used.
+    const NONE: Self = Self {
+        limit: u64::MAX,
+        owed: 0,
+    };
+
+    /// What this container was promised; `None` as long as nothing bounds it, for it is being made.
+    fn to(directory: &Directory) -> Result<Option<Self>, SysError> {
+        if let Some(quota) = quota::promise(directory)? {
+            return Ok(Some(quota));
+        }
+        if let Some(image) = image::promise(directory)? {
+            return Ok(Some(image));
+        }
+        let upper = directory.upper();
+        let whole = upper.try_exists().context("stat", upper.display())?;
+        Ok(whole.then_some(Self::NONE))
+    }
+}
+
+/// What the depot's directories say.
+#[derive(Debug, Default)]
+struct Survey {
+    directories: usize,
+    counted: BTreeMap<String, u64>,
+    owed: u64,
 }
 
 impl Space {
@@ -31,32 +70,49 @@ impl Space {
         &self.base
     }
 
-    /// Bytes that one more container could have: not used, and not kept for what the agent writes itself. Some may
-    /// be promised.
-    pub(super) fn free(&self) -> Result<u64, SysError> {
-        self.beside(handles(&self.base)?.len() + 1)
+    /// A look at what new containers may have.
+    pub(super) fn look(&self) -> Result<Free, SysError> {
+        let survey = self.survey()?;
+        let bytes = self.beside(survey.counted.len())?;
+        Ok(Free {
+            bytes: bytes.saturating_sub(survey.owed),
+            counted: survey.counted,
+            spool_bytes: self.spool_bytes,
+        })
     }
 
     /// Whether so many bytes are neither used nor promised nor kept, for a container that has its directory.
     pub(super) fn has_room(&self, needed: u64) -> Result<(), DiskError> {
-        let mut promised = 0_u64;
-        let handles = handles(&self.base)?;
-        for handle in &handles {
-            let path = self.base.join("containers").join(handle);
-            let directory = Directory { path };
-            for owed in [quota::owed(&directory), image::owed(&directory)] {
-                match owed {
-                    Ok(owed) => promised = promised.saturating_add(owed),
-                    // One that is broken stops no other.
-                    Err(error) => tracing::warn!(handle, %error, "what it was promised is unknown"),
-                }
-            }
-        }
-        let free = self.beside(handles.len())?.saturating_sub(promised);
+        let free = self.left()?;
         if needed <= free {
             return Ok(());
         }
         Err(self.not_enough(needed, free))
+    }
+
+    /// Bytes that are neither used nor promised nor kept.
+    pub(super) fn left(&self) -> Result<u64, SysError> {
+        let survey = self.survey()?;
+        let bytes = self.beside(survey.directories)?;
+        Ok(bytes.saturating_sub(survey.owed))
+    }
+
+    fn survey(&self) -> Result<Survey, SysError> {
+        let mut survey = Survey::default();
+        for handle in handles(&self.base)? {
+            survey.directories += 1;
+            let promise = Promise::to(&Directory::below(&self.base, &handle));
+            let promise = promise.unwrap_or_else(|error| {
+                // One that is broken stops no other.
+                tracing::warn!(handle, %error, "what it was promised is unknown");
+                Some(Promise::NONE)
+            });
+            if let Some(promise) = promise {
+                survey.owed = survey.owed.saturating_add(promise.owed);
+                survey.counted.insert(handle, promise.limit);
+            }
+        }
+        Ok(survey)
     }
 
     pub(super) fn not_enough(&self, needed: u64, free: u64) -> DiskError {
