@@ -32,7 +32,7 @@ pub struct JobRequest {
     pub env: Vec<Vec<u8>>,
     /// Working directory; must exist. `None`: the user's home, or `/` where that is missing.
     pub cwd: Option<Vec<u8>>,
-    /// Limits to set.
+    /// Limits to set. On core files, where none is given, one byte, which lets nobody have one.
     pub rlimits: Vec<Rlimit>,
     /// File mode mask; 022 by default.
     pub umask: Option<u32>,

@@ -17,6 +17,7 @@ use container::launch::{Access, Bind};
 use container::request::Window;
 use container::status::{Status, Step};
 use nix::errno::Errno;
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, socket,
 };
@@ -36,6 +37,38 @@ fn a_job_runs_as_its_user_with_its_pipes() {
     assert_eq!(stdout, "2000\n2000\n/home/vcap\n/home/vcap vcap\n0022\n");
     assert_eq!(stderr, "got hello\n");
     assert_eq!(end, [Status::Started { job: run.job }, Status::Exited(7)]);
+}
+
+#[test]
+fn a_job_has_the_least_core_file_unless_it_asks_for_another() {
+    let cores = |ours: (u64, u64), asked: Vec<Rlimit>| {
+        setrlimit(Resource::RLIMIT_CORE, ours.0, ours.1).unwrap();
+        let mut request = sh("grep core /proc/self/limits | tr -s ' '");
+        request.rlimits = asked;
+        Place::new().spawn("vcap", &request).finish().0
+    };
+    let core = |soft, hard| Rlimit {
+        resource: Resource::RLIMIT_CORE as u32,
+        soft,
+        hard,
+    };
+    let open = Rlimit {
+        resource: Resource::RLIMIT_NOFILE as u32,
+        soft: 100,
+        hard: 100,
+    };
+    let said = |soft, hard| format!("Max core file size {soft} {hard} bytes \n");
+    let all = (u64::MAX, u64::MAX);
+    assert_eq!(cores(all, vec![core(4096, 8192)]), said(4096, 8192));
+    assert_eq!(cores(all, vec![core(0, 0)]), said(0, 0));
+    for ours in [all, (0, u64::MAX)] {
+        assert_eq!(cores(ours, Vec::new()), said(1, 1), "{ours:?}");
+        assert_eq!(cores(ours, vec![open]), said(1, 1), "{ours:?}");
+    }
+    // Not even root has more than it was left where it lacks `CAP_SYS_RESOURCE`.
+    setrlimit(Resource::RLIMIT_CORE, 0, 0).unwrap();
+    let least = setrlimit(Resource::RLIMIT_CORE, 0, 1).map_or(0, |()| 1);
+    assert_eq!(cores((0, 0), Vec::new()), said(least, least));
 }
 
 #[test]

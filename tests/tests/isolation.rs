@@ -6,6 +6,7 @@ use tests::{Droplet, Host};
 /// A fact per line: what `/proc` says of a process of the app, the names of its environment, its descriptors.
 const SCRIPT: &str = r#"
 grep -E '^(Umask|Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp|Sig[BI])' /proc/self/status | tr -s '\t ' ' ' | sed 's, $,,'
+grep -E '^Max (core|open)' /proc/self/limits | tr -s ' ' | sed 's, $,,'
 echo oom_score_adj $(cat /proc/self/oom_score_adj)
 echo working directory $(readlink /proc/self/cwd)
 echo environment $(env | sed 's/=.*//' | sort)
@@ -22,7 +23,12 @@ exec perl -e '
 
 #[tokio::test]
 async fn an_app_has_what_the_golden_list_says_and_nothing_else() {
-    let host = Host::start().await;
+    let mut host = Host::start().await;
+    // As systemd starts it.
+    host.kill9().await;
+    let mut hellos = host.watch("dea.start").await;
+    host.spawn_agent_by(&["prlimit", "--core=unlimited"]);
+    hellos.next().await;
     let mut output = host.output("golden").await;
     let mut message = host.message("golden", &Droplet::shell(SCRIPT));
     (message["env"], message["services"]) = (json!([]), json!([]));

@@ -102,6 +102,55 @@ async fn memory_beyond_the_limit_is_not_had_from_swap() {
     assert!(swapped < (4 << 20) / 4096, "{swapped} pages");
 }
 
+/// A program of the host that each core is piped to, and leaves a file with the name of who crashed. What the machine
+/// had before it has again when this is dropped.
+struct Cores(String);
+
+impl Cores {
+    const PATTERN: &str = "/proc/sys/kernel/core_pattern";
+
+    fn piped() -> Self {
+        let before = fs::read_to_string(Self::PATTERN).unwrap();
+        fs::write(Self::PATTERN, "|/bin/touch /run/core-of-%e").unwrap();
+        Self(before)
+    }
+
+    fn of(name: &str) -> bool {
+        Path::new("/run").join(format!("core-of-{name}")).exists()
+    }
+}
+
+impl Drop for Cores {
+    fn drop(&mut self) {
+        fs::write(Self::PATTERN, &self.0).unwrap();
+    }
+}
+
+/// In the virtual machine only: where cores go is the whole machine's.
+#[tokio::test]
+async fn a_crash_starts_no_program_of_the_host() {
+    if std::env::var_os("OSTLER_VM").is_none() {
+        return skip("pipes for core files, here: they are tried in the virtual machine");
+    }
+    let _cores = Cores::piped();
+    let host = Host::start().await;
+    let mut exits = host.watch("droplet.exited").await;
+    // The control is last: the kernel looks at no other limit than the one that the first has, not even at 0.
+    for (name, before) in [("first", ""), ("last", "ulimit -c 0; ")] {
+        let script = format!("{before}exec perl -e '$0 = \"{name}\"; kill SEGV => $$'");
+        let message = host.message(name, &Droplet::shell(&script));
+        host.publish(&host.subject("start"), &message).await;
+        let exit = exits.until("its end", |exit| exit["droplet"] == name).await;
+        assert_eq!(exit["signal"], json!(11), "{exit}");
+    }
+    let began = Instant::now();
+    while !Cores::of("last") {
+        assert!(began.elapsed() < patience(), "the program does not run");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert!(!Cores::of("first"));
+}
+
 #[tokio::test]
 async fn a_kill_while_the_agent_is_down_is_found() {
     let mut host = Host::start().await;

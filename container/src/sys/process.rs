@@ -205,13 +205,17 @@ pub fn as_user<T>(
 }
 
 /// Readies what jobs inherit and cannot get once we have left the host's user namespace: the highest limit on
-/// open files that may be had, and no protection from the host's OOM killer, which the agent may have.
+/// open files that may be had, one byte of a core file, also where the agent may have none (0 is no better: see
+/// `wshd/exec.rs`), and no protection from the host's OOM killer, which the agent may have.
 /// What is refused stays as it is.
 pub fn prepare_limits() {
     let raised = std::fs::read_to_string("/proc/sys/fs/nr_open");
     let most: Option<u64> = raised.ok().and_then(|text| text.trim().parse().ok());
     if let (Some(most), Ok((soft, _))) = (most, getrlimit(Resource::RLIMIT_NOFILE)) {
         let _as_it_was = setrlimit(Resource::RLIMIT_NOFILE, soft, most);
+    }
+    if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_CORE) {
+        let _as_it_was = setrlimit(Resource::RLIMIT_CORE, 1, hard.max(1));
     }
     let _as_it_was = std::fs::write("/proc/self/oom_score_adj", "0");
 }

@@ -8,6 +8,7 @@ use crate::status::Step;
 use crate::sys::seccomp::{FILTERED, mode};
 use crate::sys::{caps, process, terminal};
 use nix::errno::Errno;
+use nix::libc;
 use nix::sys::prctl::{get_no_new_privs, set_name, set_no_new_privs};
 use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
 use nix::sys::stat::{Mode, umask};
@@ -19,6 +20,16 @@ use std::convert::Infallible;
 use std::ffi::{CString, OsStr};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
+
+/// The limit on core files of a job that asks for no other. No core file is so small, so there is none (fs/coredump.c,
+/// `min_coredump`); and where `core_pattern` is a pipe this is the only limit that the kernel looks at: with any other, 0
+/// included, it starts the program behind the pipe, as root of the host and outside of what limits the container
+/// (`do_coredump`; `coredump_pipe` since Linux 6.17). Who lowers its own to 0 gets that program.
+const NO_CORE: Rlimit = Rlimit {
+    resource: libc::RLIMIT_CORE,
+    soft: 1,
+    hard: 1,
+};
 
 const ROOT_PATH: &[u8] = b"/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 const USER_PATH: &[u8] = b"/usr/local/bin:/usr/bin:/bin";
@@ -78,7 +89,7 @@ impl Plan {
             env: strings(env)?,
             candidates,
             cwd: request.cwd,
-            rlimits: request.rlimits,
+            rlimits: limits(request.rlimits),
             umask: Mode::from_bits_truncate(request.umask.unwrap_or(0o022)),
             stdio,
             session,
@@ -86,6 +97,14 @@ impl Plan {
             copy: request.copy,
         })
     }
+}
+
+/// [`NO_CORE`] where nothing is said of core files.
+fn limits(mut limits: Vec<Rlimit>) -> Vec<Rlimit> {
+    if !limits.iter().any(|it| it.resource == NO_CORE.resource) {
+        limits.push(NO_CORE);
+    }
+    limits
 }
 
 /// `HOME`, `USER` and `PATH` where they are missing.
