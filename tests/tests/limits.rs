@@ -102,6 +102,50 @@ async fn memory_beyond_the_limit_is_not_had_from_swap() {
     assert!(swapped < (4 << 20) / 4096, "{swapped} pages");
 }
 
+/// Bytes in the queues of all TCP connections of the machine (`/proc/net/sockstat`, in pages).
+fn tcp_queues() -> u64 {
+    let text = fs::read_to_string("/proc/net/sockstat").unwrap();
+    let tcp = text.lines().find(|line| line.starts_with("TCP:")).unwrap();
+    let pages = tcp.split(' ').next_back().unwrap();
+    pages.parse::<u64>().unwrap() * 4096
+}
+
+/// v1 counts them for nothing unless they have a limit of their own, v2 as memory.
+#[tokio::test]
+async fn an_apps_tcp_queues_hold_no_more_than_its_memory() {
+    if tests::is_cgroup_v2() {
+        return;
+    }
+    let host = Host::start().await;
+    let script = r#"exec perl -MIO::Socket::INET -e '
+  $| = 1;
+  my @all;
+  my $server = IO::Socket::INET->new(Listen => 1, LocalAddr => "127.0.0.1") or die;
+  for (1 .. 100) {
+    my $one = IO::Socket::INET->new(PeerAddr => "127.0.0.1", PeerPort => $server->sockport) or die;
+    push @all, $one, scalar $server->accept;
+  }
+  for (@all) { $_->blocking(0); 1 while syswrite $_, "x" x 65536 }
+  print "full\n"; sleep 1000;'"#;
+    let mut output = host.output("full").await;
+    let mut message = host.message("full", &Droplet::shell(script));
+    message["limits"]["mem"] = json!(64);
+    let before = tcp_queues();
+    host.run(message).await;
+    output
+        .until("its end", |output| output.text(0, "stdout") == "full\n")
+        .await;
+    // Each socket may have a little beyond it; what others of this machine send meanwhile does not stay.
+    let mut looks = Vec::new();
+    for _ in 0..20 {
+        looks.push(tcp_queues().saturating_sub(before));
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    let queued = looks.into_iter().min().unwrap();
+    assert!((32 << 20..96 << 20).contains(&queued), "{queued}");
+    host.stop("full").await;
+}
+
 /// A program of the host that each core is piped to, and leaves a file with the name of who crashed. What the machine
 /// had before it has again when this is dropped.
 struct Cores(String);

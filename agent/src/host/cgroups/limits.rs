@@ -175,6 +175,13 @@ pub(super) fn swap_file(version: Version) -> &'static str {
     }
 }
 
+/// v1's file that limits memory in TCP's queues, which counts for nothing there else, and for no socket that was made
+/// before it was first written (mm/memcontrol-v1.c, `memcg_update_tcp_max`). v2 counts it as memory.
+pub(super) const TCP_FILE: &str = "memory.kmem.tcp.limit_in_bytes";
+
+/// Its file with what is queued.
+const TCP_USAGE_FILE: &str = "memory.kmem.tcp.usage_in_bytes";
+
 /// The file with the shares of processor time.
 pub(super) fn shares_file(version: Version) -> &'static str {
     match version {
@@ -191,14 +198,25 @@ pub(super) fn cpu_cap_file(version: Version) -> &'static str {
     }
 }
 
-/// One of v1's two limits.
+/// One of v1's limits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Write {
     Memory,
     MemoryAndSwap,
+    Tcp,
 }
 
-/// In which order to set v1's two limits to `bytes`: memory must never be above memory and swap
+impl Write {
+    fn file(self) -> &'static str {
+        match self {
+            Self::Memory => memory_file(Version::V1),
+            Self::MemoryAndSwap => swap_file(Version::V1),
+            Self::Tcp => TCP_FILE,
+        }
+    }
+}
+
+/// In which order to set v1's limits on memory to `bytes`: memory must never be above memory and swap
 /// together (now `both`; `None` where swap is not accounted), else the kernel says EINVAL.
 fn order(bytes: u64, both: Option<u64>) -> &'static [Write] {
     match both {
@@ -241,16 +259,16 @@ fn within(
     }
 }
 
-/// v1 refuses by itself (EBUSY) what does not fit after reclaim.
+/// v1 refuses by itself (EBUSY) what does not fit after reclaim, of which TCP's queues have none: so they come first.
 fn limit_memory_v1(directory: &Path, bytes: u64) -> Result<(), CgroupError> {
-    let both = directory.join(swap_file(Version::V1));
-    let both = both.exists().then(|| read_number(&both)).transpose()?;
-    let before = read_number(&directory.join("memory.limit_in_bytes"))?;
+    let now = |write: Write| {
+        let path = directory.join(write.file());
+        path.exists().then(|| read_number(&path)).transpose()
+    };
+    let before = read_number(&directory.join(Write::Memory.file()))?;
+    let (both, tcp) = (now(Write::MemoryAndSwap)?, now(Write::Tcp)?);
     let set = |write: Write, bytes: u64| {
-        let path = directory.join(match write {
-            Write::Memory => "memory.limit_in_bytes",
-            Write::MemoryAndSwap => swap_file(Version::V1),
-        });
+        let path = directory.join(write.file());
         within(RESIZE, move || {
             let file = File::options().write(true).open(path)?;
             // Not by `write_all`, which begins again what was interrupted.
@@ -259,15 +277,21 @@ fn limit_memory_v1(directory: &Path, bytes: u64) -> Result<(), CgroupError> {
         })
     };
     let mut done = Vec::new();
-    for step in order(bytes, both) {
+    let first = tcp.map(|_| Write::Tcp);
+    for step in first.iter().chain(order(bytes, both)) {
         let Err(error) = set(*step, bytes) else {
             done.push(*step);
             continue;
         };
+        // Each socket may have a little beyond the limit, which can be more than one that is no smaller.
+        if *step == Write::Tcp && tcp.is_some_and(|old| bytes >= old) {
+            continue;
+        }
         for step in done {
             let old = match step {
                 Write::Memory => Some(before),
                 Write::MemoryAndSwap => both,
+                Write::Tcp => tcp,
             };
             // Back up, or back down before anything could have used it: the kernel has no reason to
             // refuse, and the first error is the one to tell.
@@ -275,7 +299,8 @@ fn limit_memory_v1(directory: &Path, bytes: u64) -> Result<(), CgroupError> {
         }
         if matches!(errno_of(&error), Some(Errno::EBUSY | Errno::EINTR)) {
             let usage = read_number(&directory.join("memory.usage_in_bytes"))?;
-            return Err(in_use(bytes, usage));
+            let queued = tcp.and_then(|_| read_number(&directory.join(TCP_USAGE_FILE)).ok());
+            return Err(in_use(bytes, usage.max(queued.unwrap_or(0))));
         }
         return Err(CgroupError::refused(
             format!("limit memory to {bytes} bytes in"),
@@ -365,6 +390,7 @@ mod tests {
                 match write {
                     Write::Memory => now.0 = bytes,
                     Write::MemoryAndSwap => now.1 = bytes,
+                    Write::Tcp => panic!("it is no part of these"),
                 }
                 assert!(now.0 <= now.1, "{bytes} from {both}");
             }

@@ -197,6 +197,13 @@ fn expected(
     [bytes, swap, weight.to_string(), pids.to_string()]
 }
 
+/// In MiB, what may be in TCP's queues; `None` where the kernel has no such limit.
+fn tcp_limit(group: &Group) -> Option<u64> {
+    let file = group.memory_dir().join(limits::TCP_FILE);
+    file.exists()
+        .then(|| usage::read_number(&file).unwrap() / MIB)
+}
+
 #[test]
 fn limits_are_written_and_change_in_both_directions() {
     let parent = Parent::new();
@@ -205,6 +212,7 @@ fn limits_are_written_and_change_in_both_directions() {
     for mib in [128, 32, 256, 16] {
         group.limit(&limits(mib, 30)).unwrap();
         assert_eq!(read_back(&group), expected(&group, mib, (512, 59), 30));
+        assert_eq!(tcp_limit(&group).unwrap_or(mib), mib);
     }
     assert_eq!(group.memory_limit(), Some(16 * MIB));
 
@@ -330,6 +338,46 @@ fn a_memory_limit_that_does_not_fit_changes_nothing_and_kills_nobody() {
     assert_eq!(group.oom_kills().unwrap(), 0);
     holder.tell("go on");
     assert!(holder.wait().success(), "it was not disturbed");
+}
+
+/// Fills the queues of TCP connections to itself with 30 MB or so, says so, and waits for a line.
+const QUEUE_30_MB: &str = r#"exec perl -MIO::Socket::INET -e '
+  $| = 1;
+  my ($bytes, @all) = (0);
+  my $server = IO::Socket::INET->new(Listen => 1, LocalAddr => "127.0.0.1") or die;
+  while ($bytes < 30 << 20) {
+    my $one = IO::Socket::INET->new(PeerAddr => "127.0.0.1", PeerPort => $server->sockport) or die;
+    push @all, $one, scalar $server->accept;
+    $one->blocking(0);
+    while (my $more = syswrite $one, "x" x 65536) { $bytes += $more }
+  }
+  print "full\n"; <STDIN>;'"#;
+
+/// v1 counts them apart from memory; v2 as memory, which is tried above.
+#[test]
+fn what_waits_in_tcp_queues_is_in_use() {
+    let parent = Parent::new();
+    let group = parent.create("one", &limits(64, 20)).unwrap();
+    if tcp_limit(&group).is_none() {
+        return;
+    }
+    let mut holder = Inside::start(&group, QUEUE_30_MB);
+    assert_eq!(holder.line(), "full");
+    let refused = group.limit(&limits(24, 25)).unwrap_err();
+    let CgroupError::MemoryInUse {
+        usage, smallest, ..
+    } = refused
+    else {
+        panic!("{refused}")
+    };
+    assert!((24 * MIB..64 * MIB).contains(&usage), "{usage}");
+    assert_eq!(read_back(&group), expected(&group, 64, (512, 59), 20));
+    assert_eq!(tcp_limit(&group), Some(64));
+    let smallest = smallest / MIB;
+    group.limit(&limits(smallest, 20)).unwrap();
+    assert_eq!(tcp_limit(&group), Some(smallest));
+    holder.tell("go on");
+    assert!(holder.wait().success());
 }
 
 #[test]
