@@ -34,7 +34,7 @@ dpkg -x linux-image-*.deb kernel
 version=$(ls kernel/lib/modules)
 
 # The root. In a mount namespace of its own: what debootstrap mounts goes away with it.
-unshare --mount debootstrap --variant=minbase --include=busybox-static,iproute2,iptables,kmod,nats-server,nftables,procps \
+unshare --mount debootstrap --variant=minbase --include=busybox-static,iproute2,iptables,kmod,nats-server,nftables,procps,xfsprogs \
   bookworm root "$mirror" >"$dir.log" 2>&1 || { tail -n 5 "$dir.log" >&2; exit 1; }
 rm -rf root/var/cache/apt/* root/var/lib/apt/lists/* root/usr/share/{doc,man,info,locale}
 cp -r kernel/lib/modules root/usr/lib/

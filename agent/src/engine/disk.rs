@@ -31,10 +31,13 @@ pub(super) async fn open(
         Wanted::Unlimited => Ok(Disks::unlimited(space.clone())),
         Wanted::Auto => match quota(&space).await {
             Ok(disks) => Ok(disks),
-            Err(no_quota) => image(&space, depot, helpers).await.or_else(|no_image| {
-                tracing::warn!(no_quota, no_image, "nothing here can limit disk space");
-                Ok(Disks::unlimited(space.clone()))
-            }),
+            Err(no_quota) => {
+                tracing::info!(no_quota, "project quotas are not used");
+                image(&space, depot, helpers).await.or_else(|no_image| {
+                    tracing::warn!(no_quota, no_image, "nothing here can limit disk space");
+                    Ok(Disks::unlimited(space.clone()))
+                })
+            }
         },
     };
     let disks = disks.map_err(|why| DiskError::Unusable {

@@ -67,14 +67,18 @@ pub struct Quota {
 /// `QIF_DQBLKSIZE` of linux/quota.h: limits are counted in it.
 const UNIT: u64 = 1024;
 
-/// Asks for the quota of a project on the file system of `on` (`Q_GETQUOTA`, Linux 5.14).
+/// Asks for the quota of a project on the file system of `on` (`Q_GETQUOTA`, Linux 5.14). XFS does not know one that has
+/// neither files nor limits (`ENOENT`: fs/xfs/xfs_qm_syscalls.c, `xfs_qm_scall_getquota`), of which ext4 says just that.
 ///
 /// # Errors
 /// `ESRCH`: the file system keeps no project quotas.
 pub fn quota(on: BorrowedFd<'_>, project: u32) -> Result<Quota> {
     let mut block = empty();
     // SAFETY: Q_GETQUOTA writes one if_dqblk, which is libc's dqblk.
-    unsafe { quotactl(on, libc::Q_GETQUOTA, project, (&raw mut block).cast()) }?;
+    match unsafe { quotactl(on, libc::Q_GETQUOTA, project, (&raw mut block).cast()) } {
+        Err(Errno::ENOENT) => return Ok(Quota::default()),
+        other => other?,
+    }
     Ok(Quota {
         bytes: block.dqb_curspace,
         inodes: block.dqb_curinodes,

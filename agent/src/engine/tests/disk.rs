@@ -293,26 +293,32 @@ fn what_the_kernel_takes_out_of_an_image_stays_promised() {
 }
 
 /// Mounts a file system with project quotas there, in this thread's own mount namespace. False where the
-/// kernel has none.
-fn mount_with_projects(base: &Path) -> bool {
+/// kernel has none, and for XFS also where nothing can make one.
+fn mount_with_projects(base: &Path, kind: &str) -> bool {
     unshare(CloneFlags::CLONE_NEWNS).unwrap();
     run(&["mount", "--make-rprivate", "/"]);
     let image = base.with_file_name("depot.img").display().to_string();
-    run(&["truncate", "-s", "256M", &image]);
-    run(&["mkfs.ext4", "-q", "-O", "quota,project", &image]);
-    let config = "CONFIG_QFMT_V2 is not set";
-    if run(&["sh", "-c", "zcat /proc/config.gz 2>/dev/null || true"]).contains(config) {
+    let (lacks, options, size) = match kind {
+        "xfs" => ("CONFIG_XFS_QUOTA is not set", "", "320M"),
+        _ => ("CONFIG_QFMT_V2 is not set", "-Oquota,project", "256M"),
+    };
+    let script = format!("command -v mkfs.{kind} || true");
+    let config = run(&["sh", "-c", "zcat /proc/config.gz 2>/dev/null || true"]);
+    if config.contains(lacks) || run(&["sh", "-c", &script]).is_empty() {
         return false;
     }
+    run(&["truncate", "-s", size, &image]);
+    let mkfs = format!("mkfs.{kind} -q {options} {image}");
+    run(&["sh", "-c", &mkfs]);
     let base = base.display().to_string();
-    run(&["mount", "-t", "ext4", "-o", "loop,prjquota", &image, &base]);
+    run(&["mount", "-t", kind, "-o", "loop,prjquota", &image, &base]);
     true
 }
 
 #[test]
 fn project_quotas_limit_bytes_and_inodes_where_the_kernel_has_them() {
     world(|world| async move {
-        if !mount_with_projects(&world.base) {
+        if !mount_with_projects(&world.base, "ext4") {
             let mut config = world.config();
             config.disk = DiskWay::Quota;
             let error = Engine::open(config).await.unwrap_err().to_string();
@@ -329,10 +335,26 @@ fn project_quotas_limit_bytes_and_inodes_where_the_kernel_has_them() {
     });
 }
 
+/// A kernel may have one file system's quotas and not the other's.
+#[test]
+fn project_quotas_of_xfs_limit_bytes_and_inodes_where_the_kernel_has_them() {
+    world(|world| async move {
+        if !mount_with_projects(&world.base, "xfs") {
+            return;
+        }
+        let engine = engine(&world, DiskWay::Auto).await;
+        assert_eq!(engine.shared.disks.describe(), "project quotas");
+        // XFS has one word for a full project and a full disk (`xfs_trans_dqresv`).
+        limits_hold(&world, &engine, "No space left on device").await;
+        engine.close().await;
+        run(&["umount", &world.base.display().to_string()]);
+    });
+}
+
 #[test]
 fn a_project_quota_changes_and_is_adopted_and_promises_are_counted() {
     world(|world| async move {
-        if !mount_with_projects(&world.base) {
+        if !mount_with_projects(&world.base, "ext4") {
             assert!(Disks::quota(Space::new(&world.base, 0)).is_err());
             return;
         }
@@ -361,7 +383,7 @@ fn a_project_quota_changes_and_is_adopted_and_promises_are_counted() {
 #[test]
 fn an_operators_project_is_no_containers() {
     world(|world| async move {
-        if !mount_with_projects(&world.base) {
+        if !mount_with_projects(&world.base, "ext4") {
             assert!(Disks::quota(Space::new(&world.base, 0)).is_err());
             return;
         }
