@@ -51,6 +51,26 @@ pub fn set_project(directory: BorrowedFd<'_>, project: u32) -> Result<()> {
     unsafe { call::set_fsxattr(directory.as_raw_fd(), &raw const attributes) }.map(drop)
 }
 
+/// What is made in a directory from now on belongs to no project, and what belongs to any may be moved there: into a
+/// directory whose files inherit, ext4 and XFS let only what is its project's (`EXDEV`: `ext4_rename`, `xfs_rename`).
+///
+/// # Errors
+/// As [`set_project`], where there was a project to inherit.
+pub fn end_inheritance(directory: BorrowedFd<'_>) -> Result<()> {
+    let mut attributes = Fsxattr::default();
+    // SAFETY: the kernel writes one fsxattr.
+    match unsafe { call::get_fsxattr(directory.as_raw_fd(), &raw mut attributes) } {
+        Err(Errno::ENOTTY | Errno::EOPNOTSUPP | Errno::ENOSYS) => return Ok(()),
+        other => other?,
+    };
+    if attributes.xflags & INHERIT == 0 {
+        return Ok(());
+    }
+    attributes.xflags &= !INHERIT;
+    // SAFETY: the kernel reads one fsxattr.
+    unsafe { call::set_fsxattr(directory.as_raw_fd(), &raw const attributes) }.map(drop)
+}
+
 /// What a project has, and what it may have (0: no limit).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Quota {

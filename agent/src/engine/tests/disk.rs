@@ -402,6 +402,45 @@ fn an_operators_project_is_no_containers() {
     });
 }
 
+#[test]
+fn what_has_its_own_project_leaves_the_trash_of_a_depot_in_an_operators() {
+    world(|world| async move {
+        if !mount_with_projects(&world.base, "ext4") {
+            assert!(Disks::quota(Space::new(&world.base, 0)).is_err());
+            return;
+        }
+        let number = 42;
+        let base = fs::File::open(&world.base).unwrap();
+        quota::set_project(base.as_fd(), number).unwrap();
+        // An agent without project quotas has made the depot.
+        engine(&world, DiskWay::Unlimited).await.close().await;
+        let trash = world.base.join("trash");
+        let inherit = || {
+            let directory = File::open(world.base.join("trash")).unwrap();
+            quota::project(directory.as_fd()).unwrap()
+        };
+        fs::remove_dir(&trash).unwrap();
+        fs::create_dir(&trash).unwrap();
+        assert_eq!(inherit(), Some(number));
+
+        let engine = engine(&world, DiskWay::Quota).await;
+        assert_eq!(inherit(), None);
+        let container = create(&engine, world.spec(&world.handle)).await.unwrap();
+        Jobs(&container, 0)
+            .run("cd; mkdir -p a/b; echo >a/b/c")
+            .await;
+        let own = project_of(&world, &world.handle).unwrap();
+        assert_ne!(own, number);
+        container.destroy().await.unwrap();
+        world.nothing_left(&world.handle).await;
+        assert_eq!(fs::read_dir(&trash).unwrap().count(), 0);
+        engine.close().await;
+        assert_eq!(quota_of(&world, own), Quota::default());
+        drop(base);
+        run(&["umount", &world.base.display().to_string()]);
+    });
+}
+
 async fn fewer_inodes(container: &Container) {
     let used = usage(container).await.inodes;
     let inodes = |inodes| DiskChange {

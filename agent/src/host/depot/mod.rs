@@ -20,12 +20,14 @@ pub use seed::SeedFile;
 
 use container::fault::{Context, SysError};
 use container::launch::Ids;
+use container::sys::quota;
 use ids::Ranges;
 use nix::errno::Errno;
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, chown, mkdir};
 use std::fs::{self, Permissions};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -223,6 +225,9 @@ impl Depot {
                 }) => set_mode(&path, 0o700)?,
                 other => other?,
             }
+        }
+        if let Err(error) = take_anything(&base.join("trash")) {
+            tracing::warn!(%error, "what has a project may stay where it is");
         }
         let ranges = Arc::new(ranges(base)?);
         Ok(Self {
@@ -425,6 +430,12 @@ fn ids_of(path: &Path) -> io::Result<Option<Ids>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// Lets what has a project of its own be moved into a directory, where an operator has given the depot to another.
+fn take_anything(path: &Path) -> Result<(), SysError> {
+    let directory = fs::File::open(path).context("open", path.display())?;
+    quota::end_inheritance(directory.as_fd()).context("FS_IOC_FSSETXATTR", path.display())
 }
 
 /// Makes `user` and the container's root group the owners.
