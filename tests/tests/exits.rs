@@ -175,6 +175,33 @@ async fn what_was_printed_before_a_death_that_no_agent_saw_arrives() {
 }
 
 #[tokio::test]
+async fn an_end_that_can_be_recorded_nowhere_is_told_all_the_same() {
+    let host = Host::start().await;
+    let mut output = host.output("app").await;
+    let mut exits = host.watch("droplet.exited").await;
+    let script = "trap 'exit 3' USR1; echo up; while :; do sleep 0.05; done";
+    let answer = host.run(host.message("app", &Droplet::shell(script))).await;
+    output
+        .until("first line", |output| output.text(0, "stdout") == "up\n")
+        .await;
+    let tree = host.tree();
+    let supervisor = tree.one("iomux-spawn");
+    // As on a disk that takes nothing any more: nobody can take its place.
+    let lock = std::path::Path::new(&supervisor.argv[1]).join("lock");
+    std::fs::remove_file(&lock).unwrap();
+    std::fs::create_dir(&lock).unwrap();
+    supervisor.signal(Signal::SIGKILL);
+    let shell = { tree.0.iter() }.find(|process| process.title() == "bash main.sh");
+    shell.expect("the app").signal(Signal::SIGUSR1);
+    let exit = exits.next().await;
+    assert_eq!(exit["instance"], answer["instance"]);
+    assert_eq!(
+        (&exit["reason"], &exit["exit_status"]),
+        (&json!("CRASHED"), &json!(3))
+    );
+}
+
+#[tokio::test]
 async fn a_reboot_is_told_as_one() {
     let mut host = Host::start().await;
     let mut exits = host.watch("droplet.exited").await;

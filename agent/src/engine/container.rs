@@ -14,6 +14,7 @@ use crate::host::watched;
 use container::client::Client;
 use container::exit;
 use container::fault::{Context, SysError};
+use container::status::Status;
 use container::sys::pidfd;
 use container::wshd::files::INIT_FD;
 use nix::errno::Errno;
@@ -252,6 +253,19 @@ impl Container {
                 ..
             }) => Ok(()),
             other => Ok(other?),
+        }
+    }
+
+    /// How a job has ended, as its init knows it; `None` as long as it has not, or if that cannot be asked.
+    pub async fn job_end(&self, job: u32) -> Option<Status> {
+        let socket = self.inner.directory.socket();
+        let jobs = blocking(move || Client::connect(&socket)?.info())
+            .await
+            .ok()?;
+        let status = jobs.iter().find(|one| one.job == job)?.status?;
+        match status {
+            Status::Started { .. } => None,
+            Status::Exited(_) | Status::Signaled(_) | Status::Failed { .. } => Some(status),
         }
     }
 

@@ -5,6 +5,7 @@
 //! connection breaks: the linker is restarted at the confirmed cursor. Without a connection records
 //! are still read, for the end of the job must be known, but their bytes stay in the spool.
 
+use super::instance::JOB;
 use super::outlet::{Confirmation, Mark, Message, Outlet, REFUSED_PAUSE};
 use crate::engine::{Container, Followed};
 use container::spool::{Cursor, Record, Stream};
@@ -172,7 +173,7 @@ pub(crate) fn read_kept(text: &str) -> Option<(Cursor, JobView)> {
     Some((cursor, view))
 }
 
-/// Follows job 1 of `container` until everything has reached the bus.
+/// Follows the app of `container` until everything has reached the bus.
 pub async fn pump(
     container: Container,
     outlet: Outlet,
@@ -207,6 +208,10 @@ pub async fn pump(
                         view.delivered = true;
                     });
                     return;
+                }
+                // Where nothing can be recorded (the disk is dead), its init knows how it ended.
+                if let Some(status) = container.job_end(JOB).await {
+                    view.send_modify(|view| view.exit = view.exit.or(Some(status)));
                 }
             }
             Landed::LinkChanged => debug!(handle = source.handle, %confirmed, "output rewound"),
@@ -253,7 +258,7 @@ impl Flight<'_> {
         file: &CursorFile,
         view: &watch::Sender<JobView>,
     ) -> Landed {
-        let mut follow = self.container.follow(1, self.confirmed);
+        let mut follow = self.container.follow(JOB, self.confirmed);
         // Reads ahead while the window is full, so that the job's end is known however slow the bus is.
         let mut scout = None;
         let mut ended = false;
@@ -302,7 +307,7 @@ impl Flight<'_> {
                     tell(&frame.record, view);
                 }
                 () = sleep(STALLED), if full && scout.is_none() => {
-                    scout = Some(self.container.follow(1, self.sent));
+                    scout = Some(self.container.follow(JOB, self.sent));
                 }
             }
         }
