@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, OnceLock};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tracing::warn;
 
 /// Lines that may wait to be written.
@@ -15,6 +15,9 @@ const WAITING: usize = 8192;
 
 /// How long the last lines may take.
 const LAST_LINES: Duration = Duration::from_secs(1);
+
+/// Between two looks whether there is room for the mark behind the last line.
+const AGAIN: Duration = Duration::from_millis(5);
 
 static LOG: OnceLock<Lines> = OnceLock::new();
 
@@ -110,9 +113,17 @@ impl Lines {
     /// Waits until what was said is written, but not for long.
     fn flush(&self) {
         let (reached, told) = sync_channel(1);
-        if self.to.try_send(Item::Mark(reached)).is_ok() {
-            let _in_time = told.recv_timeout(LAST_LINES);
+        let deadline = Instant::now() + LAST_LINES;
+        let mut mark = Item::Mark(reached);
+        while let Err(TrySendError::Full(full)) = self.to.try_send(mark) {
+            if Instant::now() >= deadline {
+                return;
+            }
+            mark = full;
+            let _nothing_comes = told.recv_timeout(AGAIN);
         }
+        let left = deadline.saturating_duration_since(Instant::now());
+        let _in_time = told.recv_timeout(left);
     }
 }
 

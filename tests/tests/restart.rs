@@ -1117,6 +1117,7 @@ async fn a_repeated_start_can_be_scaled_also_if_its_first_agent_did_not_come_to_
     host.run(start.clone()).await;
     host.stop("app").await;
     start["version"] = json!("new");
+    start["env"] = json!(["NEW=1"]);
     start["request_id"] = json!("once");
     // Whoever would keep what `scale` starts waits at this for ever.
     let stuck = host.base.join("templates/app.json.new");

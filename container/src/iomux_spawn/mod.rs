@@ -29,7 +29,7 @@ use crate::{
 };
 use nix::{
     errno::Errno,
-    fcntl::{OFlag, open},
+    fcntl::{FcntlArg, OFlag, fcntl, open},
     sys::stat,
     unistd::{dup2_stdout, setsid},
 };
@@ -233,11 +233,17 @@ fn take_over(
     let (status, theirs) = start::pipe("status")?;
     let attached = Client::connect(socket).and_then(|client| client.attach(job, theirs.as_fd()));
     match attached {
-        Ok((stdout, stderr)) => Ok(Some(Pipes {
-            stdout,
-            stderr,
-            status,
-        })),
+        Ok((stdout, stderr)) => {
+            // Those that an older program made may block.
+            for pipe in [&stdout, &stderr] {
+                fcntl(pipe, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).context("fcntl", "takeover")?;
+            }
+            Ok(Some(Pipes {
+                stdout,
+                stderr,
+                status,
+            }))
+        }
         Err(error) if is_dead(error.errno) => {
             Stream::ALL
                 .into_iter()

@@ -310,7 +310,7 @@ impl Instance {
             Event::Query(query) => self.answer(query).await,
             // An update is for every state.
             Event::Wants => self.apply_wants().await,
-            Event::Unrecorded => self.keep_again().await,
+            Event::Unrecorded => self.keep().await,
             Event::OutOfMemory(_) | Event::Survived | Event::Ended => {}
         }
     }

@@ -350,7 +350,7 @@ impl Instance {
                 Event::Confirmed => self.confirmed().await,
                 Event::Heard => self.route_heard().await,
                 Event::Query(query) => self.answer(query).await,
-                Event::Unrecorded => self.keep_again().await,
+                Event::Unrecorded => self.keep().await,
             }
         }
     }
@@ -561,23 +561,26 @@ impl Instance {
             .map_err(|error| error.to_string())
     }
 
-    /// Saves the record. A failure is logged and tried again, for the instance itself is as right as before.
+    /// Saves the record. A failure is logged, the same one once, and tried again, for the instance itself is as right as
+    /// before.
     async fn keep(&mut self) {
         let saved = self.save().await;
-        if let Err(error) = &saved {
-            error!(
-                handle = self.record.handle,
-                error, "the record could not be saved"
-            );
-        }
-        self.unrecorded = saved.err().map(|why| (why, Instant::now()));
-    }
-
-    async fn keep_again(&mut self) {
-        self.keep().await;
-        if self.unrecorded.is_none() {
-            info!(handle = self.record.handle, "the record was saved at last");
-            self.tell();
+        let before = self.unrecorded.take().map(|(why, _)| why);
+        match (saved, before) {
+            (Ok(()), None) => {}
+            (Ok(()), Some(_)) => {
+                info!(handle = self.record.handle, "the record was saved at last");
+                self.tell();
+            }
+            (Err(error), before) => {
+                if before.as_ref() != Some(&error) {
+                    error!(
+                        handle = self.record.handle,
+                        error, "the record could not be saved"
+                    );
+                }
+                self.unrecorded = Some((error, Instant::now()));
+            }
         }
     }
 

@@ -62,10 +62,13 @@ impl Stable {
     ) {
         let until = Until::of(request.wait);
         if let Some((handle, known)) = self.with_request_id(request.request_id.as_deref()) {
-            // The agent that accepted it answered nobody, and may not have come to this.
-            let template = self.keep_template(request.droplet.to_string(), raw);
+            // The agent that accepted it answered nobody, and may not have come to this. What was changed since stays.
+            let droplet = request.droplet.to_string();
+            let template = self.templates.get(&droplet);
             let mut owed = Owed::all(vec![(handle, 0)], until);
-            owed.push(template);
+            if !template.is_some_and(|template| is_of(template, &raw)) {
+                owed.push(self.keep_template(droplet, raw));
+            }
             self.answer_when(owed, known, answer);
             return;
         }
@@ -452,6 +455,18 @@ pub(super) fn heartbeat_bytes(request: &StartRequest) -> usize {
         &request.cc_partition,
         request.index,
     )
+}
+
+/// Whether a template is this start message, but for what updates and scaling change.
+fn is_of(template: &Value, start: &Value) -> bool {
+    let rest = |message: &Value| {
+        let mut fields = message.as_object().cloned().unwrap_or_default();
+        for key in ["uris", "version", "limits", "index", "request_id", "wait"] {
+            fields.remove(key);
+        }
+        fields
+    };
+    rest(template) == rest(start)
 }
 
 /// Instances, each with the number of what it was asked.

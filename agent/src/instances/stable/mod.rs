@@ -550,6 +550,7 @@ impl Stable {
         let (mut spared, may_come) = (droplets_of(starts), droplets_of(self.templates.all()));
         let (droplets, crashes) = (self.world.droplets.clone(), self.world.crashes.clone());
         let turn = Arc::clone(&self.reaping);
+        let seen = Instant::now();
         in_background(move || {
             // A disk that hangs is looked at by one.
             let Ok(_turn) = turn.try_lock() else { return };
@@ -558,7 +559,8 @@ impl Stable {
                 spared.extend(may_come);
             }
             if droplets_too || crowded {
-                let removed = droplets.reap(&spared, JUST_ASKED_FOR);
+                // What came since is not among the spared, however long the disk took to be looked at.
+                let removed = droplets.reap(&spared, JUST_ASKED_FOR + seen.elapsed());
                 if removed > 0 {
                     info!(removed, crowded, "removed droplets that nobody uses");
                 }

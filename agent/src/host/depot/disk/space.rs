@@ -34,12 +34,15 @@ impl Promise {
 
     /// What this container was promised; `None` as long as nothing bounds it, for it is being made.
     fn to(directory: &Directory) -> Result<Option<Self>, SysError> {
-        if let Some(quota) = quota::promise(directory)? {
+        // Where the one cannot be read the other is asked all the same.
+        let quota = quota::promise(directory);
+        if let Ok(Some(quota)) = quota {
             return Ok(Some(quota));
         }
         if let Some(image) = image::promise(directory)? {
             return Ok(Some(image));
         }
+        quota?;
         let upper = directory.upper();
         let whole = upper.try_exists().context("stat", upper.display())?;
         Ok(whole.then_some(Self::NONE))
