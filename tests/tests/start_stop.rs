@@ -439,6 +439,7 @@ async fn an_apps_secrets_are_on_no_disk_where_others_read_them() {
     message["env"] = json!([format!("PASSWORD={SECRET}")]);
     host.publish(&host.subject("start"), &message).await;
     exits.next().await;
+    host.logged(0, "kept what a crash left").await;
     let files = holding(&host.base, SECRET);
     let kinds = |kind: &str| {
         let mut relative = files
