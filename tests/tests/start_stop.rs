@@ -402,6 +402,29 @@ wait
     );
 }
 
+/// A shell loses the TERM that comes to a child between fork and exec; that child would have the whole grace.
+#[tokio::test]
+async fn whoever_outlives_the_first_process_is_told_to_end_again() {
+    let host = Host::start().await;
+    let mut output = host.output("app").await;
+    let script = r#"perl -e '
+  $| = 1;
+  my $lost;
+  $SIG{TERM} = sub { exit if $lost++ };
+  print "up\n";
+  sleep 1 while 1' &
+wait
+"#;
+    let mut message = host.message("app", &Droplet::shell(script));
+    // More than anybody waits here.
+    message["stop_grace"] = json!(600);
+    host.run(message).await;
+    output
+        .until("first line", |output| output.text(0, "stdout") == "up\n")
+        .await;
+    host.stop("app").await;
+}
+
 /// All regular files below `directory` that hold `words`, on its own file system. Disks of apps are none of them.
 fn holding(directory: &Path, words: &str) -> Vec<PathBuf> {
     let device = fs::metadata(directory).map(|about| about.dev()).ok();

@@ -28,6 +28,9 @@ const LAST_STATUS: Duration = Duration::from_secs(2);
 /// Between two looks whether anybody is left whose grace is not over; the first come sooner.
 const LEFT_PAUSE: Duration = Duration::from_millis(100);
 
+/// Between two TERMs to whoever is left.
+const TERM_AGAIN: Duration = Duration::from_secs(1);
+
 /// Between two tries to kill what waits in the kernel.
 const STUCK_PAUSE: Duration = Duration::from_secs(5);
 
@@ -183,15 +186,22 @@ impl Instance {
         self.stuck = None;
     }
 
-    /// A job is over when its first process is, often a shell; what it has started has its grace, too.
+    /// A job is over when its first process is, often a shell; what it has started has its grace, too. Who outlives it
+    /// is told again each second, as by Warden: a shell loses the TERM that comes to a child between fork and exec.
     async fn everybody_ends_within(&mut self, limit: Duration, container: &Container) -> bool {
         let deadline = Instant::now() + limit;
         if !self.job_ends_within(limit).await {
             return false;
         }
         let left = async {
-            let mut pause = Duration::from_millis(1);
+            let (mut pause, mut again) = (Duration::from_millis(1), Instant::now() + LEFT_PAUSE);
             while !container.is_idle().await {
+                if Instant::now() >= again {
+                    if let Err(error) = container.signal(nix::libc::SIGTERM).await {
+                        warn!(handle = container.handle(), %error, "TERM could not be sent again");
+                    }
+                    again = Instant::now() + TERM_AGAIN;
+                }
                 sleep(pause).await;
                 pause = (pause * 2).min(LEFT_PAUSE);
             }
