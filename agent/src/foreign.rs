@@ -1,5 +1,6 @@
 //! The parsers of this crate that take bytes of others: droplets and what stagers wrote into them, the stack's users,
-//! the kernel's log with names that apps choose, the files by which apps say that they run, records that another agent or a failing disk left, what comes to the port of the metrics. `fuzz/` throws bytes
+//! the kernel's log with names that apps choose, the files by which apps say that they run, records that another agent
+//! or a failing disk left, what comes to the port of the metrics. `fuzz/` throws bytes
 //! at them; nothing else uses this module.
 
 use crate::engine::total_of;

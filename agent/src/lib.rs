@@ -14,7 +14,7 @@ mod quiet;
 mod random;
 
 pub use bus::{CLIENT_OFF, causes};
-pub use log::{Out as LogOut, flush as flush_log};
+pub use log::{Out as LogOut, flush as flush_log, last_words};
 pub use quiet::Quiet;
 
 /// What this agent calls itself on the bus.

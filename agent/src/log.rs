@@ -64,6 +64,13 @@ pub fn flush() {
     }
 }
 
+/// Says this, and waits until it is written, but not for long: whoever ends must end, whether or not somebody reads why.
+pub fn last_words(words: &str) {
+    // As with all lines: nobody can be told.
+    drop(Out.write_all(words.as_bytes()));
+    flush();
+}
+
 /// The way to the thread.
 #[derive(Debug)]
 struct Lines {

@@ -3,6 +3,7 @@
 
 use clap::{Parser, Subcommand, ValueEnum};
 use ostler::{cli, config, daemon};
+use std::backtrace::{Backtrace, BacktraceStatus};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -153,12 +154,13 @@ const AGENT_EXAMPLES: &str = "Examples:
   nats req dea.stop '{\"droplet\":\"my-app\"}'                      # stop it everywhere";
 
 fn main() -> ExitCode {
-    let done = perform(Arguments::parse().verb);
-    ostler::flush_log();
-    match done {
-        Ok(code) => code,
+    match perform(Arguments::parse().verb) {
+        Ok(code) => {
+            ostler::flush_log();
+            code
+        }
         Err(error) => {
-            eprintln!("ostler: {}", chain(&*error));
+            ostler::last_words(&format!("ostler: {}\n", chain(&*error)));
             let hopeless = error.downcast_ref::<daemon::Hopeless>();
             hopeless.map_or(ExitCode::FAILURE, |why| why.exit_code().into())
         }
@@ -241,11 +243,13 @@ fn start_log(format: LogFormat) {
         .with(log.with_filter(filter.and(ostler::Quiet)))
         .with(ostler::causes());
     all.init();
-    // What was said before it stands before a fault.
-    let say = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |fault| {
-        ostler::flush_log();
-        say(fault);
+    std::panic::set_hook(Box::new(|fault| {
+        let trace = Backtrace::capture();
+        let mut words = format!("{fault}\n");
+        if trace.status() == BacktraceStatus::Captured {
+            words.push_str(&trace.to_string());
+        }
+        ostler::last_words(&words);
     }));
 }
 

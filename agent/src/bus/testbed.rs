@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 use tokio::time::sleep;
 
@@ -17,7 +18,9 @@ impl Server {
         reason = "the server is another program, and no helper"
     )]
     pub(super) fn start() -> Self {
-        let ports = std::env::temp_dir().join(format!("ostler-flood-{}", std::process::id()));
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let (process, number) = (std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let ports = std::env::temp_dir().join(format!("ostler-bus-{process}-{number}"));
         std::fs::create_dir_all(&ports).unwrap();
         let program = std::env::var("OSTLER_NATS_SERVER").unwrap_or("nats-server".into());
         let process = Command::new(program)

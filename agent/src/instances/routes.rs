@@ -8,8 +8,9 @@
 //! ```
 //!
 //! One task says what is in the queue, in its order and whenever the bus has room, so however many
-//! routes there are, none is left out; what is too large for one message is said in several. A route that was taken back is said until the server is sure to
-//! have it, on each new connection again, and once more with the next repeat: a router may miss a word.
+//! routes there are, none is left out; what is too large for one message is said in several. A route that
+//! was taken back is said until the server is sure to have it, on each new connection again, and once more
+//! with the next repeat: a router may miss a word.
 
 use super::outlet::{Mark, Message, Outlet};
 use messages::outgoing::{Route, ToBytes};

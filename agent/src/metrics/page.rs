@@ -138,7 +138,7 @@ fn bus(page: &mut Text, numbers: &Numbers) {
         (
             "ostler_bus_dropped_messages_total",
             numbers.dropped,
-            "Messages to this host that were dropped, because it read too slowly.",
+            "Messages to this host that were dropped, because it read too slowly or the bus took its answers too slowly.",
         ),
     ] {
         page.family(name, Kind::Counter, help);
