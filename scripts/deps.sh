@@ -6,7 +6,7 @@ set -euo pipefail
 needs=(
   gcc=gcc g++=g++ make=make openssl=openssl pip3=python3-pip ip=iproute2 nft=nftables iptables=iptables tar=tar curl=curl column=bsdextrautils
   nats-server=nats-server debootstrap=debootstrap runc=runc bwrap=bubblewrap
-  qemu-system-x86_64=qemu-system-x86 mkfs.ext4=e2fsprogs cpio=cpio /bin/busybox=busybox-static strip=binutils ld.bfd=binutils
+  qemu-system-x86_64=qemu-system-x86 mkfs.ext4=e2fsprogs mkfs.btrfs=btrfs-progs cpio=cpio /bin/busybox=busybox-static strip=binutils ld.bfd=binutils
 )
 missing=()
 for need in "${needs[@]}"; do

@@ -13,7 +13,8 @@ use tests::{
     Certificates, Droplet, Host, Operator, Output, Running, Setup, Watch, get, numbered, patience,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::mpsc;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{mpsc, watch};
 use tokio::time::{sleep, timeout};
 
 /// A directory for what the server and the agent read; goes with the test.
@@ -1184,6 +1185,94 @@ async fn a_server_that_is_going_to_end_is_left_in_time() {
     assert_eq!(log.matches("connected to the bus").count(), 2, "{log}");
     host.end(Signal::SIGTERM).await;
     other.end();
+}
+
+/// Between an agent and its bus: what the bus says passes, and what the agent says while `reads` is true.
+async fn between(listener: TcpListener, mut reads: watch::Receiver<bool>) {
+    let (agent, _) = listener.accept().await.unwrap();
+    let bus = TcpStream::connect(Host::BUS).await.unwrap();
+    let ((mut agent_says, mut to_agent), (mut bus_says, mut to_bus)) =
+        (agent.into_split(), bus.into_split());
+    let down = async { tokio::io::copy(&mut bus_says, &mut to_agent).await };
+    let up = async {
+        let mut bytes = vec![0; 64 << 10];
+        loop {
+            reads.wait_for(|reads| *reads).await.unwrap();
+            match agent_says.read(&mut bytes).await? {
+                0 => return std::io::Result::Ok(0),
+                read => to_bus.write_all(&bytes[..read]).await?,
+            }
+        }
+    };
+    drop(tokio::join!(down, up));
+}
+
+/// More commands and queries than answers get through.
+#[tokio::test]
+async fn a_bus_that_takes_no_answers_costs_an_agent_no_memory_without_end() {
+    const ASKED: u64 = 240_000;
+    let mut host = Host::start().await;
+    host.kill9().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let (gate, reads) = watch::channel(true);
+    host.set_agent_env(&[("NATS_URL", &address)]);
+    let relay = tokio::spawn(between(listener, reads));
+    host.start_agent().await;
+    host.run(host.message("sleeper", &Droplet::sample("sleeper")))
+        .await;
+    let resident = || -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", host.agent().pid())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        line.unwrap()
+            .trim()
+            .trim_end_matches(" kB")
+            .parse()
+            .unwrap()
+    };
+    let before = resident();
+
+    gate.send_replace(false);
+    let (inbox, here) = (host.nats().new_inbox(), host.subject("find"));
+    let mut answers = host.nats().subscribe(inbox.clone()).await.unwrap();
+    for number in 0..ASKED {
+        let subject = match number % 3 {
+            0 => "dea.find.droplet",
+            1 => &here,
+            _ => "$SRV.STATS.ostler",
+        };
+        let asked = host.nats().publish_with_reply(
+            subject.to_owned(),
+            inbox.clone(),
+            r#"{"droplet": "sleeper"}"#.into(),
+        );
+        asked.await.unwrap();
+        if number % 4000 == 0 {
+            // No faster than it takes them.
+            sleep(Duration::from_millis(150)).await;
+        }
+    }
+    sleep(Duration::from_secs(3)).await;
+    let waiting = resident();
+    gate.send_replace(true);
+    let mut came = 0;
+    while timeout(Duration::from_secs(3), answers.next())
+        .await
+        .is_ok()
+    {
+        came += 1;
+    }
+    let subject = format!("$SRV.STATS.ostler.{}", host.id);
+    let stats = host.request(&subject, &json!({})).await;
+    let dropped = stats["endpoints"][0]["data"]["dropped"].as_u64().unwrap();
+    // Whatever was asked is answered, or counted.
+    assert!(dropped > 0);
+    assert_eq!(came + dropped, ASKED, "{dropped}");
+    // 128 MiB of answers, 65,536 messages, and whoever is with each. All of them would be a gigabyte.
+    assert!(waiting < before + 450_000, "{before} kB, {waiting} kB");
+    host.stop("sleeper").await;
+    host.end(Signal::SIGTERM).await;
+    relay.abort();
 }
 
 /// A host on a bus with the usual largest message, which [`resize`] changes by this directory.

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use tests::{Droplet, Frozen, Host, Network, Question, Running, Setup, get, patience};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::time::sleep;
 
 const PAGE: &str = "127.0.0.1:9464";
 
@@ -185,10 +186,16 @@ async fn health_is_what_the_bus_does_and_comes_back_with_it() {
     assert!(took < Duration::from_secs(10), "{took:?}");
     failing(&[]).await;
 
-    host.stop_bus().await;
-    let body = failing(&["bus"]).await;
+    // One that ends while it is asked is not waited for.
+    host.bus().signal(Signal::SIGSTOP);
+    let ends = async {
+        sleep(Duration::from_millis(500)).await;
+        host.bus().signal(Signal::SIGKILL);
+    };
+    let (body, ()) = tokio::join!(failing(&["bus"]), ends);
     let why = body["checks"]["bus"]["error"].as_str().unwrap();
     assert!(why.contains("no connection"), "{body}");
+    host.stop_bus().await;
     let before = metrics().await;
     assert_eq!(before["ostler_bus_connected"], 0.0);
     assert_eq!(before["ostler_bus_connects_total"], 1.0);

@@ -24,6 +24,10 @@ const TAKEOVER: Duration = Duration::from_secs(1);
 /// A server that is going to end is left within this time. It cuts nobody before: its grace is 10 s.
 const LEAVE_WITHIN: Duration = Duration::from_secs(8);
 
+/// Messages that the client keeps until they are written to the connection. Each may have as many bytes as the server
+/// takes, 1 MiB where it is not set: the client's own default would be 2 GiB beside a bus that does not read.
+const UNWRITTEN: usize = 64;
+
 /// Between two lines about the same trouble.
 const SAME_AGAIN: Duration = Duration::from_secs(60);
 
@@ -68,12 +72,14 @@ pub(super) async fn connect(
     Ok(client)
 }
 
-/// A client with these options tries for ever, the first time and each time after, with `delay` before each try.
+/// A client with these options tries for ever, the first time and each time after, with `delay` before each try. What
+/// it cannot write it keeps a little of, and then whoever publishes waits.
 fn untiring(
     options: ConnectOptions,
     delay: impl Fn(usize) -> Duration + Send + Sync + 'static,
 ) -> ConnectOptions {
     options
+        .client_capacity(UNWRITTEN)
         .retry_on_initial_connect()
         .max_reconnects(None)
         .reconnect_delay_callback(delay)
@@ -254,17 +260,22 @@ impl Trouble {
 #[cfg(test)]
 mod tests {
     use super::super::testbed::Server;
-    use super::{Link, RECONNECT_CAP_MS, delay, untiring, watch_link};
+    use super::{Link, RECONNECT_CAP_MS, UNWRITTEN, delay, untiring, watch_link};
     use crate::bus::{Access, Surroundings};
     use crate::config::Nats;
     use crate::instances::outlet::Counter;
     use async_nats::ConnectOptions;
     use futures_util::StreamExt;
+    use nix::sys::signal::Signal;
     use std::sync::Arc;
+    use std::sync::atomic::Ordering;
     use std::time::Duration;
     use tokio::net::TcpSocket;
     use tokio::sync::{mpsc, oneshot, watch};
-    use tokio::time::sleep;
+    use tokio::time::{sleep, timeout};
+
+    /// Nothing else is going on.
+    const HANG: Duration = Duration::from_secs(2);
 
     /// More tries than an hour has: one takes half of the longest delay, more or less.
     const HOUR: usize = 1000;
@@ -288,6 +299,32 @@ mod tests {
         }
         let server = socket.listen(1).unwrap();
         server.accept().await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_server_that_does_not_read_makes_the_client_keep_little() {
+        const MIB: usize = 1 << 20;
+        // What the kernel keeps for a connection on both ends.
+        const SOCKETS: usize = 32;
+        let server = Server::start();
+        let address = server.address().await;
+        let options = untiring(ConnectOptions::new(), delay);
+        let client = options.connect(address).await.unwrap();
+        client.flush().await.unwrap();
+        server.signal(Signal::SIGSTOP);
+        let mut taken = 0;
+        let body = vec![b'x'; MIB];
+        while let Ok(published) = timeout(HANG, client.publish("a", body.clone().into())).await {
+            published.unwrap();
+            taken += 1;
+            assert!(taken < UNWRITTEN + SOCKETS, "{taken} MiB");
+        }
+        // And then it has them all.
+        assert!(taken >= UNWRITTEN, "{taken}");
+        server.signal(Signal::SIGCONT);
+        client.flush().await.unwrap();
+        let written = client.statistics().out_messages.load(Ordering::Relaxed);
+        assert_eq!(written, taken as u64);
     }
 
     #[tokio::test]

@@ -9,7 +9,7 @@ use super::tally::{self, Call, Tally};
 use crate::instances::instance::events;
 use crate::instances::outlet::Message as Outgoing;
 use crate::instances::record::RecordError;
-use crate::instances::stable::{self, Answers, Ask};
+use crate::instances::stable::{self, Answers, Ask, Unsent};
 use crate::instances::world::World;
 use async_nats::{Client, HeaderMap, Message, Subscriber};
 use messages::command::{Asked, Command, Query, json, parse};
@@ -20,7 +20,6 @@ use messages::subjects::{COMPONENT_ANNOUNCE, COMPONENT_DISCOVER, Incoming, Kind,
 use messages::trace::{self, Trace};
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
@@ -38,8 +37,14 @@ const PAUSE_PATIENCE: Duration = Duration::from_secs(1);
 /// What the stable may take to say how this host stands, and its disk how much output waits.
 const HOST_PATIENCE: Duration = Duration::from_millis(200);
 
-/// Bytes of answers that may wait for a bus that is slow, before more is asked for.
-const UNSENT: usize = 64 << 20;
+/// Bytes of answers that may wait for a bus that is slow, before what can be refused is, and queries are dropped.
+const MANY: usize = 64 << 20;
+
+/// As many as there may be: nothing more is heard until there are fewer. What arrives waits, or is dropped and counted.
+const MOST: usize = 2 * MANY;
+
+/// Between two looks at whether there are fewer.
+const CATCH_UP: Duration = Duration::from_millis(10);
 
 /// Everything an answer needs.
 struct Desk {
@@ -47,8 +52,7 @@ struct Desk {
     replay: Mutex<Replay>,
     identity: Identity,
     tally: Arc<Tally>,
-    /// Bytes of answers that wait for the bus.
-    unsent: Arc<AtomicUsize>,
+    unsent: Unsent,
     /// Whatever is owed holds the desk, and so keeps this open.
     _owing: mpsc::Sender<Infallible>,
 }
@@ -79,7 +83,7 @@ pub async fn receive(
         world,
         replay: Mutex::new(replay),
         tally,
-        unsent: Arc::default(),
+        unsent: Unsent::default(),
         _owing: owing,
     });
     desk.announce().await;
@@ -100,7 +104,7 @@ pub async fn receive(
                 messages.drain_one();
                 continue;
             }
-            arrival = messages.next() => match arrival {
+            arrival = desk.next(&mut messages) => match arrival {
                 Some(Arrival::Message(message)) => message,
                 // One after the other, and the host's own subject first.
                 Some(Arrival::End) => {
@@ -347,16 +351,15 @@ async fn query_to(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, query: Query, call
         }
         return;
     }
-    let (answers, mut answered) = Answers::counted(Arc::clone(&desk.unsent));
+    let (answers, mut answered) = Answers::counted(desk.unsent.clone());
     // Here it waits, as stops do.
     ask(asks, Ask::Query { query, answers }).await;
     let desk = Arc::clone(desk);
     tokio::spawn(async move {
-        while let Some(body) = answered.recv().await {
-            let (outlet, bytes) = (&desk.world.outlet, body.len());
+        while let Some((body, _waiting)) = answered.recv().await {
             let answer = Outgoing::plain(reply_to.clone(), body);
-            outlet.send(answer.within(call.trace.as_ref())).await;
-            desk.unsent.fetch_sub(bytes, Ordering::Relaxed);
+            let answer = answer.within(call.trace.as_ref());
+            desk.world.outlet.send(answer).await;
         }
         desk.tally.count(&call, None);
     });
@@ -391,14 +394,23 @@ async fn tell(
             Stats::of(identity, desk.tally.since, desk.tally.counts(), data).to_bytes()
         }
     };
+    let _waiting = desk.unsent.count(body.len());
     let outlet = &desk.world.outlet;
     outlet.send(Outgoing::plain(reply_to, body)).await;
 }
 
 impl Desk {
+    /// What arrives next, once not too many answers wait.
+    async fn next(&self, messages: &mut Arrivals) -> Option<Arrival> {
+        while self.unsent.bytes() >= MOST {
+            sleep(CATCH_UP).await;
+        }
+        messages.next().await
+    }
+
     /// Whether more answers wait for the bus than should.
     fn is_behind(&self) -> bool {
-        self.unsent.load(Ordering::Relaxed) >= UNSENT
+        self.unsent.bytes() >= MANY
     }
 
     /// Tells everybody once where this host tells how it is.
@@ -445,10 +457,8 @@ impl Desk {
 
     async fn send(&self, subject: String, trace: Option<&Trace>, reply: &Reply) {
         let answer = fitting(&subject, reply, self.world.outlet.mark().max_payload());
-        let bytes = answer.body.len();
-        self.unsent.fetch_add(bytes, Ordering::Relaxed);
+        let _waiting = self.unsent.count(answer.body.len());
         self.world.outlet.send(answer.within(trace)).await;
-        self.unsent.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     /// Whoever only publishes a start learns by an exit that it was refused.

@@ -1,5 +1,7 @@
 //! A real server for the tests of this room that need no host.
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -30,6 +32,16 @@ impl Server {
             .spawn()
             .expect("run `make deps`");
         Self { process, ports }
+    }
+
+    /// Sends it a signal.
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a child that nobody has waited for keeps its number"
+    )]
+    pub(super) fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.process.id()).unwrap();
+        kill(Pid::from_raw(pid), signal).unwrap();
     }
 
     /// Where it listens, once it does.

@@ -63,11 +63,15 @@ impl Health {
 /// A message to this host's own inbox comes back from the server.
 async fn bus(sources: Arc<Sources>) -> Result<(), String> {
     let outlet = &sources.world.outlet;
-    if !outlet.mark().up() {
-        return Err("there is no connection".into());
-    }
-    match outlet.settle().await {
+    let mark = outlet.mark();
+    let confirmation = tokio::select! {
+        confirmation = outlet.settle() => confirmation,
+        // A client that is connected no more keeps what it is given until it is again.
+        () = outlet.changed(mark) => Confirmation::Unsure,
+    };
+    match confirmation {
         Confirmation::Sure => Ok(()),
+        _ if !outlet.mark().up() => Err("there is no connection".into()),
         Confirmation::Unsure | Confirmation::Refused => Err("the connection broke".into()),
     }
 }

@@ -4,6 +4,7 @@
 use crate::fault::{Context, SysError};
 use nix::errno::Errno;
 use nix::libc::{self, c_int};
+use nix::sys::statfs::{BTRFS_SUPER_MAGIC, fstatfs};
 use std::ffi::CStr;
 use std::fs::File;
 use std::ops::Range;
@@ -170,6 +171,9 @@ mod call {
     const FS_IOC_FIEMAP: nix::libc::Ioctl = nix::request_code_readwrite!(b'f', 11, 32);
     nix::ioctl_readwrite_bad!(fiemap, FS_IOC_FIEMAP, super::Fiemap);
     nix::ioctl_read!(ext4_shutdown, b'X', 125, u32);
+    // Declared with a long; it is an int that is read and written (fs/ioctl.c).
+    nix::ioctl_read!(get_flags, b'f', 1, nix::libc::c_long);
+    nix::ioctl_write_ptr!(set_flags, b'f', 2, nix::libc::c_long);
 }
 
 /// `struct fiemap_extent` (linux/fiemap.h).
@@ -236,6 +240,26 @@ pub fn extents(file: &File, start: u64) -> nix::Result<Vec<Range<u64>>> {
             }
         }
     }
+}
+
+/// Has an empty file written in place, where that is not the way of all files: what is allocated for it is enough,
+/// however often it is written. True if so; false if its file system copies no file to write it (`FS_NOCOW_FL`, which
+/// btrfs alone honours, ioctl_iflags(2)).
+///
+/// # Errors
+/// As ioctl(2).
+pub fn write_in_place(file: &File) -> nix::Result<bool> {
+    const NOCOW: c_int = 0x0080_0000;
+    if fstatfs(file)?.filesystem_type() != BTRFS_SUPER_MAGIC {
+        return Ok(false);
+    }
+    let mut flags: c_int = 0;
+    // SAFETY: the kernel writes one int.
+    unsafe { call::get_flags(file.as_raw_fd(), (&raw mut flags).cast()) }?;
+    flags |= NOCOW;
+    // SAFETY: the kernel reads one int.
+    unsafe { call::set_flags(file.as_raw_fd(), (&raw const flags).cast()) }?;
+    Ok(true)
 }
 
 /// Ends an ext4 file system at once, for all who use it: what was not written is thrown away

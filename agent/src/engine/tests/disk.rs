@@ -187,14 +187,67 @@ async fn limits_change(container: &Container, first_job: u32, full: &str) {
 /// Mounts a file system of its own there, in this thread's own mount namespace: what is free does not change with
 /// what others do. The path as text.
 fn mount_depot(base: &Path, size: &str) -> String {
+    mount_depot_of(base, size, &["ext4", "-m", "0"])
+}
+
+/// [`mount_depot`] of a kind, after which there may be what its `mkfs` is told.
+fn mount_depot_of(base: &Path, size: &str, kind: &[&str]) -> String {
     unshare(CloneFlags::CLONE_NEWNS).unwrap();
     run(&["mount", "--make-rprivate", "/"]);
     let image = base.with_file_name("depot.img").display().to_string();
     let base = base.display().to_string();
     run(&["truncate", "-s", size, &image]);
-    run(&["mkfs.ext4", "-q", "-m", "0", &image]);
+    let mkfs = [&["mkfs", "-t"], kind, &["-q", &image]].concat();
+    run(&mkfs);
     run(&["mount", "-o", "loop", &image, &base]);
     base
+}
+
+/// Where files are copied to be written, what is written once more takes more than it had.
+#[test]
+fn what_an_image_was_given_is_enough_on_btrfs_however_often_it_is_written() {
+    let known = fs::read_to_string("/proc/filesystems").unwrap();
+    if !known.contains("btrfs") {
+        return tests::skip("btrfs, which this kernel does not have");
+    }
+    world(|world| async move {
+        let base = mount_depot_of(&world.base, "1G", &["btrfs"]);
+        let engine = engine(&world, DiskWay::Auto).await;
+        assert_eq!(engine.shared.disks.describe(), "images");
+        // The second one is written after the pattern of the first.
+        let (first, second) = (fresh_handle(), fresh_handle());
+        let mut containers = Vec::new();
+        for handle in [&first, &second] {
+            let mut spec = world.spec(handle);
+            spec.disk.bytes = 64 * MB;
+            containers.push(create(&engine, spec).await.unwrap());
+        }
+        // Somebody else has the rest, but for what the agent itself writes.
+        let fill = "cd $0; head -c 16M /dev/zero >own; cat /dev/zero >filler; sync -f .; rm own; sync -f .";
+        run(&["sh", "-c", fill, &base]);
+        for container in &containers {
+            let mut jobs = Jobs(container, 0);
+            for letter in ["a", "b", "c", "d"] {
+                let script = format!(
+                    "cd; tr '\\0' {letter} </dev/zero | dd of=file bs=64k count=800 iflag=fullblock conv=notrunc,fsync 2>&1; \
+                     tr -d {letter} <file | wc -c"
+                );
+                let said = jobs.run(&script).await;
+                assert!(said.ends_with("\n0\n"), "{said}");
+            }
+            let said = jobs.run(FILL).await;
+            assert!(said.contains("No space left on device"), "{said}");
+        }
+        run(&["rm", &format!("{base}/filler")]);
+        for container in containers {
+            container.destroy().await.unwrap();
+        }
+        for handle in [&first, &second] {
+            world.nothing_left(handle).await;
+        }
+        engine.close().await;
+        run(&["umount", &base]);
+    });
 }
 
 #[test]

@@ -457,6 +457,7 @@ fn between(holes: &[Range<u64>], end: u64) -> Vec<Range<u64>> {
         .collect()
 }
 
+/// An empty file. On btrfs each write would go to a new place, and what was taken for the file would not be enough.
 fn fresh(path: &Path) -> Result<File, SysError> {
     let mut options = File::options();
     let file = options
@@ -465,7 +466,9 @@ fn fresh(path: &Path) -> Result<File, SysError> {
         .create(true)
         .truncate(true)
         .open(path);
-    file.context("open", path.display())
+    let file = file.context("open", path.display())?;
+    volume::write_in_place(&file).context("FS_IOC_SETFLAGS", path.display())?;
+    Ok(file)
 }
 
 fn open_file(path: &Path) -> Result<File, SysError> {
