@@ -28,6 +28,29 @@ impl Scratch {
     }
 }
 
+impl Scratch {
+    /// [`Scratch::with_helper`], where whoever follows a job says nothing of it until the gate is open.
+    fn with_gate(real: &str) -> Self {
+        let script = format!(
+            "while [ -e $0 ] && [ ! -e $0.gate ]; do sleep 0.1; done; exec {real}/iomux-link \"$@\""
+        );
+        Self::with_helper(real, "iomux-link", &script)
+    }
+
+    fn open_gate(&self) {
+        std::fs::write(self.0.join("iomux-link.gate"), "").unwrap();
+    }
+
+    /// Whoever waits at the gate looks for it now and then.
+    async fn all_have_passed(host: &Host) {
+        let followers = ["iomux-link", "sleep"];
+        host.tree_until("end of the followers", |tree| {
+            followers.iter().all(|name| tree.named(name).is_empty())
+        })
+        .await;
+    }
+}
+
 impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = std::fs::remove_dir_all(&self.0);
@@ -529,13 +552,47 @@ async fn a_start_that_was_cut_off_before_its_job_begins_again() {
 }
 
 #[tokio::test]
+async fn a_start_of_which_nothing_can_be_learnt_is_a_crash() {
+    let real = std::env::var("OSTLER_HELPERS").unwrap();
+    let helpers = Scratch::with_gate(&real);
+    let own = helpers.0.to_str().unwrap();
+    let mut host = Host::with(tests::Setup {
+        config: &[(&real, own)],
+        ..Default::default()
+    })
+    .await;
+    let mut start = host.message(
+        "app",
+        &Droplet::shell("exec perl -e '$0 = \"silentapp\"; sleep 1 while 1'"),
+    );
+    start["health_check_timeout"] = json!(1);
+    let answer = host.request(&host.subject("start"), &start).await;
+    host.tree_until("the app", |tree| tree.named("silentapp").len() == 1)
+        .await;
+    host.kill9().await;
+    let mut exits = host.watch("droplet.exited").await;
+    let mut heartbeats = host.watch("dea.heartbeat").await;
+    host.start_agent().await;
+    // A minute is what it waits for.
+    tokio::time::sleep(Duration::from_secs(50)).await;
+    let exit = exits.next().await;
+    assert_eq!(exit["handle"], answer["handle"], "{exit}");
+    let why = exit["exit_description"].as_str().unwrap();
+    assert!(why.contains("nothing is known of the app"), "{exit}");
+    for beat in heartbeats.arrived() {
+        for told in beat["droplets"].as_array().unwrap() {
+            assert!(told["state"] != "RUNNING", "{beat}");
+        }
+    }
+    helpers.open_gate();
+    Scratch::all_have_passed(&host).await;
+}
+
+#[tokio::test]
 async fn a_start_waits_for_its_turn_and_can_be_stopped_meanwhile() {
     let real = std::env::var("OSTLER_HELPERS").expect("the runner says where the helpers are");
     // Whoever follows the job says nothing of it as long as the gate is shut: the one turn is taken.
-    let script = format!(
-        "while [ -e $0 ] && [ ! -e $0.gate ]; do sleep 0.1; done; exec {real}/iomux-link \"$@\""
-    );
-    let helpers = Scratch::with_helper(&real, "iomux-link", &script);
+    let helpers = Scratch::with_gate(&real);
     let own = helpers.0.to_str().unwrap();
     let host = Host::with(tests::Setup {
         config: &[
@@ -574,29 +631,20 @@ async fn a_start_waits_for_its_turn_and_can_be_stopped_meanwhile() {
     host.stop("first").await;
     host.tree_until("the third one's turn", |_| third.exists())
         .await;
-    std::fs::write(helpers.0.join("iomux-link.gate"), "").unwrap();
+    helpers.open_gate();
     let runs = |beat: &Value| {
         let entries = beat["droplets"].as_array().unwrap();
         entries.len() == 1 && entries[0]["droplet"] == "third" && entries[0]["state"] == "RUNNING"
     };
     beats.until("the third one alone", runs).await;
     host.stop("third").await;
-    // The follower of the first one looks for the gate now and then.
-    let followers = ["iomux-link", "sleep"];
-    host.tree_until("end of the followers", |tree| {
-        followers.iter().all(|name| tree.named(name).is_empty())
-    })
-    .await;
+    Scratch::all_have_passed(&host).await;
 }
 
 #[tokio::test]
 async fn a_kill_that_comes_before_the_app_is_known_to_run_ends_it() {
     let real = std::env::var("OSTLER_HELPERS").expect("the runner says where the helpers are");
-    // Whoever follows the job says nothing of it as long as the gate is shut.
-    let script = format!(
-        "while [ -e $0 ] && [ ! -e $0.gate ]; do sleep 0.1; done; exec {real}/iomux-link \"$@\""
-    );
-    let helpers = Scratch::with_helper(&real, "iomux-link", &script);
+    let helpers = Scratch::with_gate(&real);
     let own = helpers.0.to_str().unwrap();
     let mut host = Host::with(tests::Setup {
         config: &[(&real, own)],
@@ -620,16 +668,11 @@ async fn a_kill_that_comes_before_the_app_is_known_to_run_ends_it() {
     let oom = events.next().await;
     assert_eq!(oom["victim"]["comm"], "worker", "{oom}");
     assert_eq!(oom["survived"], false, "{oom}");
-    std::fs::write(helpers.0.join("iomux-link.gate"), "").unwrap();
+    helpers.open_gate();
     let exit = events.next().await;
     assert_eq!(exit["handle"], answer["handle"], "{exit}");
     assert_eq!(exit["exit_description"], "out of memory", "{exit}");
-    // The killed agent's follower looks for the gate now and then.
-    let followers = ["iomux-link", "sleep"];
-    host.tree_until("end of the followers", |tree| {
-        followers.iter().all(|name| tree.named(name).is_empty())
-    })
-    .await;
+    Scratch::all_have_passed(&host).await;
 }
 
 #[tokio::test]
