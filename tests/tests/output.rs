@@ -1,8 +1,10 @@
 //! A job's output on the bus: every byte, at its offset, soon, and never at the app's expense.
 
+use futures_util::StreamExt;
 use nix::sys::signal::Signal;
 use serde_json::json;
-use tests::{Droplet, Host, numbered};
+use tests::{Droplet, Host, numbered, patience};
+use tokio::time::timeout;
 
 #[tokio::test]
 async fn both_streams_arrive_at_a_megabyte_a_second() {
@@ -26,6 +28,32 @@ async fn both_streams_arrive_at_a_megabyte_a_second() {
         exit["output"],
         json!({"stdout": 4_000_000, "stderr": 4_000_000})
     );
+}
+
+#[tokio::test]
+async fn small_lines_that_follow_each_other_go_together() {
+    const LINES: usize = 8000;
+    let host = Host::start().await;
+    let mut exits = host.watch("droplet.exited").await;
+    let mut messages = host
+        .nats()
+        .subscribe("droplet.output.drip.>")
+        .await
+        .unwrap();
+    let script = format!(
+        "exec perl -e '$| = 1; for (1 .. {LINES}) {{ print \"x\\n\"; select undef, undef, undef, 0.0002 }}'"
+    );
+    let start = host.message("drip", &Droplet::shell(&script));
+    host.publish(&host.subject("start"), &start).await;
+    let (mut bytes, mut count) = (0, 0);
+    while bytes < 2 * LINES {
+        let message = timeout(patience(), messages.next()).await;
+        bytes += message.expect("all of it").unwrap().payload.len();
+        count += 1;
+    }
+    assert_eq!(exits.next().await["output"]["stdout"], 2 * LINES);
+    assert_eq!(bytes, 2 * LINES);
+    assert!(count < LINES / 2, "{count} messages");
 }
 
 #[tokio::test]

@@ -15,6 +15,7 @@
 //! nobody.
 
 mod line;
+mod pace;
 mod readers;
 mod source;
 mod start;

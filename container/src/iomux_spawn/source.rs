@@ -77,15 +77,14 @@ impl Source {
         })
     }
 
-    /// Moves whole lines, and beginnings that have waited long enough, to the spool. True if
-    /// anything was.
+    /// Moves whole lines, and beginnings that have waited long enough, to the spool. How many bytes.
     pub(super) fn pump(
         &mut self,
         spool: &mut SpoolWriter,
         peek: &mut Peek,
         now: Instant,
-    ) -> Result<bool, SysError> {
-        let mut moved = false;
+    ) -> Result<usize, SysError> {
+        let mut moved = 0;
         for _ in 0..TURN {
             let waiting = match peek.look(&self.pipe)? {
                 Seen::Bytes(waiting) => waiting,
@@ -108,7 +107,7 @@ impl Source {
                 self.ready = false;
                 return Ok(moved);
             };
-            moved |= spool.take(self.stream, self.pipe.as_fd(), bytes)? > 0;
+            moved += spool.take(self.stream, self.pipe.as_fd(), bytes)?;
             self.held_until = None;
         }
         self.ready = true;

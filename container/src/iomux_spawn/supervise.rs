@@ -1,6 +1,7 @@
 //! The loop.
 
 use super::{
+    pace::Pace,
     readers::Readers,
     source::{Peek, Source},
 };
@@ -11,6 +12,7 @@ use crate::{
 };
 use nix::{
     errno::Errno,
+    poll::{PollFd, PollFlags, poll},
     sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
     unistd::read,
 };
@@ -38,6 +40,7 @@ pub(super) struct Supervisor {
     status: Option<StatusPipe>,
     /// The exit is in the log, but perhaps not on the disk.
     unsynced: bool,
+    pace: Pace,
 }
 
 #[derive(Debug)]
@@ -46,6 +49,9 @@ struct StatusPipe {
     frame: [u8; Status::SIZE],
     filled: usize,
 }
+
+/// Milliseconds that it rests: a line that comes meanwhile is so much later.
+const REST: u8 = 2;
 
 const LISTENER: u64 = 0;
 const STATUS: u64 = 1;
@@ -99,6 +105,7 @@ impl Supervisor {
             sources,
             status,
             unsynced: false,
+            pace: Pace::default(),
         })
     }
 
@@ -120,7 +127,10 @@ impl Supervisor {
             for event in events.iter().take(count) {
                 exit = self.note(*event)?.or(exit);
             }
-            self.work(exit)?;
+            let moved = self.work(exit)?;
+            if self.pace.rests_after(moved, Instant::now()) {
+                self.rest()?;
+            }
         }
         if !self.spool.tail().ended {
             self.spool.end()?;
@@ -178,8 +188,21 @@ impl Supervisor {
         self.status.is_none() || self.spool.tail().started()
     }
 
-    /// Moves what there is to the spool, and records the exit behind what the job wrote before it.
-    fn work(&mut self, exit: Option<Status>) -> Result<(), SysError> {
+    /// Looks at no output for a moment, and at once at what the job's init has to tell.
+    fn rest(&self) -> Result<(), SysError> {
+        let status = self.status.iter();
+        let mut fds: Vec<PollFd<'_>> = status
+            .map(|status| PollFd::new(status.pipe.as_fd(), PollFlags::POLLIN))
+            .collect();
+        match poll(&mut fds, REST) {
+            Err(Errno::EINTR) => Ok(()),
+            polled => polled.map(drop).context("poll", "status pipe"),
+        }
+    }
+
+    /// Moves what there is to the spool, and records the exit behind what the job wrote before it. Bytes of output that
+    /// were moved.
+    fn work(&mut self, exit: Option<Status>) -> Result<usize, SysError> {
         if let Some(status) = exit
             && !self.spool.tail().exited()
         {
@@ -190,11 +213,11 @@ impl Supervisor {
             self.unsynced = true;
         }
         let now = Instant::now();
-        let mut moved = false;
+        let mut moved = 0;
         let has_begun = self.has_begun();
         for source in self.sources.iter_mut().filter(|_| has_begun) {
             if source.ready || source.held_until.is_some_and(|until| until <= now) {
-                moved |= source.pump(&mut self.spool, &mut self.peek, now)?;
+                moved += source.pump(&mut self.spool, &mut self.peek, now)?;
             }
         }
         for closed in self.sources.extract_if(.., |source| !source.open) {
@@ -205,16 +228,16 @@ impl Supervisor {
         }
         if self.unsynced && self.sources.is_empty() {
             // This was the end: one sync serves both records, and readers are told after it.
-            return Ok(());
+            return Ok(moved);
         }
         if self.unsynced {
             self.spool.sync()?;
         }
-        if moved || self.unsynced {
+        if moved > 0 || self.unsynced {
             self.readers.wake();
         }
         self.unsynced = false;
-        Ok(())
+        Ok(moved)
     }
 }
 
