@@ -3,6 +3,7 @@
 use super::Outcome;
 use crate::config::{self, Config, Overrides};
 use crate::daemon::host_memory_mb;
+use crate::engine;
 use crate::host::probe::{self, Finding, Level, Wanted};
 use std::path::Path;
 use std::process::ExitCode;
@@ -81,6 +82,8 @@ fn wanted(config: &Config) -> Wanted<'_> {
         disk: config.instance.disk,
         cpu_cap: config.instance.max_cpu_percent,
         helpers: &config.helpers,
+        resolv_conf: engine::resolv_conf(&config.network.dns),
+        host_allow: !config.network.host_allow.is_empty(),
     }
 }
 

@@ -2,7 +2,7 @@
 //! `etc/resolv.conf`.
 
 use super::{SeedFile, Spec};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::Ipv4Addr;
 use std::path::Path;
 
 /// Where the host keeps its name servers; the second one has the real ones where systemd-resolved
@@ -13,18 +13,13 @@ const RESOLV_CONF: [&str; 2] = ["/etc/resolv.conf", "/run/systemd/resolve/resolv
 /// blocks.
 pub(super) fn files(spec: &Spec, address: Ipv4Addr) -> Vec<SeedFile> {
     let hostname = &spec.hostname;
-    let resolvers = if spec.dns.is_empty() {
-        host_resolvers()
-    } else {
-        resolv_conf(&spec.dns)
-    };
     let own = [
         ("etc/hostname", format!("{hostname}\n")),
         (
             "etc/hosts",
             format!("127.0.0.1 localhost\n{address} {hostname}\n"),
         ),
-        ("etc/resolv.conf", resolvers),
+        ("etc/resolv.conf", resolv_conf(&spec.dns)),
     ];
     let mut files = spec.files.clone();
     for (path, text) in own {
@@ -42,7 +37,13 @@ pub(super) fn files(spec: &Spec, address: Ipv4Addr) -> Vec<SeedFile> {
     files
 }
 
-fn resolv_conf(servers: &[IpAddr]) -> String {
+/// `etc/resolv.conf` of a container for which these name servers are configured; where there are none, the host's own
+/// that it can reach. Blocks.
+#[must_use]
+pub fn resolv_conf(servers: &[Ipv4Addr]) -> String {
+    if servers.is_empty() {
+        return host_resolvers();
+    }
     servers
         .iter()
         .map(|server| format!("nameserver {server}\n"))

@@ -34,6 +34,7 @@ pub use container::Container;
 pub use copy::{Copied, CopyError, Inside, into as copy_into, out as copy_out, pour};
 pub use error::EngineError;
 pub use follow::Followed;
+pub use identity::resolv_conf;
 pub use oom::{Level, OomReport, total_of};
 pub use place::Place;
 pub use sweep::Swept;
@@ -56,7 +57,7 @@ use lookout::Lookout;
 use oom::KillLog;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashSet};
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -99,7 +100,7 @@ pub struct Spec {
     /// are made unless they are among them.
     pub files: Vec<SeedFile>,
     /// Its name servers; empty: the host's, as far as they can be reached from inside.
-    pub dns: Vec<IpAddr>,
+    pub dns: Vec<Ipv4Addr>,
     /// Directories and files of the host that it sees.
     pub binds: Vec<Bind>,
     /// What it may reach outside; empty: what is configured.

@@ -22,6 +22,7 @@ use nix::sys::stat::Mode;
 use nix::unistd::{pipe2, read};
 use serde::Serialize;
 use std::fs;
+use std::net::{Ipv4Addr, UdpSocket};
 use std::ops::RangeInclusive;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -82,6 +83,10 @@ pub struct Wanted<'a> {
     pub cpu_cap: Option<u64>,
     /// Where the helpers are.
     pub helpers: &'a Path,
+    /// The `resolv.conf` of containers.
+    pub resolv_conf: String,
+    /// Whether containers may reach any service of this host.
+    pub host_allow: bool,
 }
 
 fn ok(name: &str, meaning: impl Into<String>) -> Finding {
@@ -120,7 +125,12 @@ pub fn required(wanted: &Wanted<'_>) -> Vec<Finding> {
     let swaps = read_trimmed("/proc/swaps").unwrap_or_default();
     let look = Cgroups::look(wanted.cgroup_parent);
     found.extend(cgroups(look, &swaps, wanted.cpu_cap));
-    found.extend([links(elsewhere(network::try_link)), helpers(wanted.helpers)]);
+    let is_here = |address| UdpSocket::bind((address, 0)).is_ok();
+    found.extend([
+        links(elsewhere(network::try_link)),
+        name_servers(&wanted.resolv_conf, is_here, wanted.host_allow),
+        helpers(wanted.helpers),
+    ]);
     found
 }
 
@@ -649,6 +659,31 @@ fn foreign_chains(chains: Vec<String>) -> Vec<Finding> {
     chains.into_iter().map(tell).collect()
 }
 
+fn name_servers(
+    resolv_conf: &str,
+    is_here: impl Fn(Ipv4Addr) -> bool,
+    host_allow: bool,
+) -> Finding {
+    let name = "name servers";
+    let lines = resolv_conf.lines();
+    let named = lines.filter_map(|line| line.strip_prefix("nameserver")?.trim().parse().ok());
+    let servers: Vec<Ipv4Addr> = named.collect();
+    if servers.is_empty() {
+        let meaning = "the host has none that a container can reach, so names mean nothing in it";
+        return finding(name, Level::Warn, meaning, "Name some in `network.dns`");
+    }
+    if let Some(own) = servers
+        .iter()
+        .find(|server| is_here(**server) && !host_allow)
+    {
+        let meaning = format!("{own} is this host, which containers do not reach");
+        let advice = "Allow it by `network.host_allow = [\"udp/53\", \"tcp/53\"]`, or name others in `network.dns`";
+        return finding(name, Level::Warn, meaning, advice);
+    }
+    let servers: Vec<String> = servers.iter().map(Ipv4Addr::to_string).collect();
+    ok(name, servers.join(", "))
+}
+
 fn conntrack(most: Option<&str>) -> Finding {
     let name = "connection tracking";
     match most {
@@ -860,11 +895,21 @@ mod tests {
     #[test]
     fn what_is_weaker_without_harm_to_others_is_a_warning() {
         use Level::{Ok as Good, Warn};
+        const TWO: &str = "search lan\nnameserver 9.9.9.9\nnameserver 10.0.0.1\n";
+        let own = |server: Ipv4Addr| server == Ipv4Addr::new(10, 0, 0, 1);
         judged([
             (bandwidth(Ok(())), Good, ""),
             (bandwidth(Err("no".to_owned())), Warn, "sch_tbf"),
             (conntrack(Some("65536")), Good, "65536 connections"),
             (conntrack(None), Warn, "nf_conntrack"),
+            (
+                name_servers(TWO, |_| false, false),
+                Good,
+                "9.9.9.9, 10.0.0.1",
+            ),
+            (name_servers(TWO, own, false), Warn, "host_allow"),
+            (name_servers(TWO, own, true), Good, "10.0.0.1"),
+            (name_servers("search lan\n", own, true), Warn, "network.dns"),
             (terminals(Some("0")), Good, "TIOCSTI"),
             (terminals(Some("1")), Warn, "dev.tty.legacy_tiocsti"),
             (terminals(None), Warn, "6.2"),

@@ -19,6 +19,7 @@ use nix::fcntl::{OFlag, open, openat};
 use nix::libc;
 use nix::poll::poll;
 use nix::sched::{CloneFlags, setns};
+use nix::sys::prctl::set_name;
 use nix::sys::stat::Mode;
 use std::ffi::OsString;
 use std::fs::File;
@@ -41,6 +42,8 @@ const PAUSES: [u16; 6] = [2, 4, 8, 16, 32, 64];
 
 /// The program: `group` is a control group's directory, `before` and `after` are numbers of open files.
 pub(super) fn main(arguments: &[OsString]) -> u8 {
+    // Of a sealed file it has the name of a descriptor.
+    let _as_it_is = set_name(c"wshd");
     let number = |text: &OsString| text.to_str().and_then(|text| text.parse().ok());
     let [group, before, after] = arguments else {
         return exit::USAGE;

@@ -22,6 +22,9 @@ pub enum NetworkError {
         /// Whose address it is.
         link: String,
     },
+    /// What is meant for our links would be done to another one.
+    #[error("link \"{0}\" is not the agent's, and names that begin with \"os-\" are: rename it")]
+    NameInUse(String),
     /// No address block is free.
     #[error("no free address: {in_use} in use, {resting} resting; a larger network pool has more")]
     NoAddress {

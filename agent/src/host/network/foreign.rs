@@ -1,7 +1,7 @@
 //! Other people's forward chains.
 //!
 //! Every base chain at a hook must let a packet pass; our accept does not outvote their drop. Docker
-//! (and ufw) give `FORWARD` of iptables the policy DROP. There, and only there, two commented accepts
+//! (and ufw) give `FORWARD` of iptables the policy DROP, others a last rule that rejects. There, and only there, two commented accepts
 //! go in, into `DOCKER-USER` where it is (Docker leaves that chain alone), else into `FORWARD`; they
 //! leave with the agent. Our own table still refuses what it refuses.
 
@@ -200,7 +200,7 @@ struct Plan {
 fn plan(rules: &str, accepts: Accepts) -> Plan {
     let has = |wanted: &str| rules.lines().any(|line| line.trim() == wanted);
     let chain = match accepts {
-        Accepts::WhereNeeded if has("-P FORWARD DROP") => {
+        Accepts::WhereNeeded if has("-P FORWARD DROP") || rules.lines().any(refuses_the_rest) => {
             let docker = has("-N DOCKER-USER") && has("-A FORWARD -j DOCKER-USER");
             let [user, forward] = PLACES;
             Some(if docker { user } else { forward })
@@ -236,6 +236,15 @@ fn plan(rules: &str, accepts: Accepts) -> Plan {
         chain,
         changes: added.chain(removed).collect(),
     }
+}
+
+/// Whether a line of `iptables -S` refuses all that no rule before it took, as hosts with iptables-services have it
+/// instead of a policy.
+fn refuses_the_rest(line: &str) -> bool {
+    matches!(
+        words(line).as_slice(),
+        ["-A", "FORWARD", "-j", "REJECT" | "DROP", ..]
+    )
 }
 
 fn words(line: &str) -> Vec<&str> {
@@ -289,6 +298,23 @@ mod tests {
                 changes: Vec::new()
             }
         );
+    }
+
+    #[test]
+    fn a_rule_that_refuses_the_rest_is_as_a_policy_that_does() {
+        for rule in ["-j REJECT --reject-with icmp-host-prohibited", "-j DROP"] {
+            let rules = format!("{OPEN}-A FORWARD {rule}\n");
+            assert_eq!(lines(&rules, Accepts::WhereNeeded).len(), 2, "{rule}");
+            assert!(lines(&settled(&rules, "FORWARD"), Accepts::WhereNeeded).is_empty());
+        }
+        for rule in [
+            "-A FORWARD -i eth1 -j DROP",
+            "-A INPUT -j DROP",
+            "-A FORWARD -j DROPS",
+        ] {
+            let rules = format!("{OPEN}{rule}\n");
+            assert!(lines(&rules, Accepts::WhereNeeded).is_empty(), "{rule}");
+        }
     }
 
     #[test]

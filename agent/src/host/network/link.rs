@@ -167,6 +167,20 @@ impl Links {
         Ok(handles)
     }
 
+    /// A link whose name begins as those of host ends do, and is none.
+    pub(super) async fn stranger(&self) -> Result<Option<String>, NetworkError> {
+        let mut links = self.handle.link().get().execute();
+        let listing = |error| failed("list", "all", error);
+        while let Some(link) = links.try_next().await.map_err(listing)? {
+            if let Some(name) = name_of(&link).filter(|name| name.starts_with(PREFIX))
+                && (handle(name).is_none() || !is_veth(&link))
+            {
+                return Ok(Some(name.to_owned()));
+            }
+        }
+        Ok(None)
+    }
+
     /// The IPv4 addresses of this host, except those of host ends.
     pub(super) async fn addresses(&self) -> Result<Vec<HostAddress>, NetworkError> {
         let listing = |error| failed("list the addresses of", "all", error);

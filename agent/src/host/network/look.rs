@@ -1,6 +1,6 @@
 //! What a person is told of this host's firewall. Nothing of the host's own is changed.
 
-use super::table::{self, Policy};
+use super::table::{self, Policy, TABLE};
 use super::{NetworkError, program};
 use rtnetlink::LinkVeth;
 use std::collections::BTreeSet;
@@ -56,27 +56,43 @@ pub fn try_bandwidth() -> Result<(), NetworkError> {
     program::run("tc", &bucket.split(' ').collect::<Vec<_>>(), "").map(drop)
 }
 
-/// Others' chains that drop what is forwarded unless a rule of theirs accepts it, as `ip filter FORWARD`.
+/// Others' chains that drop or reject what is forwarded unless a rule of theirs accepts it, as `ip filter FORWARD`.
 /// Blocks.
 ///
 /// # Errors
 /// `nft` is missing or failed.
 pub fn dropping_chains() -> Result<Vec<String>, NetworkError> {
-    program::run("nft", &["list", "chains"], "").map(|listing| dropping(&listing))
+    program::run("nft", &["--stateless", "list", "ruleset"], "").map(|rules| dropping(&rules))
 }
 
-fn dropping(listing: &str) -> Vec<String> {
-    let (mut table, mut chain, mut found) = (String::new(), String::new(), Vec::new());
-    for line in listing.lines().map(str::trim) {
+fn dropping(rules: &str) -> Vec<String> {
+    let (mut table, mut chain, mut found) = ("", "", Vec::new());
+    // Of the chain: whether it sees what is forwarded, and drops what gets to the end of what was read of it.
+    let (mut forwards, mut drops) = (false, false);
+    for line in rules.lines().map(str::trim) {
         if let Some(name) = line.strip_prefix("table ") {
-            name.trim_end_matches(" {").clone_into(&mut table);
+            table = name.trim_end_matches(" {");
         } else if let Some(name) = line.strip_prefix("chain ") {
-            name.trim_end_matches(" {").clone_into(&mut chain);
-        } else if line.contains(" hook forward ") && line.contains("policy drop") {
-            found.push(format!("{table} {chain}"));
+            (chain, forwards, drops) = (name.trim_end_matches(" {"), false, false);
+        } else if line.starts_with("type ") && line.contains(" hook forward ") {
+            (forwards, drops) = (true, line.contains("policy drop"));
+        } else if line == "}" {
+            if forwards && drops && !table.ends_with(&format!(" {TABLE}")) {
+                found.push(format!("{table} {chain}"));
+            }
+            forwards = false;
+        } else if forwards {
+            drops |= refuses_the_rest(line);
         }
     }
     found
+}
+
+/// Whether a rule refuses all that no rule before it took, as the last one of firewalld does.
+fn refuses_the_rest(rule: &str) -> bool {
+    let rule = rule.strip_prefix("counter ").unwrap_or(rule);
+    let first = rule.split_whitespace().next();
+    matches!(first, Some("drop" | "reject")) || rule == "xt target \"REJECT\""
 }
 
 #[cfg(test)]
@@ -115,8 +131,25 @@ mod tests {
                 let what = format!("{{ type filter hook {hook} priority 10 ; policy {policy} ; }}");
                 run("nft", &format!("add chain inet others {chain} {what}"));
             }
+            // As firewalld has it.
+            let last = "type filter hook forward priority 10 ; policy accept ;";
+            run("nft", &format!("add chain inet others last {{ {last} }}"));
+            for rule in [
+                "ct state established accept",
+                "iifname lo drop",
+                "reject with icmpx admin-prohibited",
+            ] {
+                run("nft", &format!("add rule inet others last {rule}"));
+            }
+            run("nft", "add rule inet others fine iifname lo drop");
+            run("iptables-nft", "-A FORWARD -j REJECT");
             try_rules().unwrap();
-            assert_eq!(dropping_chains().unwrap(), ["inet others passing"]);
+            let found = [
+                "inet others passing",
+                "inet others last",
+                "ip filter FORWARD",
+            ];
+            assert_eq!(dropping_chains().unwrap(), found);
         });
     }
 }

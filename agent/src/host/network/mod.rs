@@ -184,6 +184,9 @@ impl Network {
     pub async fn open(config: &NetworkConfig) -> Result<Self, NetworkError> {
         let pool = Subnet::parse(config.pool)?;
         let links = Links::open().await?;
+        if let Some(stranger) = links.stranger().await? {
+            return Err(NetworkError::NameInUse(stranger));
+        }
         let addresses = links.addresses().await?;
         if let Some(taken) = addresses.iter().find(|taken| pool.contains(taken.address)) {
             return Err(NetworkError::PoolInUse {

@@ -324,6 +324,24 @@ fn a_forward_policy_of_legacy_iptables_is_passed_and_left_as_it_was() {
 }
 
 #[test]
+fn a_last_rule_that_rejects_is_passed_and_left_as_it_was() {
+    const RULE: &str = "-A FORWARD -j REJECT --reject-with icmp-host-prohibited";
+    on_host(|| passes_where_others_are_dropped(&[("iptables-nft", RULE)]));
+}
+
+#[test]
+fn a_link_that_has_a_name_as_ours_keeps_its_traffic() {
+    on_host(|| async {
+        run("ip", "link add os-mgmt type veth peer name other");
+        let error = Network::open(&NetworkConfig::default()).await.unwrap_err();
+        assert!(error.to_string().contains("\"os-mgmt\""), "{error}");
+        assert_eq!(ruleset(), "");
+        run("ip", "link del os-mgmt");
+        open().await.close().await;
+    });
+}
+
+#[test]
 fn dockers_forward_chain_is_passed_and_left_as_it_was() {
     on_host(|| {
         passes_where_others_are_dropped(&[

@@ -17,7 +17,7 @@ use crate::instances::state::Ask;
 use crate::instances::world::whole_seconds;
 use container::job::{JobRequest, Rlimit};
 use messages::state::State;
-use std::net::{IpAddr, SocketAddrV4};
+use std::net::SocketAddrV4;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -400,7 +400,7 @@ impl Instance {
             },
             tmpfs_bytes: SHM_BYTES,
             files: script.into_iter().collect(),
-            dns: config.network.dns.iter().copied().map(IpAddr::V4).collect(),
+            dns: config.network.dns.clone(),
             binds: config.bind_mounts.clone(),
             egress: self
                 .message
