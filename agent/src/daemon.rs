@@ -20,6 +20,7 @@ use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::sockopt::PeerCredentials;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket};
+use nix::unistd::User;
 use std::collections::HashSet;
 use std::error::Error;
 use std::fs::File;
@@ -96,13 +97,23 @@ type Outcome<T> = Result<T, Box<dyn Error>>;
 /// Threads that run tasks. The agent waits far more than it computes.
 const WORKERS: usize = 2;
 
+/// Where whoever runs this is at home, as the host's users say.
+fn home() -> Option<String> {
+    let user = User::from_uid(nix::unistd::geteuid()).ok().flatten()?;
+    user.dir.into_os_string().into_string().ok()
+}
+
 /// `ostler agent`.
 ///
 /// # Errors
 /// Whatever keeps the agent from starting, [`Hopeless`] or not; once it runs, nothing ends it but a signal.
 pub fn agent(path: &Path, overrides: Overrides) -> Outcome<()> {
     let config = config::load(path, overrides, host_memory_mb()).map_err(unusable)?;
-    let around = Surroundings::of(|name| std::env::var(name).ok());
+    let around = Surroundings::of(|name| {
+        let said = std::env::var(name).ok();
+        // systemd gives a service without `User=` no HOME (systemd.exec(5)).
+        said.or_else(|| (name == "HOME").then(home).flatten())
+    });
     let access = Access::gather(&config.nats, around).map_err(Hopeless::from)?;
     if nix::unistd::geteuid().is_root() {
         // While there is one thread: it forks.

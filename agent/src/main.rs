@@ -151,7 +151,7 @@ const AGENT_EXAMPLES: &str = "Examples:
   nats req dea.<id>.start --no-templates \"$(cat start.json)\"      # start an app
   nats req dea.<id>.scale '{\"droplet\":\"my-app\",\"instances\":2}'  # two of them
   nats sub --raw 'droplet.output.my-app.>'                       # what they print
-  nats req dea.stop '{\"droplet\":\"my-app\"}'                      # stop it everywhere";
+  nats req --replies=0 dea.stop '{\"droplet\":\"my-app\"}'          # stop it everywhere";
 
 fn main() -> ExitCode {
     match perform(Arguments::parse().verb) {

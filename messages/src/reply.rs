@@ -1,4 +1,4 @@
-//! Answers to commands: `{"ok":true, …}` or `{"ok":false,"error":{…}}`, one per host and request.
+//! Answers to commands: `{"ok":true, …}` or `{"ok":false,"dea":…,"error":{…}}`, one per host and request.
 
 use serde_json::{Map, Value, json};
 
@@ -139,6 +139,16 @@ impl Reply {
     #[must_use]
     pub fn body(&self) -> Vec<u8> {
         self.value().to_string().into_bytes()
+    }
+
+    /// The body as this host answers: an error, too, says whose it is.
+    #[must_use]
+    pub fn body_of(&self, dea: &str) -> Vec<u8> {
+        let mut body = self.value();
+        if let (Self::Error { .. }, Value::Object(fields)) = (self, &mut body) {
+            fields.insert("dea".into(), dea.into());
+        }
+        body.to_string().into_bytes()
     }
 
     fn value(&self) -> Value {

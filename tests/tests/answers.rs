@@ -1068,6 +1068,56 @@ async fn who_waits_for_an_agent_that_leaves_asks_its_successor() {
 }
 
 #[tokio::test]
+async fn a_scale_waits_for_what_an_earlier_one_began() {
+    let host = Host::start().await;
+    let up = |output: &tests::Output| output.text(0, "stdout") == "up\n";
+    let mut output = host.output("slow").await;
+    let mut start = host.message("slow", &Droplet::shell(SLOW));
+    start["uris"] = json!(["slow.example.net"]);
+    host.request(&host.subject("start"), &start).await;
+    output.until("first line", up).await;
+    let scale = |droplet: &str, more: Value| {
+        let mut scale = json!({"droplet": droplet, "instances": 1});
+        let fields = scale.as_object_mut().unwrap();
+        fields.extend(more.as_object().unwrap().clone());
+        scale
+    };
+    let subject = host.subject("scale");
+    let waits = asked(&host, "scale", &scale("slow", json!({"wait": "running"})));
+    let limits = json!({"limits": {"fds": 100}, "wait": "running"});
+    let also_waits = asked(&host, "scale", &scale("slow", limits));
+    let at_once = host.request(&subject, &scale("slow", json!({}))).await;
+    assert_eq!(at_once["ok"], true, "{at_once}");
+    assert!(!waits.is_finished() && !also_waits.is_finished());
+    shell(&host).signal(nix::sys::signal::Signal::SIGUSR1);
+    for waits in [waits, also_waits] {
+        let answer = waits.await.unwrap();
+        let told = (&answer["ok"], &answer["started"]);
+        assert_eq!(told, (&json!(true), &json!([])), "{answer}");
+        assert_eq!(found(&host, "slow").await[0]["state"], "RUNNING");
+    }
+    host.stop("slow").await;
+
+    let mut output = host.output("deaf").await;
+    let mut start = host.message("deaf", &Droplet::shell(DEAF));
+    start["stop_grace"] = json!(600);
+    host.run(start).await;
+    output.until("first line", up).await;
+    let none = json!({"instances": 0});
+    let stopped = host.request(&subject, &scale("deaf", none.clone())).await;
+    assert_eq!(stopped["stopped"].as_array().unwrap().len(), 1, "{stopped}");
+    let waiting = json!({"instances": 0, "wait": "stopped"});
+    let waits = asked(&host, "scale", &scale("deaf", waiting));
+    let at_once = host.request(&subject, &scale("deaf", none)).await;
+    assert_eq!(at_once["ok"], true, "{at_once}");
+    assert!(!waits.is_finished());
+    shell(&host).signal(nix::sys::signal::Signal::SIGKILL);
+    let answer = waits.await.unwrap();
+    assert_eq!(answer["ok"], true, "{answer}");
+    assert!(host.tree().named("wshd").is_empty(), "{answer}");
+}
+
+#[tokio::test]
 async fn an_answer_that_falls_due_without_a_bus_still_comes() {
     let mut host = Host::start().await;
     let mut output = host.output("deaf").await;

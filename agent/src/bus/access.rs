@@ -26,6 +26,8 @@ const DEFAULT_URL: &str = "nats://127.0.0.1:4222";
 
 /// How long one attempt to connect may take, where nothing else is said.
 const PATIENCE: Duration = Duration::from_secs(5);
+const LEAST_PATIENCE: Duration = Duration::from_millis(100);
+const MOST_PATIENCE: Duration = Duration::from_secs(600);
 
 /// What is wrong with the settings; never with a secret in it.
 #[derive(Debug, thiserror::Error)]
@@ -388,18 +390,36 @@ fn patience(places: &[Place]) -> Result<Duration, AccessError> {
         return Ok(PATIENCE);
     };
     let text = place.nats.timeout.as_deref().unwrap_or_default();
-    let units = [("ms", 1), ("s", 1000), ("m", 60_000)];
-    let read = units.iter().find_map(|(unit, factor)| {
-        let number: u64 = text.strip_suffix(unit)?.parse().ok()?;
-        number.checked_mul(*factor)
-    });
-    match read {
-        Some(milliseconds @ 100..=600_000) => Ok(Duration::from_millis(milliseconds)),
+    match duration(text) {
+        Some(time) if (LEAST_PATIENCE..=MOST_PATIENCE).contains(&time) => Ok(time),
         _ => {
-            let problem = format!("is {text:?}; write 100ms to 10m, as 5s");
+            let problem = format!("is {text:?}; write 100ms to 10m, as 5s or 1m30s");
             Err(place.wrong("timeout", problem))
         }
     }
+}
+
+/// A duration as the `nats` command takes it: numbers, each with its unit (Go's `time.ParseDuration`, without signs and
+/// the units below a millisecond).
+fn duration(text: &str) -> Option<Duration> {
+    let (mut rest, mut sum) = (text, Duration::ZERO);
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.')?;
+        let (number, after) = rest.split_at_checked(digits)?;
+        let end = after.find(|c: char| !c.is_ascii_alphabetic());
+        let (unit, after) = after.split_at_checked(end.unwrap_or(after.len()))?;
+        let seconds = match unit {
+            "ms" => 0.001,
+            "s" => 1.0,
+            "m" => 60.0,
+            "h" => 3600.0,
+            _ => return None,
+        };
+        let number: f64 = number.parse().ok()?;
+        sum = sum.checked_add(Duration::try_from_secs_f64(number * seconds).ok()?)?;
+        rest = after;
+    }
+    Some(sum)
 }
 
 /// A context as the `nats` command writes it; what else is in it is not needed here.

@@ -70,6 +70,16 @@ fn the_first_place_that_names_a_way_to_log_in_is_asked_for_all_of_it() {
         (vec!["nats://env"], &Proof::Nothing)
     );
     assert_eq!(access.patience, Duration::from_millis(1500));
+    for (text, seconds) in [
+        ("1m30s", 90.0),
+        ("2.5s", 2.5),
+        ("1s500ms", 1.5),
+        ("10m", 600.0),
+    ] {
+        let around = environment(&[("NATS_TIMEOUT", text)]);
+        let access = Access::gather(&file, around).unwrap();
+        assert_eq!(access.patience, Duration::from_secs_f64(seconds), "{text}");
+    }
     let flagged = Nats {
         flag: secret("flag:1"),
         ..file
@@ -111,6 +121,9 @@ fn each_mistake_is_named_and_no_secret_shown() {
         (&[("NATS_JWT", "s3cret")], "NATS_JWT wants"),
         (&[("NATS_CERT", "/c")], "NATS_CERT wants NATS_KEY"),
         (&[("NATS_TIMEOUT", "5")], "NATS_TIMEOUT is \"5\""),
+        (&[("NATS_TIMEOUT", "5 s")], "NATS_TIMEOUT is \"5 s\""),
+        (&[("NATS_TIMEOUT", "1d")], "NATS_TIMEOUT is \"1d\""),
+        (&[("NATS_TIMEOUT", "11m")], "write 100ms to 10m"),
         (&[("NATS_CONTEXT", "../x")], "a path is absolute"),
         (&[("NATS_CONTEXT", "x")], "XDG_CONFIG_HOME"),
         (

@@ -283,11 +283,11 @@ async fn command_to(
 
 /// The answer as a bus that takes `most` bytes takes it. What was done and does not fit becomes an error that says
 /// both; an error keeps its code, and its message is cut. Where nothing of that is left, the headers go, too.
-fn fitting(subject: &str, reply: &Reply, most: usize) -> Outgoing {
+fn fitting(dea: &str, subject: &str, reply: &Reply, most: usize) -> Outgoing {
     let message = |reply: &Reply| Outgoing {
         subject: subject.to_owned(),
         headers: reply.headers(),
-        body: reply.body(),
+        body: reply.body_of(dea),
     };
     let mut answer = message(reply);
     let size = answer.size();
@@ -449,14 +449,17 @@ impl Desk {
             return self.send(subject, trace.as_ref(), reply).await;
         }
         let (desk, reply) = (Arc::clone(self), reply.clone());
+        let waiting = self.unsent.count(reply.body().len());
         tokio::spawn(async move {
             drop(timeout(ANSWER_PATIENCE, desk.world.outlet.up()).await);
+            drop(waiting);
             desk.send(subject, trace.as_ref(), &reply).await;
         });
     }
 
     async fn send(&self, subject: String, trace: Option<&Trace>, reply: &Reply) {
-        let answer = fitting(&subject, reply, self.world.outlet.mark().max_payload());
+        let most = self.world.outlet.mark().max_payload();
+        let answer = fitting(&self.world.id, &subject, reply, most);
         let _waiting = self.unsent.count(answer.body.len());
         self.world.outlet.send(answer.within(trace)).await;
     }

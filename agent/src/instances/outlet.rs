@@ -14,7 +14,7 @@ use messages::trace::Trace;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::time::timeout;
 
 /// One message for the bus.
@@ -144,6 +144,8 @@ pub struct Outlet {
     link: watch::Receiver<Link>,
     refused: Counter,
     dropped: Counter,
+    refusals: Arc<Semaphore>,
+    left_out: Counter,
 }
 
 /// The ends that the bus keeps.
@@ -201,6 +203,10 @@ const OFFERS: usize = 1024;
 /// Control messages that may wait for the bus: an exit of each of a thousand instances.
 const CONTROL: usize = 1024;
 
+/// KiB of exits of refused starts that may wait for the bus. Whoever starts without a reply-to may go on and on, and
+/// the bus may take none of them.
+const REFUSALS_KB: usize = 64 << 10;
+
 /// Words about routes that may wait for the bus.
 const ROUTES: usize = 64;
 
@@ -238,6 +244,8 @@ pub fn outlet() -> (Outlet, Inlet) {
             link,
             refused,
             dropped,
+            refusals: Arc::new(Semaphore::new(REFUSALS_KB)),
+            left_out: Counter::default(),
         },
         inlet,
     )
@@ -315,6 +323,21 @@ impl Outlet {
         confirmed(&self.control, self.mark(), None).await
     }
 
+    /// Room to say, with so many bytes, that a start was refused; `None` if too many of these wait. What waits with
+    /// it counts for a KiB.
+    #[must_use]
+    pub fn room_for_refusal(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        let kb = u32::try_from(bytes / 1024 + 1).ok()?;
+        let refusals = Arc::clone(&self.refusals);
+        refusals.try_acquire_many_owned(kb).ok()
+    }
+
+    /// How many refusals found no room.
+    #[must_use]
+    pub fn left_out(&self) -> &Counter {
+        &self.left_out
+    }
+
     /// How many messages to this host it did not get, because it read too slowly.
     #[must_use]
     pub fn drops(&self) -> &Counter {
@@ -383,7 +406,7 @@ async fn confirmed(
 
 #[cfg(test)]
 mod tests {
-    use super::{Barrier, Confirmation, Echo, Link, Message, Request, outlet};
+    use super::{Barrier, Confirmation, Echo, Link, Message, REFUSALS_KB, Request, outlet};
 
     /// As the client writes them: `NATS/1.0`, a line each, an empty line.
     #[test]
@@ -393,6 +416,17 @@ mod tests {
         message.headers = vec![("a", "bc".to_owned()), ("d", String::new())];
         let sent = "NATS/1.0\r\na: bc\r\nd: \r\n\r\n{}";
         assert_eq!(message.size(), sent.len());
+    }
+
+    #[test]
+    fn exits_of_refused_starts_do_not_wait_without_end() {
+        let (outlet, _inlet) = outlet();
+        let large = outlet.room_for_refusal(100 << 10).unwrap();
+        let small: Vec<_> = std::iter::from_fn(|| outlet.room_for_refusal(500)).collect();
+        assert_eq!(small.len(), REFUSALS_KB - 101);
+        drop(large);
+        assert!(outlet.room_for_refusal(500).is_some());
+        assert!(outlet.room_for_refusal(100 << 20).is_none());
     }
 
     #[tokio::test]

@@ -15,7 +15,7 @@
 use super::outlet::{Mark, Message, Outlet};
 use messages::outgoing::{Route, ToBytes};
 use messages::subjects::{ROUTER_REGISTER, ROUTER_UNREGISTER};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::{Notify, oneshot};
@@ -335,8 +335,10 @@ impl State {
 
 /// Routers fold the case of URIs (gorouter, `route.Uri.RouteKey`): what differs in case alone is the same route.
 fn without(some: &[String], others: &[String]) -> Vec<String> {
-    let listed = |one: &str| others.iter().any(|other| other.eq_ignore_ascii_case(one));
-    some.iter().filter(|one| !listed(one)).cloned().collect()
+    let folded = |one: &String| one.to_ascii_lowercase();
+    let others: HashSet<String> = others.iter().map(folded).collect();
+    let new = some.iter().filter(|one| !others.contains(&folded(one)));
+    new.cloned().collect()
 }
 
 #[cfg(test)]

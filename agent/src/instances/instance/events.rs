@@ -13,6 +13,7 @@ use messages::start::StartRequest;
 use messages::subjects;
 use messages::trace::Trace;
 use std::time::Duration;
+use tracing::warn;
 
 /// What an agent may take to be replaced, in seconds.
 const STALE_AT_LEAST: u64 = 60;
@@ -115,10 +116,23 @@ pub(crate) fn refused(start: &serde_json::Value, refusal: &Reply) -> Option<Even
     Some(event(subjects::EXITED, &exited))
 }
 
-/// Says `event` until the bus has it, in a task of its own.
+/// Says that a start was refused until the bus has it, in a task of its own. Where it takes none, not without end.
 pub(crate) fn deliver(outlet: Outlet, event: Event, trace: Option<&Trace>) {
     let message = message(event, trace);
-    tokio::spawn(async move { outlet.deliver(&message).await });
+    let Some(room) = outlet.room_for_refusal(message.size()) else {
+        let left_out = outlet.left_out().count();
+        if left_out.is_power_of_two() {
+            warn!(
+                left_out,
+                "the bus does not take that starts are refused: exits of such are left out"
+            );
+        }
+        return;
+    };
+    tokio::spawn(async move {
+        outlet.deliver(&message).await;
+        drop(room);
+    });
 }
 
 /// An event as it is said, with the trace of what began the instance.

@@ -182,6 +182,12 @@ impl Stall {
         }
     }
 
+    /// Its URIs, as everything that was asked so far leaves them.
+    fn uris(&self) -> &[String] {
+        let updated = self.updated.as_ref().map(|update| &update.uris);
+        updated.unwrap_or(&self.view.record.uris)
+    }
+
     /// The limits that it has or, as long as it has not answered to them, may get: the larger of each.
     fn promised(&self) -> Limits {
         let has = self.view.record.limits;

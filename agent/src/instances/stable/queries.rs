@@ -46,7 +46,8 @@ impl Stable {
             return;
         }
         let measured = measure(stall);
-        let (view, host) = (stall.view.clone(), self.world.engine.local_ip().to_string());
+        let (mut view, host) = (stall.view.clone(), self.world.engine.local_ip().to_string());
+        view.record.uris = stall.uris().to_vec();
         let most = self.link.max_payload;
         tokio::spawn(async move {
             let measured = match measured {
@@ -121,7 +122,7 @@ impl Stable {
             if matches!(record.state, State::Starting | State::Running) {
                 let status = DropletStatus {
                     name: stall.view.name.clone(),
-                    uris: record.uris.clone(),
+                    uris: stall.uris().to_vec(),
                 };
                 answers.send(status.to_bytes());
             }

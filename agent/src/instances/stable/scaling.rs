@@ -34,15 +34,8 @@ impl Stable {
         trace: Option<&Trace>,
     ) -> Result<(Reply, Vec<Owed>), Reply> {
         let droplet = request.droplet.to_string();
-        let template = self.templates.get(&droplet).cloned().ok_or_else(|| {
-            Reply::error(
-                ErrorCode::UnknownApp,
-                format!(
-                    "no start of app {droplet:?} was accepted here: send dea.{}.start first",
-                    self.world.id
-                ),
-            )
-        })?;
+        let template = self.templates.get(&droplet).cloned();
+        let template = template.ok_or_else(|| self.unknown(&droplet))?;
         let most = self.world.config.resources.instances;
         if request.instances > most as u64 {
             return Err(Reply::error(
@@ -66,13 +59,22 @@ impl Stable {
             let number = self.want_stop(handle, StopReason::Stopped);
             stopped.push((handle.clone(), number));
         }
-        let mut limited = Vec::new();
+        let until = |wait| match request.wait {
+            Some(wanted) if wanted == wait => Until::of(Some(wait)),
+            Some(_) | None => Until::Recorded,
+        };
+        let mut owed = Vec::new();
         if let Some(limits) = limits {
-            limited.extend(
+            let until = until(Wait::Running);
+            owed.extend(
                 kept.into_iter()
-                    .map(|handle| self.want_limits(handle, limits)),
+                    .map(|handle| self.want_limits(handle, limits, until)),
             );
-            limited.push(self.keep_template(droplet.clone(), template));
+            owed.push(self.keep_template(droplet.clone(), template));
+        } else if request.wait == Some(Wait::Running) {
+            // Of a repeated request those that the first one has started.
+            let kept = kept.into_iter().map(|handle| (handle, 0)).collect();
+            owed.extend(Owed::all(kept, Until::Running));
         }
         let new: Vec<Value> = started
             .iter()
@@ -82,19 +84,24 @@ impl Stable {
             "dea": self.world.id, "droplet": droplet, "instances": request.instances,
             "started": new, "stopped": plan.stop,
         }));
-        let until = |wait| match request.wait {
-            Some(wanted) if wanted == wait => Until::of(Some(wait)),
-            Some(_) | None => Until::Recorded,
-        };
         let started = started.into_iter().map(|one| (one.handle, 0)).collect();
-        let mut owed = Owed::all(started, until(Wait::Running));
+        owed.extend(Owed::all(started, until(Wait::Running)));
+        if request.wait == Some(Wait::Stopped) {
+            stopped = self.leaving(&droplet);
+        }
         owed.extend(Owed::all(stopped, until(Wait::Stopped)));
-        owed.extend(limited);
         Ok((reply, owed))
     }
 
+    fn unknown(&self, droplet: &str) -> Reply {
+        let id = &self.world.id;
+        let why =
+            format!("no start of app {droplet:?} was accepted here: send dea.{id}.start first");
+        Reply::error(ErrorCode::UnknownApp, why)
+    }
+
     /// Wants of an instance what the new limits name; the rest stays as it has, or will have, it.
-    fn want_limits(&mut self, handle: String, limits: ScaleLimits) -> Owed {
+    fn want_limits(&mut self, handle: String, limits: ScaleLimits, until: Until) -> Owed {
         let new = self.stalls.get(&handle).map(|stall| {
             let wants = stall.reins.wants.borrow();
             let old = match wants.limits {
@@ -112,7 +119,7 @@ impl Stable {
         Owed {
             handle,
             number,
-            until: Until::Recorded,
+            until,
             limits: new,
         }
     }
@@ -145,6 +152,28 @@ impl Stable {
                     && stall.view.record.stopping.is_none()
             })
             .map(|(handle, stall)| (stall.view.index, handle.clone()))
+            .collect()
+    }
+
+    /// The instances of an app that are on their way out, each with the number of what it was asked last.
+    fn leaving(&self, droplet: &str) -> Asked {
+        let of_app = self.stalls.iter();
+        of_app
+            .filter(|(_, stall)| stall.view.droplet == droplet)
+            .filter(|(_, stall)| {
+                let record = &stall.view.record;
+                let ends = stall.reins.wants.borrow().stop.is_some() || record.stopping.is_some();
+                match record.state {
+                    State::Stopped | State::Crashed => false,
+                    State::Stopping => true,
+                    State::Born
+                    | State::Starting
+                    | State::Resuming
+                    | State::Running
+                    | State::Evacuating => ends,
+                }
+            })
+            .map(|(handle, stall)| (handle.clone(), stall.reins.wants.borrow().number))
             .collect()
     }
 

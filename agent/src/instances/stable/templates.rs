@@ -7,7 +7,7 @@ use crate::host::blocking;
 use crate::instances::instance::Change;
 use crate::instances::record::{make_private, write_durably};
 use serde_json::Value;
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::error::Error;
 use std::fs;
 use std::io::ErrorKind;
@@ -25,6 +25,8 @@ const BATCH: usize = 1024;
 #[derive(Debug)]
 pub(super) struct Templates {
     newest: HashMap<String, Value>,
+    /// The apps, those first of which nothing was heard for longest.
+    order: VecDeque<String>,
     /// The number that was given last.
     asked: u64,
     /// All up to this number are on disk.
@@ -50,10 +52,11 @@ impl Templates {
     ) -> (Self, impl Future<Output = ()> + use<>) {
         let dir = base.join("templates");
         let from = dir.clone();
-        let newest = blocking(move || load(&from)).await;
+        let (newest, order) = blocking(move || load(&from)).await;
         let (changes, written) = mpsc::unbounded_channel();
         let templates = Self {
             newest,
+            order,
             asked: 0,
             kept: 0,
             changes,
@@ -71,15 +74,19 @@ impl Templates {
         self.newest.values()
     }
 
-    /// Remembers the newest start message of an app, and forgets one of an app that is not `here` where
-    /// there are too many: they hold droplets on the disk. The number under which it will be kept.
+    /// Remembers the newest start message of an app, and forgets that of the app of which nothing was heard for longest
+    /// and which is not `here`, where there are too many: they hold droplets on the disk. The number under which it will
+    /// be kept.
     pub(super) fn keep(&mut self, droplet: &str, message: Value, here: &HashSet<&str>) -> u64 {
         let number = self.write(droplet, Some(message.to_string().into_bytes()));
-        self.newest.insert(droplet.to_owned(), message);
+        if self.newest.insert(droplet.to_owned(), message).is_some() {
+            self.order.retain(|other| other != droplet);
+        }
+        self.order.push_back(droplet.to_owned());
         if self.newest.len() > MOST {
-            let mut all = self.newest.keys();
-            let gone = all.find(|other| *other != droplet && !here.contains(other.as_str()));
-            if let Some(gone) = gone.cloned() {
+            let mut all = self.order.iter();
+            let gone = all.position(|other| *other != droplet && !here.contains(other.as_str()));
+            if let Some(gone) = gone.and_then(|gone| self.order.remove(gone)) {
                 self.newest.remove(&gone);
                 self.write(&gone, None);
             }
@@ -160,13 +167,54 @@ fn replace(
 }
 
 /// Blocks.
-fn load(dir: &Path) -> HashMap<String, Value> {
+/// What is there, and its apps, those first whose file is oldest.
+fn load(dir: &Path) -> (HashMap<String, Value>, VecDeque<String>) {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     let templates = entries.filter_map(|entry| {
         let name = entry.file_name().into_string().ok()?;
         let droplet = name.strip_suffix(".json")?.to_owned();
         let message = serde_json::from_slice(&fs::read(entry.path()).ok()?).ok()?;
-        Some((droplet, message))
+        let written = entry.metadata().and_then(|file| file.modified());
+        Some((written.ok(), droplet, message))
     });
-    templates.collect()
+    let mut templates: Vec<(_, String, Value)> = templates.collect();
+    templates.sort_by_key(|(written, ..)| *written);
+    let order = templates.iter().map(|(_, droplet, _)| droplet.clone());
+    let order = order.collect();
+    let newest = templates
+        .into_iter()
+        .map(|(_, droplet, message)| (droplet, message));
+    (newest.collect(), order)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{MOST, Templates};
+    use serde_json::json;
+    use std::collections::HashSet;
+    use tokio::sync::mpsc;
+
+    #[tokio::test]
+    async fn of_too_many_apps_the_one_of_which_nothing_was_heard_for_longest_is_forgotten() {
+        let base = std::env::temp_dir().join(format!("ostler-templates-{}", std::process::id()));
+        std::fs::create_dir_all(base.join("templates")).unwrap();
+        let (told, _kept) = mpsc::unbounded_channel();
+        let (mut templates, writer) = Templates::open(&base, told.clone()).await;
+        let nobody = HashSet::new();
+        for number in 0..MOST {
+            templates.keep(&format!("app{number}"), json!({}), &nobody);
+        }
+        templates.keep("app0", json!({}), &nobody);
+        // The oldest two are heard of once more, or here.
+        templates.keep("new", json!({}), &HashSet::from(["app1"]));
+        let has = |templates: &Templates, app| templates.get(app).is_some();
+        assert!(["app0", "app1", "app3", "new"].map(|app| has(&templates, app)) == [true; 4]);
+        assert!(!has(&templates, "app2"));
+        drop(templates);
+        writer.await;
+        let (templates, _writer) = Templates::open(&base, told).await;
+        std::fs::remove_dir_all(base).unwrap();
+        assert_eq!(templates.all().count(), MOST);
+        assert!(has(&templates, "new") && !has(&templates, "app2"));
+    }
 }

@@ -125,7 +125,7 @@ pub(super) enum Until {
     Applied,
     /// The template of this number is on disk.
     Kept,
-    /// RUNNING.
+    /// RUNNING, with what was asked.
     Running,
     /// No processes.
     Stopped,
@@ -324,7 +324,13 @@ impl Stable {
                 Some(why) => Progress::Never(ErrorCode::Stuck, format!("{why}; it is tried again")),
                 None => Progress::OnTheWay,
             },
-            Until::Running => running(record),
+            Until::Running => match (running(record), &view.unrecorded) {
+                (Progress::There, _) if view.applied < number => Progress::OnTheWay,
+                (Progress::There, Some(why)) if number > 0 => {
+                    Progress::Never(ErrorCode::Internal, unrecorded(why))
+                }
+                (progress, _) => progress,
+            },
         }
     }
 }
