@@ -4,7 +4,9 @@
 use async_nats::Message;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
+use std::time::Duration;
 use tests::{Body, Dice, Droplet, Host, Question, Setup};
+use tokio::time::sleep;
 
 /// All codes that an answer may have.
 const CODES: [&str; 14] = [
@@ -724,7 +726,7 @@ async fn ten_thousand_at_once_leave_a_right_state() {
     assert_eq!(all.len(), 10_000);
     let mut heartbeats = host.watch("dea.heartbeat").await;
     let beats = tokio::spawn(async move {
-        let mut longest = std::time::Duration::ZERO;
+        let mut longest = Duration::ZERO;
         loop {
             let before = tokio::time::Instant::now();
             let beat = heartbeats.next().await;
@@ -969,7 +971,13 @@ async fn a_start_beyond_what_may_wait_is_busy_and_stops_and_queries_are_not() {
             answers: 1,
         });
     }
-    let answers = host.ask_each(&questions).await;
+    // All are there before it takes the first: it would be as fast as whoever asks.
+    host.agent().signal(nix::sys::signal::Signal::SIGSTOP);
+    let goes_on = async {
+        sleep(Duration::from_secs(2)).await;
+        host.agent().signal(nix::sys::signal::Signal::SIGCONT);
+    };
+    let (answers, ()) = tokio::join!(host.ask_each(&questions), goes_on);
     let mut busy = 0;
     for (question, answers) in questions.iter().zip(&answers) {
         assert_eq!(answers.len(), 1, "{}", question.subject);
