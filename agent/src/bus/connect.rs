@@ -74,7 +74,7 @@ pub(super) async fn connect(
 
 /// A client with these options tries for ever, the first time and each time after, with `delay` before each try. What
 /// it cannot write it keeps a little of, and then whoever publishes waits.
-fn untiring(
+pub(super) fn untiring(
     options: ConnectOptions,
     delay: impl Fn(usize) -> Duration + Send + Sync + 'static,
 ) -> ConnectOptions {

@@ -5,14 +5,14 @@
 //! the same connection. One barrier is on its way at a time; who asks meanwhile waits for the next.
 
 use super::refusals::Refusals;
-use crate::instances::outlet::{Barrier, Echo, Inlet, Message, Request};
+use crate::instances::outlet::{Barrier, Echo, Inlet, Link, Message, Request};
 use async_nats::{Client, HeaderMap};
 use futures_util::StreamExt;
 use messages::trace;
 use std::mem;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::yield_now;
 use tokio::time::{Instant, interval, timeout};
 use tracing::{debug, warn};
@@ -56,7 +56,7 @@ pub(super) async fn publish(client: Client, inlet: Inlet, refusals: &Refusals) {
                 yield_now().await;
                 let connects = client.statistics().connects.load(Ordering::Relaxed);
                 barriers.answer(&echo.payload, connects, refusals);
-                barriers.send(&client, &inbox).await;
+                barriers.send(&client, &inbox, &link).await;
                 continue;
             }
             Ok(()) = link.changed() => {
@@ -74,16 +74,29 @@ pub(super) async fn publish(client: Client, inlet: Inlet, refusals: &Refusals) {
         };
         match request {
             Request::Publish(message) => {
-                if link.borrow().up {
-                    send(&client, message, refusals).await;
+                // What a client takes that has just lost its connection, it takes until it is full.
+                let up = link.borrow().up;
+                if up {
+                    unless_down(&link, send(&client, message, refusals)).await;
                 }
             }
             Request::Pause(answer) => pause(answer).await,
             Request::Barrier(barrier) => {
                 barriers.next.push(barrier);
-                barriers.send(&client, &inbox).await;
+                barriers.send(&client, &inbox, &link).await;
             }
         }
+    }
+}
+
+/// What `work` gives, if that is before there is no connection.
+async fn unless_down<T>(link: &watch::Receiver<Link>, work: impl Future<Output = T>) -> Option<T> {
+    // The loop has not seen yet what this one sees.
+    let mut link = link.clone();
+    tokio::select! {
+        biased;
+        done = work => Some(done),
+        Ok(_) = link.wait_for(|link| !link.up) => None,
     }
 }
 
@@ -140,7 +153,7 @@ struct Barriers {
 
 impl Barriers {
     /// Sends the next one, if somebody waits for it and none is on its way.
-    async fn send(&mut self, client: &Client, inbox: &str) {
+    async fn send(&mut self, client: &Client, inbox: &str, link: &watch::Receiver<Link>) {
         if self.sent.is_some() || self.next.is_empty() {
             return;
         }
@@ -148,7 +161,8 @@ impl Barriers {
         self.sent = Some(Instant::now());
         self.waiting = mem::take(&mut self.next);
         let body = self.number.to_string().into();
-        if client.publish(inbox.to_owned(), body).await.is_err() {
+        let sent = unless_down(link, client.publish(inbox.to_owned(), body)).await;
+        if !matches!(sent, Some(Ok(()))) {
             self.drop_all();
         }
     }
@@ -184,5 +198,59 @@ impl Barriers {
         self.sent = None;
         self.waiting.clear();
         self.next.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::connect::untiring;
+    use super::super::refusals::Refusals;
+    use super::super::testbed::Server;
+    use super::{Link, Message, publish};
+    use crate::instances::outlet::{Confirmation, Counter, outlet};
+    use async_nats::ConnectOptions;
+    use nix::sys::signal::Signal;
+    use std::time::Duration;
+    use tokio::time::{sleep, timeout};
+
+    #[tokio::test]
+    async fn who_waits_is_told_that_a_bus_is_gone_which_took_nothing_any_more() {
+        const BODY: usize = 64 << 10;
+        let server = Server::start();
+        let options = untiring(ConnectOptions::new(), |_| Duration::ZERO);
+        let client = options.connect(server.address().await).await.unwrap();
+        client.flush().await.unwrap();
+        let (outlet, inlet) = outlet();
+        let link = inlet.link.clone();
+        let up = Link {
+            up: true,
+            connects: 1,
+            max_payload: 1 << 20,
+        };
+        link.send_replace(up);
+        let refusals = Refusals::new(Counter::default());
+        let publisher = publish(client, inlet, &refusals);
+        let others = async {
+            assert_eq!(outlet.settle().await, Confirmation::Sure);
+            server.signal(Signal::SIGSTOP);
+            let mut said = 0;
+            let send = || outlet.send(Message::plain("a", vec![b'x'; BODY]));
+            while timeout(Duration::from_secs(1), send()).await.is_ok() {
+                said += 1;
+            }
+            assert!(said < 2000, "it has taken them all");
+            let settled = async {
+                sleep(Duration::from_millis(100)).await;
+                link.send_replace(Link { up: false, ..up });
+            };
+            let told = async { tokio::join!(outlet.settle(), settled).0 };
+            let told = timeout(Duration::from_secs(10), told).await;
+            assert_eq!(told, Ok(Confirmation::Unsure));
+            server.signal(Signal::SIGCONT);
+        };
+        tokio::select! {
+            () = publisher => panic!("it ends with the process"),
+            () = others => {}
+        }
     }
 }
