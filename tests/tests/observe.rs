@@ -189,7 +189,7 @@ async fn health_is_what_the_bus_does_and_comes_back_with_it() {
     // One that ends while it is asked is not waited for.
     host.bus().signal(Signal::SIGSTOP);
     let ends = async {
-        sleep(Duration::from_millis(500)).await;
+        sleep(Duration::from_millis(100)).await;
         host.bus().signal(Signal::SIGKILL);
     };
     let (body, ()) = tokio::join!(failing(&["bus"]), ends);

@@ -12,8 +12,10 @@ use std::pin::Pin;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
+use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::unconstrained;
+use tokio::time::sleep;
 use tracing::{debug, warn};
 
 /// Messages that may wait to be taken: as many as the client keeps for one subscription.
@@ -21,6 +23,9 @@ const WAITING: usize = 65_536;
 
 /// Bytes of messages that may wait to be taken.
 const WAITING_BYTES: usize = 64 << 20;
+
+/// Between two tries to tell a client whose own queue is full.
+const FULL: Duration = Duration::from_millis(5);
 
 /// What comes out of the queue.
 pub(super) enum Arrival {
@@ -80,13 +85,20 @@ impl Arrivals {
     /// One alone: the client asks the server to answer, and forgets with the first answer all that it
     /// was told to (0.51, `ConnectionHandler`), though something for them may be on its way. For the same
     /// reason it should have nothing else to do meanwhile.
-    pub(super) fn drain_one(&mut self) {
-        if let Some(tap) = self.taps.pop() {
+    ///
+    /// Waits until the client takes the word, which whoever leaves has a time for.
+    pub(super) async fn drain_one(&mut self) {
+        let Some(tap) = self.taps.pop() else { return };
+        let ask = || {
             let mut source = tap.source.lock().unwrap_or_else(PoisonError::into_inner);
-            // The client's own queue has room for thousands of such words.
-            let asked = unconstrained(source.subscriber.drain()).now_or_never();
-            if !matches!(asked, Some(Ok(()))) {
-                debug!("a subscription could not be ended");
+            unconstrained(source.subscriber.drain()).now_or_never()
+        };
+        loop {
+            match ask() {
+                Some(Ok(())) => return,
+                Some(Err(error)) => return debug!(%error, "a subscription could not be ended"),
+                // What is said meanwhile fills it.
+                None => sleep(FULL).await,
             }
         }
     }
@@ -258,7 +270,7 @@ mod tests {
         last.next().await.unwrap();
         assert_eq!(outlet.drops().value(), TOO_MANY as u64 + 1);
         for _ in 0..2 {
-            arrivals.drain_one();
+            arrivals.drain_one().await;
             client.publish("last", "".into()).await.unwrap();
             last.next().await.unwrap();
         }

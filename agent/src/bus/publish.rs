@@ -73,19 +73,23 @@ pub(super) async fn publish(client: Client, inlet: Inlet, refusals: &Refusals) {
             Some(request) = output.recv() => request,
         };
         match request {
-            Request::Publish(message) => {
-                // What a client takes that has just lost its connection, it takes until it is full.
-                let up = link.borrow().up;
-                if up {
-                    unless_down(&link, send(&client, message, refusals)).await;
-                }
-            }
+            Request::Publish(message) => say(&client, &link, message, refusals).await,
+            Request::Answer(message, _counted) => say(&client, &link, message, refusals).await,
             Request::Pause(answer) => pause(answer).await,
             Request::Barrier(barrier) => {
                 barriers.next.push(barrier);
                 barriers.send(&client, &inbox, &link).await;
             }
         }
+    }
+}
+
+/// Says it, if there is a connection.
+async fn say(client: &Client, link: &watch::Receiver<Link>, message: Message, refusals: &Refusals) {
+    let up = link.borrow().up;
+    if up {
+        // A client that has just lost its connection takes more, until it is full.
+        unless_down(link, send(client, message, refusals)).await;
     }
 }
 

@@ -7,9 +7,9 @@ use super::arrivals::{Arrival, Arrivals};
 use super::replay::{Replay, Seen};
 use super::tally::{self, Call, Tally};
 use crate::instances::instance::events;
-use crate::instances::outlet::Message as Outgoing;
+use crate::instances::outlet::{Message as Outgoing, Unsent};
 use crate::instances::record::RecordError;
-use crate::instances::stable::{self, Answers, Ask, Unsent};
+use crate::instances::stable::{self, Answers, Ask};
 use crate::instances::world::World;
 use async_nats::{Client, HeaderMap, Message, Subscriber};
 use messages::command::{Asked, Command, Query, json, parse};
@@ -101,14 +101,14 @@ pub async fn receive(
                 quiet = timeout(PAUSE_PATIENCE, desk.world.outlet.pause()).await.ok().flatten();
                 // What was said just before is on its way then.
                 sleep(SETTLE).await;
-                messages.drain_one();
+                messages.drain_one().await;
                 continue;
             }
             arrival = desk.next(&mut messages) => match arrival {
                 Some(Arrival::Message(message)) => message,
                 // One after the other, and the host's own subject first.
                 Some(Arrival::End) => {
-                    messages.drain_one();
+                    messages.drain_one().await;
                     continue;
                 }
                 None => break,
@@ -356,10 +356,10 @@ async fn query_to(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, query: Query, call
     ask(asks, Ask::Query { query, answers }).await;
     let desk = Arc::clone(desk);
     tokio::spawn(async move {
-        while let Some((body, _waiting)) = answered.recv().await {
+        while let Some((body, counted)) = answered.recv().await {
             let answer = Outgoing::plain(reply_to.clone(), body);
             let answer = answer.within(call.trace.as_ref());
-            desk.world.outlet.send(answer).await;
+            desk.world.outlet.answer(answer, counted).await;
         }
         desk.tally.count(&call, None);
     });
@@ -394,9 +394,9 @@ async fn tell(
             Stats::of(identity, desk.tally.since, desk.tally.counts(), data).to_bytes()
         }
     };
-    let _waiting = desk.unsent.count(body.len());
-    let outlet = &desk.world.outlet;
-    outlet.send(Outgoing::plain(reply_to, body)).await;
+    let counted = desk.unsent.count(body.len());
+    let answer = Outgoing::plain(reply_to, body);
+    desk.world.outlet.answer(answer, counted).await;
 }
 
 impl Desk {
@@ -460,8 +460,9 @@ impl Desk {
     async fn send(&self, subject: String, trace: Option<&Trace>, reply: &Reply) {
         let most = self.world.outlet.mark().max_payload();
         let answer = fitting(&self.world.id, &subject, reply, most);
-        let _waiting = self.unsent.count(answer.body.len());
-        self.world.outlet.send(answer.within(trace)).await;
+        let counted = self.unsent.count(answer.body.len());
+        let answer = answer.within(trace);
+        self.world.outlet.answer(answer, counted).await;
     }
 
     /// Whoever only publishes a start learns by an exit that it was refused.

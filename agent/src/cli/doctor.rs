@@ -4,6 +4,7 @@ use super::Outcome;
 use crate::config::{self, Config, Overrides};
 use crate::daemon::host_memory_mb;
 use crate::engine;
+use crate::host::network::{HostService, Transport};
 use crate::host::probe::{self, Finding, Level, Wanted};
 use std::path::Path;
 use std::process::ExitCode;
@@ -83,8 +84,17 @@ fn wanted(config: &Config) -> Wanted<'_> {
         cpu_cap: config.instance.max_cpu_percent,
         helpers: &config.helpers,
         resolv_conf: engine::resolv_conf(&config.network.dns),
-        host_allow: !config.network.host_allow.is_empty(),
+        host_dns: allows_dns(&config.network),
     }
+}
+
+/// Whether containers may reach a name server on this host.
+fn allows_dns(network: &config::Network) -> bool {
+    let services = &network.host_allow;
+    let dns = |service: &HostService| {
+        service.protocol == Transport::Udp && (service.ports.0..=service.ports.1).contains(&53)
+    };
+    network.allow_host_access || services.iter().any(dns)
 }
 
 fn word(level: Level) -> &'static str {

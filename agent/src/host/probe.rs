@@ -85,8 +85,8 @@ pub struct Wanted<'a> {
     pub helpers: &'a Path,
     /// The `resolv.conf` of containers.
     pub resolv_conf: String,
-    /// Whether containers may reach any service of this host.
-    pub host_allow: bool,
+    /// Whether containers may reach a name server on this host.
+    pub host_dns: bool,
 }
 
 fn ok(name: &str, meaning: impl Into<String>) -> Finding {
@@ -125,10 +125,9 @@ pub fn required(wanted: &Wanted<'_>) -> Vec<Finding> {
     let swaps = read_trimmed("/proc/swaps").unwrap_or_default();
     let look = Cgroups::look(wanted.cgroup_parent);
     found.extend(cgroups(look, &swaps, wanted.cpu_cap));
-    let is_here = |address| UdpSocket::bind((address, 0)).is_ok();
     found.extend([
         links(elsewhere(network::try_link)),
-        name_servers(&wanted.resolv_conf, is_here, wanted.host_allow),
+        name_servers(&wanted.resolv_conf, is_here, wanted.host_dns),
         helpers(wanted.helpers),
     ]);
     found
@@ -659,11 +658,17 @@ fn foreign_chains(chains: Vec<String>) -> Vec<Finding> {
     chains.into_iter().map(tell).collect()
 }
 
-fn name_servers(
-    resolv_conf: &str,
-    is_here: impl Fn(Ipv4Addr) -> bool,
-    host_allow: bool,
-) -> Finding {
+/// Whether an address is one of this host: to reach it, the kernel comes from it.
+fn is_here(address: Ipv4Addr) -> bool {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0));
+    let own = socket.and_then(|socket| {
+        socket.connect((address, 53))?;
+        socket.local_addr()
+    });
+    own.is_ok_and(|own| own.ip() == address)
+}
+
+fn name_servers(resolv_conf: &str, is_here: impl Fn(Ipv4Addr) -> bool, host_dns: bool) -> Finding {
     let name = "name servers";
     let lines = resolv_conf.lines();
     let named = lines.filter_map(|line| line.strip_prefix("nameserver")?.trim().parse().ok());
@@ -672,10 +677,7 @@ fn name_servers(
         let meaning = "the host has none that a container can reach, so names mean nothing in it";
         return finding(name, Level::Warn, meaning, "Name some in `network.dns`");
     }
-    if let Some(own) = servers
-        .iter()
-        .find(|server| is_here(**server) && !host_allow)
-    {
+    if let Some(own) = servers.iter().find(|server| !host_dns && is_here(**server)) {
         let meaning = format!("{own} is this host, which containers do not reach");
         let advice = "Allow it by `network.host_allow = [\"udp/53\", \"tcp/53\"]`, or name others in `network.dns`";
         return finding(name, Level::Warn, meaning, advice);

@@ -12,7 +12,7 @@
 
 use messages::trace::Trace;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 use tokio::time::timeout;
@@ -73,11 +73,52 @@ pub struct Link {
     pub max_payload: usize,
 }
 
+/// What the answers that wait for the bus take, all together.
+#[derive(Debug, Clone, Default)]
+pub struct Unsent(Arc<AtomicUsize>);
+
+impl Unsent {
+    /// Bytes that an answer takes beside its body, about: whoever waits with it.
+    const BESIDE: usize = 1024;
+
+    /// Counts an answer with a body of so many bytes, until what this returns is dropped.
+    #[must_use]
+    pub fn count(&self, body: usize) -> Counted {
+        let bytes = body.saturating_add(Self::BESIDE);
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+        Counted {
+            counted: Arc::clone(&self.0),
+            bytes,
+        }
+    }
+
+    /// In bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// One answer that waits.
+#[derive(Debug)]
+pub struct Counted {
+    counted: Arc<AtomicUsize>,
+    bytes: usize,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.counted.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
+}
+
 /// What the bus is asked for.
 #[derive(Debug)]
 pub enum Request {
     /// Publish this, if there is a connection.
     Publish(Message),
+    /// Publish this answer, which counts until then.
+    Answer(Message, Counted),
     /// Answer once a message to ourselves, sent after everything before this request, has come back from
     /// the server. Dropped if the connection goes first.
     Barrier(Barrier),
@@ -267,6 +308,11 @@ impl Outlet {
     pub async fn send(&self, message: Message) {
         // The bus task ends only when the agent does.
         drop(self.control.send(Request::Publish(message)).await);
+    }
+
+    /// [`Self::send`] of an answer, which counts until the bus has it.
+    pub async fn answer(&self, message: Message, counted: Counted) {
+        drop(self.control.send(Request::Answer(message, counted)).await);
     }
 
     /// Says a piece of output; otherwise as [`Self::send`].

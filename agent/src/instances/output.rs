@@ -8,6 +8,7 @@
 use super::instance::JOB;
 use super::outlet::{Confirmation, Mark, Message, Outlet, REFUSED_PAUSE};
 use crate::engine::{Container, Followed};
+use container::frames::Frame;
 use container::spool::{Cursor, Record, Stream};
 use container::status::Status;
 use futures_util::FutureExt;
@@ -259,20 +260,24 @@ impl Flight<'_> {
         view: &watch::Sender<JobView>,
     ) -> Landed {
         let mut follow = self.container.follow(JOB, self.confirmed);
-        // Reads ahead while the window is full, so that the job's end is known however slow the bus is.
+        // Reads ahead while the window is full, or the bus takes nothing, so that the job's end is known however slow
+        // that is.
         let mut scout = None;
         let mut ended = false;
         let mut target = self.confirmed;
         let mut confirming = pin!(Fuse::terminated());
+        let mut saying = pin!(Fuse::terminated());
         loop {
-            if self.speaks() && ended && self.confirmed == self.sent {
+            let is_said = saying.is_terminated();
+            if self.speaks() && ended && is_said && self.confirmed == self.sent {
                 return Landed::Delivered;
             }
             if confirming.is_terminated() && self.sent != self.confirmed {
                 target = self.sent;
                 confirming.set(outlet.confirm(self.mark, &source.subject).fuse());
             }
-            let full = self.sent.position.saturating_sub(self.confirmed.position) >= WINDOW;
+            let on_the_way = self.sent.position.saturating_sub(self.confirmed.position);
+            let full = on_the_way >= WINDOW || !is_said;
             if !full {
                 scout = None;
             }
@@ -292,13 +297,16 @@ impl Flight<'_> {
                     let facts = view.borrow().clone();
                     file.keep(target, &facts).await;
                 }
+                next = &mut saying, if !is_said => self.sent = next,
                 followed = follow.recv(), if !full && !ended => match followed {
                     Some(Followed::Frame(frame)) => {
-                        if self.speaks() {
-                            self.publish(&frame.record, outlet, source).await;
-                            self.sent = frame.next;
-                        }
                         ended = tell(&frame.record, view);
+                        if self.speaks() {
+                            saying.set(say(frame, self.mark, outlet, source).fuse());
+                            if let Some(next) = saying.as_mut().now_or_never() {
+                                self.sent = next;
+                            }
+                        }
                     }
                     Some(Followed::Lost(why)) => return Landed::Lost(why),
                     None => return Landed::Lost("the engine stopped following".into()),
@@ -312,36 +320,38 @@ impl Flight<'_> {
             }
         }
     }
+}
 
-    async fn publish(&self, record: &Record, outlet: &Outlet, source: &Source) {
-        match record {
-            Record::Output {
-                stream,
-                offset,
-                time_ns,
-                bytes,
-            } => {
-                let most = self.mark.max_payload().saturating_sub(HEADROOM).max(1);
-                let mut offset = *offset;
-                for piece in bytes.chunks(most) {
-                    let message = source.message(*stream, offset, *time_ns, piece);
-                    outlet.print(message).await;
-                    offset += piece.len() as u64;
-                }
+/// Says what is to be said of a frame. Where the next one begins.
+async fn say(frame: Frame, mark: Mark, outlet: &Outlet, source: &Source) -> Cursor {
+    match &frame.record {
+        Record::Output {
+            stream,
+            offset,
+            time_ns,
+            bytes,
+        } => {
+            let most = mark.max_payload().saturating_sub(HEADROOM).max(1);
+            let mut offset = *offset;
+            for piece in bytes.chunks(most) {
+                let message = source.message(*stream, offset, *time_ns, piece);
+                outlet.print(message).await;
+                offset += piece.len() as u64;
             }
-            Record::Gap {
-                stream,
-                offset,
-                bytes,
-                certain,
-            } => {
-                outlet
-                    .print(source.dropped(*stream, *offset, *bytes, *certain))
-                    .await;
-            }
-            Record::Started | Record::Exit { .. } | Record::End { .. } => {}
         }
+        Record::Gap {
+            stream,
+            offset,
+            bytes,
+            certain,
+        } => {
+            outlet
+                .print(source.dropped(*stream, *offset, *bytes, *certain))
+                .await;
+        }
+        Record::Started | Record::Exit { .. } | Record::End { .. } => {}
     }
+    frame.next
 }
 
 async fn until(instant: Option<Instant>) {

@@ -2,13 +2,13 @@
 //!
 //! Each look costs the host's processors: here, where the spool is followed, and in the agent. An app that prints a
 //! little all the time would make thousands of them in a second, which nothing of its limits bounds. So after a look
-//! that found little there is a rest, and lines of that time go together. One that prints as fast as it can is looked
-//! at all the time: it would fill its pipe meanwhile and wait.
+//! that found little there is a rest, and lines of that time go together. One that prints much is looked at all the
+//! time: it would fill its pipe meanwhile and wait.
 
 use std::time::{Duration, Instant};
 
-/// Bytes of a look that found much: half of a pipe.
-const MUCH: usize = 32 * 1024;
+/// Bytes of a look that found much: somewhat less than the half of a pipe, which is what a full one may hold.
+const MUCH: usize = 24 * 1024;
 
 /// How long no look is followed by a rest after one that found much.
 const BUSY: Duration = Duration::from_millis(50);

@@ -128,7 +128,8 @@ impl Supervisor {
                 exit = self.note(*event)?.or(exit);
             }
             let moved = self.work(exit)?;
-            if self.pace.rests_after(moved, Instant::now()) {
+            let ends = self.status.is_none() && self.sources.is_empty();
+            if !ends && self.pace.rests_after(moved, Instant::now()) {
                 self.rest()?;
             }
         }

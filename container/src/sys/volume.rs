@@ -242,24 +242,26 @@ pub fn extents(file: &File, start: u64) -> nix::Result<Vec<Range<u64>>> {
     }
 }
 
-/// Has an empty file written in place, where that is not the way of all files: what is allocated for it is enough,
-/// however often it is written. True if so; false if its file system copies no file to write it (`FS_NOCOW_FL`, which
-/// btrfs alone honours, ioctl_iflags(2)).
+/// Has an empty file written in place also on btrfs, which copies others: what is allocated for it is enough then,
+/// however often it is written (`FS_NOCOW_FL`, ioctl_iflags(2)).
 ///
 /// # Errors
-/// As ioctl(2).
-pub fn write_in_place(file: &File) -> nix::Result<bool> {
+/// As ioctl(2); `EPERM` on a zoned btrfs, which writes nothing in place.
+pub fn write_in_place(file: &File) -> nix::Result<()> {
     const NOCOW: c_int = 0x0080_0000;
+    // Inherited from the directory; each excludes the other, also in what was before (`check_fsflags` of fs/btrfs).
+    const COMPRESSED: c_int = 0x4 | 0x400;
     if fstatfs(file)?.filesystem_type() != BTRFS_SUPER_MAGIC {
-        return Ok(false);
+        return Ok(());
     }
     let mut flags: c_int = 0;
     // SAFETY: the kernel writes one int.
     unsafe { call::get_flags(file.as_raw_fd(), (&raw mut flags).cast()) }?;
-    flags |= NOCOW;
-    // SAFETY: the kernel reads one int.
-    unsafe { call::set_flags(file.as_raw_fd(), (&raw const flags).cast()) }?;
-    Ok(true)
+    for flags in [flags & !COMPRESSED, flags & !COMPRESSED | NOCOW] {
+        // SAFETY: the kernel reads one int.
+        unsafe { call::set_flags(file.as_raw_fd(), (&raw const flags).cast()) }?;
+    }
+    Ok(())
 }
 
 /// Ends an ext4 file system at once, for all who use it: what was not written is thrown away

@@ -1,7 +1,8 @@
 //! Other people's forward chains.
 //!
 //! Every base chain at a hook must let a packet pass; our accept does not outvote their drop. Docker
-//! (and ufw) give `FORWARD` of iptables the policy DROP, others a last rule that rejects. There, and only there, two commented accepts
+//! (and ufw) give `FORWARD` of iptables the policy DROP, others a last rule that rejects. There, and only
+//! there, two commented accepts
 //! go in, into `DOCKER-USER` where it is (Docker leaves that chain alone), else into `FORWARD`; they
 //! leave with the agent. Our own table still refuses what it refuses.
 
@@ -241,10 +242,21 @@ fn plan(rules: &str, accepts: Accepts) -> Plan {
 /// Whether a line of `iptables -S` refuses all that no rule before it took, as hosts with iptables-services have it
 /// instead of a policy.
 fn refuses_the_rest(line: &str) -> bool {
-    matches!(
-        words(line).as_slice(),
-        ["-A", "FORWARD", "-j", "REJECT" | "DROP", ..]
-    )
+    let words = words(line);
+    let Some(rule) = words.strip_prefix(&["-A", "FORWARD"]) else {
+        return false;
+    };
+    let rule = match rule {
+        ["-m", "comment", "--comment", rest @ ..] => {
+            let quoted = rest.first().is_some_and(|word| word.starts_with('"'));
+            let last = rest
+                .iter()
+                .position(|word| !quoted || word.len() > 1 && word.ends_with('"'));
+            last.and_then(|last| rest.get(last + 1..)).unwrap_or(&[])
+        }
+        rule => rule,
+    };
+    matches!(rule, ["-j", "REJECT" | "DROP", ..])
 }
 
 fn words(line: &str) -> Vec<&str> {
@@ -302,7 +314,12 @@ mod tests {
 
     #[test]
     fn a_rule_that_refuses_the_rest_is_as_a_policy_that_does() {
-        for rule in ["-j REJECT --reject-with icmp-host-prohibited", "-j DROP"] {
+        for rule in [
+            "-j REJECT --reject-with icmp-host-prohibited",
+            "-j DROP",
+            "-m comment --comment rest -j DROP",
+            "-m comment --comment \"all the rest\" -j REJECT",
+        ] {
             let rules = format!("{OPEN}-A FORWARD {rule}\n");
             assert_eq!(lines(&rules, Accepts::WhereNeeded).len(), 2, "{rule}");
             assert!(lines(&settled(&rules, "FORWARD"), Accepts::WhereNeeded).is_empty());

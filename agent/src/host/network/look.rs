@@ -62,7 +62,8 @@ pub fn try_bandwidth() -> Result<(), NetworkError> {
 /// # Errors
 /// `nft` is missing or failed.
 pub fn dropping_chains() -> Result<Vec<String>, NetworkError> {
-    program::run("nft", &["--stateless", "list", "ruleset"], "").map(|rules| dropping(&rules))
+    program::run("nft", &["--stateless", "--terse", "list", "ruleset"], "")
+        .map(|rules| dropping(&rules))
 }
 
 fn dropping(rules: &str) -> Vec<String> {

@@ -19,7 +19,7 @@ pub use duty::{Duty, Farewell, KEPT, left as left_of_evacuation};
 
 use super::droplets::Digest;
 use super::instance::{Change, Instance, Query, Reins, Remains, Update, View, Wants, instance};
-use super::outlet::{Link, Message};
+use super::outlet::{Counted, Link, Message, Unsent};
 use super::record::{Limits, Record, StopReason, Stopping, Unread};
 use super::world::{World, now};
 use crate::config::Intervals;
@@ -34,7 +34,6 @@ use pace::Pace;
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 use templates::Templates;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
@@ -92,65 +91,26 @@ pub enum Ask {
     Ready,
 }
 
-/// What the answers that wait for the bus take, all together.
-#[derive(Debug, Clone, Default)]
-pub struct Unsent(Arc<AtomicUsize>);
-
-impl Unsent {
-    /// Bytes that an answer takes beside its body, about: whoever waits with it.
-    const BESIDE: usize = 1024;
-
-    /// Counts an answer with a body of so many bytes, until what this returns is dropped.
-    #[must_use]
-    pub fn count(&self, body: usize) -> Waiting {
-        let bytes = body.saturating_add(Self::BESIDE);
-        self.0.fetch_add(bytes, Ordering::Relaxed);
-        Waiting {
-            counted: Arc::clone(&self.0),
-            bytes,
-        }
-    }
-
-    /// In bytes.
-    #[must_use]
-    pub fn bytes(&self) -> usize {
-        self.0.load(Ordering::Relaxed)
-    }
-}
-
-/// One answer that waits.
-#[derive(Debug)]
-pub struct Waiting {
-    counted: Arc<AtomicUsize>,
-    bytes: usize,
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        self.counted.fetch_sub(self.bytes, Ordering::Relaxed);
-    }
-}
-
 /// Where the answers to one query go, each a body. Unbounded in type, bounded by the number of instances; whoever
 /// takes queries in sees what waits of all of them.
 #[derive(Debug, Clone)]
 pub struct Answers {
-    to: mpsc::UnboundedSender<(Vec<u8>, Waiting)>,
+    to: mpsc::UnboundedSender<(Vec<u8>, Counted)>,
     unsent: Unsent,
 }
 
 impl Answers {
-    /// Answers that count in `unsent` until whoever takes them has sent them.
+    /// Answers that count in `unsent` until the bus has them.
     #[must_use]
-    pub fn counted(unsent: Unsent) -> (Self, mpsc::UnboundedReceiver<(Vec<u8>, Waiting)>) {
+    pub fn counted(unsent: Unsent) -> (Self, mpsc::UnboundedReceiver<(Vec<u8>, Counted)>) {
         let (to, answered) = mpsc::unbounded_channel();
         (Self { to, unsent }, answered)
     }
 
     fn send(&self, body: Vec<u8>) {
-        let waiting = self.unsent.count(body.len());
+        let counted = self.unsent.count(body.len());
         // Whoever waits for them does so until they end.
-        drop(self.to.send((body, waiting)));
+        drop(self.to.send((body, counted)));
     }
 }
 

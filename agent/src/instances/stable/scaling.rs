@@ -36,6 +36,7 @@ impl Stable {
         let droplet = request.droplet.to_string();
         let template = self.templates.get(&droplet).cloned();
         let template = template.ok_or_else(|| self.unknown(&droplet))?;
+        self.templates.heard_of(&droplet);
         let most = self.world.config.resources.instances;
         if request.instances > most as u64 {
             return Err(Reply::error(
@@ -164,7 +165,9 @@ impl Stable {
                 let record = &stall.view.record;
                 let ends = stall.reins.wants.borrow().stop.is_some() || record.stopping.is_some();
                 match record.state {
-                    State::Stopped | State::Crashed => false,
+                    State::Stopped => false,
+                    // Its processes are dead once its exit is recorded.
+                    State::Crashed => record.exit.is_none(),
                     State::Stopping => true,
                     State::Born
                     | State::Starting

@@ -79,11 +79,9 @@ impl Templates {
     /// be kept.
     pub(super) fn keep(&mut self, droplet: &str, message: Value, here: &HashSet<&str>) -> u64 {
         let number = self.write(droplet, Some(message.to_string().into_bytes()));
-        if self.newest.insert(droplet.to_owned(), message).is_some() {
-            self.order.retain(|other| other != droplet);
-        }
-        self.order.push_back(droplet.to_owned());
-        if self.newest.len() > MOST {
+        self.newest.insert(droplet.to_owned(), message);
+        self.heard_of(droplet);
+        if self.newest.len() > MOST + here.len() {
             let mut all = self.order.iter();
             let gone = all.position(|other| *other != droplet && !here.contains(other.as_str()));
             if let Some(gone) = gone.and_then(|gone| self.order.remove(gone)) {
@@ -92,6 +90,12 @@ impl Templates {
             }
         }
         number
+    }
+
+    /// Somebody still asks for this app.
+    pub(super) fn heard_of(&mut self, droplet: &str) {
+        self.order.retain(|other| other != droplet);
+        self.order.push_back(droplet.to_owned());
     }
 
     fn write(&mut self, droplet: &str, message: Option<Vec<u8>>) -> u64 {
@@ -204,9 +208,12 @@ mod tests {
         for number in 0..MOST {
             templates.keep(&format!("app{number}"), json!({}), &nobody);
         }
-        templates.keep("app0", json!({}), &nobody);
+        // Beside one that has instances here there is room for as many others.
+        let here = HashSet::from(["app1"]);
+        templates.keep("first", json!({}), &here);
+        templates.keep("app0", json!({}), &here);
         // The oldest two are heard of once more, or here.
-        templates.keep("new", json!({}), &HashSet::from(["app1"]));
+        templates.keep("new", json!({}), &here);
         let has = |templates: &Templates, app| templates.get(app).is_some();
         assert!(["app0", "app1", "app3", "new"].map(|app| has(&templates, app)) == [true; 4]);
         assert!(!has(&templates, "app2"));
@@ -214,7 +221,7 @@ mod tests {
         writer.await;
         let (templates, _writer) = Templates::open(&base, told).await;
         std::fs::remove_dir_all(base).unwrap();
-        assert_eq!(templates.all().count(), MOST);
+        assert_eq!(templates.all().count(), MOST + 1);
         assert!(has(&templates, "new") && !has(&templates, "app2"));
     }
 }

@@ -240,7 +240,7 @@ impl Stable {
             let record = &stall.view.record;
             self.tell_refusal(&record.start, record.trace.as_ref(), &refusal);
         }
-        // What was asked of an instance that was there has a number.
+        // What an instance that was there is told to be has a number.
         let starts = |waiting: &Waiting| {
             waiting
                 .owed
