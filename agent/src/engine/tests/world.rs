@@ -11,6 +11,7 @@ use container::job::JobRequest;
 use container::spool::{Record, Stream};
 use container::status::Status;
 use container::sys::pidfd;
+use nix::mount::{MntFlags, umount2};
 use nix::sched::{CloneFlags, unshare};
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
@@ -269,6 +270,8 @@ impl Drop for Cleanup {
         for (pid, _) in processes(&home.display().to_string()) {
             let _ = pidfd::open(pid).and_then(|fd| pidfd::send_signal(fd, 9));
         }
+        // A depot of its own is still mounted where a test failed.
+        let _ = umount2(&self.base, MntFlags::MNT_DETACH);
         let removed = fs::remove_dir_all(home);
         // A second panic would hide the first one.
         if !std::thread::panicking() {
