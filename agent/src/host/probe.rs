@@ -472,7 +472,11 @@ fn cgroups(look: Result<Look, CgroupError>, swaps: &str, wanted_cap: Option<u64>
         };
         ok(&name, version.to_string())
     });
-    let more = [swap(look.swap, swaps), cpu_cap(look.cpu_cap, wanted_cap)];
+    let more = [
+        swap(look.swap, swaps),
+        cpu_cap(look.cpu_cap, wanted_cap),
+        tcp(look.tcp),
+    ];
     found.chain(more).collect()
 }
 
@@ -486,6 +490,19 @@ fn cpu_cap(possible: Option<bool>, wanted: Option<u64>) -> Finding {
             let meaning = format!("not possible, and `instance.max_cpu_percent` is {percent}");
             let advice = "Leave it out, or boot a kernel with CONFIG_CFS_BANDWIDTH";
             finding(name, Level::Missing, meaning, advice)
+        }
+    }
+}
+
+fn tcp(counted: Option<bool>) -> Finding {
+    let name = "control group tcp";
+    match counted {
+        Some(true) => ok(name, "counted"),
+        None => ok(name, "no group shows yet whether it is counted"),
+        Some(false) => {
+            let meaning = "not counted: what an instance's connections have in their queues is not its memory";
+            let advice = "Boot without cgroup.memory=nosocket and nokmem, on a kernel with CONFIG_INET";
+            finding(name, Level::Warn, meaning, advice)
         }
     }
 }
@@ -870,6 +887,7 @@ mod tests {
             controllers: vec![("freezer", None)],
             swap: Some(true),
             cpu_cap: Some(true),
+            tcp: Some(true),
         };
         let found = cgroups(Ok(look), none, None);
         let found = found.iter().map(|found| (&*found.name, found.level));
@@ -878,7 +896,8 @@ mod tests {
             [
                 ("control group freezer", Level::Warn),
                 ("control group swap", Level::Ok),
-                ("control group cpu cap", Level::Ok)
+                ("control group cpu cap", Level::Ok),
+                ("control group tcp", Level::Ok)
             ]
         );
         for (error, word) in [
@@ -904,6 +923,9 @@ mod tests {
             (bandwidth(Err("no".to_owned())), Warn, "sch_tbf"),
             (conntrack(Some("65536")), Good, "65536 connections"),
             (conntrack(None), Warn, "nf_conntrack"),
+            (tcp(Some(true)), Good, "counted"),
+            (tcp(None), Good, "yet"),
+            (tcp(Some(false)), Warn, "nosocket"),
             (
                 name_servers(TWO, |_| false, false),
                 Good,

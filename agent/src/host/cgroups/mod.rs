@@ -146,6 +146,19 @@ pub struct Look {
     pub swap: Option<bool>,
     /// Whether processor time can be capped.
     pub cpu_cap: Option<bool>,
+    /// Whether memory in the queues of TCP connections counts for anybody.
+    pub tcp: Option<bool>,
+}
+
+/// Whether the kernel was told to leave something out of what memory groups count (`cgroup.memory=`,
+/// kernel-parameters.txt).
+fn booted_with(left_out: &str) -> bool {
+    let line = fs::read_to_string("/proc/cmdline").unwrap_or_default();
+    let mut options = line.split_whitespace();
+    options.any(|option| {
+        let options = option.strip_prefix("cgroup.memory=");
+        options.is_some_and(|options| options.split(',').any(|one| one == left_out))
+    })
 }
 
 /// Whether groups that have `sign` have `file`, too. The root of v2 has no limits; any group below it has that may
@@ -192,6 +205,10 @@ impl Cgroups {
             controllers: layout.controllers().to_vec(),
             swap: shown(&memory.mount, limit, swap),
             cpu_cap: shown(&cpu.mount, shares, cap),
+            tcp: match memory.version {
+                Version::V1 => shown(&memory.mount, limit, limits::TCP_FILE),
+                Version::V2 => Some(!booted_with("nosocket")),
+            },
         })
     }
 
