@@ -212,7 +212,7 @@ fn what_an_image_was_given_is_enough_on_btrfs_however_often_it_is_written() {
         return tests::skip("btrfs, which this kernel does not have");
     }
     world(|world| async move {
-        let base = mount_depot_of(&world.base, "1G", &["btrfs"]);
+        let base = mount_depot_of(&world.base, "640M", &["btrfs"]);
         // A directory whose files are compressed is no obstacle.
         let containers = format!("{base}/containers");
         run(&["mkdir", &containers]);
