@@ -501,7 +501,8 @@ fn tcp(counted: Option<bool>) -> Finding {
         None => ok(name, "no group shows yet whether it is counted"),
         Some(false) => {
             let meaning = "not counted: what an instance's connections have in their queues is not its memory";
-            let advice = "Boot without cgroup.memory=nosocket and nokmem, on a kernel with CONFIG_INET";
+            let advice =
+                "Boot without cgroup.memory=nosocket and nokmem, on a kernel with CONFIG_INET";
             finding(name, Level::Warn, meaning, advice)
         }
     }

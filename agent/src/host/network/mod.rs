@@ -226,7 +226,7 @@ impl Network {
             pool,
             first_port: *config.ports.start(),
             local_ip,
-            mtu: config.mtu.unwrap_or_else(|| mtu_at(local_ip, &addresses)),
+            mtu: config.mtu.unwrap_or_else(|| mtu_at(&ways, &addresses)),
         })
     }
 
@@ -627,11 +627,13 @@ fn first_global(addresses: &[HostAddress]) -> Ipv4Addr {
     global.map_or(Ipv4Addr::LOCALHOST, |found| found.address)
 }
 
-fn mtu_at(local_ip: Ipv4Addr, addresses: &[HostAddress]) -> u32 {
-    let at = addresses
-        .iter()
-        .find(|candidate| candidate.address == local_ip);
-    // The loopback's 64 KiB are for the loopback alone, and more than a veth takes.
-    at.filter(|found| found.link != "lo")
-        .map_or(link::ETHERNET_MTU, |found| found.mtu)
+/// The smallest of the links that have one of these addresses: that under which this host is known need not be on the
+/// link that leads out, nor on any.
+fn mtu_at(ways: &[Option<Ipv4Addr>], addresses: &[HostAddress]) -> u32 {
+    let at = addresses.iter().filter(|one| {
+        // The loopback's 64 KiB are for the loopback alone, and more than a veth takes.
+        one.link != "lo" && ways.contains(&Some(one.address))
+    });
+    let smallest = at.map(|one| one.mtu).min();
+    smallest.unwrap_or(link::ETHERNET_MTU)
 }

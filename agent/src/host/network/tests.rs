@@ -1332,6 +1332,12 @@ fn the_local_address_is_the_one_that_leads_out() {
             .inside(|| assert!(ip("link show eth0").contains("mtu 1400")));
         ip("addr add 192.0.2.9/24 dev up0");
         ip(&format!("route add default via {OUTSIDE} src 192.0.2.9"));
+        // Others know it by an address that is translated on the way.
+        let floating = NetworkConfig {
+            local_ip: Some([198, 51, 100, 77].into()),
+            ..NetworkConfig::default()
+        };
+        assert_eq!(Network::open(&floating).await.unwrap().mtu(), 1400);
         // The containers' own links are no reason to refuse the pool, nor an address of the host.
         assert_eq!(open().await.local_ip(), Ipv4Addr::new(192, 0, 2, 9));
         ip("addr add 10.254.3.1/16 dev up0");
