@@ -87,6 +87,8 @@ pub struct Wanted<'a> {
     pub resolv_conf: String,
     /// Whether containers may reach a name server on this host.
     pub host_dns: bool,
+    /// How many instances there may be.
+    pub instances: usize,
 }
 
 fn ok(name: &str, meaning: impl Into<String>) -> Finding {
@@ -153,6 +155,10 @@ pub fn all(wanted: &Wanted<'_>) -> Vec<Finding> {
     });
     found.extend([
         conntrack(read_trimmed("/proc/sys/net/netfilter/nf_conntrack_max").as_deref()),
+        neighbours(
+            read_trimmed("/proc/sys/net/ipv4/neigh/default/gc_thresh3").as_deref(),
+            wanted.instances,
+        ),
         ports(&wanted.ports),
         terminals(read_trimmed("/proc/sys/dev/tty/legacy_tiocsti").as_deref()),
     ]);
@@ -704,6 +710,9 @@ fn name_servers(resolv_conf: &str, is_here: impl Fn(Ipv4Addr) -> bool, host_dns:
     ok(name, servers.join(", "))
 }
 
+/// Room for neighbours that are no instances'.
+const OTHER_NEIGHBOURS: usize = 24;
+
 fn conntrack(most: Option<&str>) -> Finding {
     let name = "connection tracking";
     match most {
@@ -712,6 +721,24 @@ fn conntrack(most: Option<&str>) -> Finding {
             let advice = "Load the module nf_conntrack";
             finding(name, Level::Warn, "not loaded yet", advice)
         }
+    }
+}
+
+/// The kernel has one table of link neighbours for all network namespaces (arp(7)); an instance that talks is in it
+/// twice, as the host's neighbour and with the host as its own.
+fn neighbours(most: Option<&str>, instances: usize) -> Finding {
+    let name = "neighbour table";
+    let needed = instances.saturating_mul(2).saturating_add(OTHER_NEIGHBOURS);
+    match most.and_then(|most| most.parse::<usize>().ok()) {
+        Some(most) if most < needed => {
+            let meaning = format!(
+                "{most} entries at most, and {instances} instances (`resources.instances`) that talk at once need {needed}"
+            );
+            let advice = "Set net.ipv4.neigh.default.gc_thresh3, by sysctl, to more than that, or allow fewer instances";
+            finding(name, Level::Warn, meaning, advice)
+        }
+        Some(most) => ok(name, format!("{most} entries at most")),
+        None => ok(name, "its size does not show"),
     }
 }
 
@@ -924,6 +951,9 @@ mod tests {
             (bandwidth(Err("no".to_owned())), Warn, "sch_tbf"),
             (conntrack(Some("65536")), Good, "65536 connections"),
             (conntrack(None), Warn, "nf_conntrack"),
+            (neighbours(Some("1024"), 500), Good, "1024 entries"),
+            (neighbours(Some("1024"), 501), Warn, "gc_thresh3"),
+            (neighbours(None, 501), Good, "not show"),
             (tcp(Some(true)), Good, "counted"),
             (tcp(None), Good, "yet"),
             (tcp(Some(false)), Warn, "nosocket"),
