@@ -713,7 +713,10 @@ fn ten_thousand(host: &Host, dice: &mut Dice) -> Vec<Sent> {
 #[tokio::test]
 async fn ten_thousand_at_once_leave_a_right_state() {
     let host = Host::with(Setup {
-        config: &[("disk_mb = 16384", "disk_mb = 16384\ninstances = 16")],
+        config: &[(
+            "disk_mb = 16384",
+            "disk_mb = 16384\ninstances = 16\n[droplets]\ninactivity = 600",
+        )],
         ..Default::default()
     })
     .await;

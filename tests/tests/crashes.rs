@@ -3,7 +3,7 @@
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tests::{Droplet, Host, Setup, Tree, rounds, tool};
 
 /// Crashes are kept however full this machine's disk is.
@@ -267,6 +267,9 @@ async fn the_newest_crashes_of_each_app_stay_until_they_are_old_whatever_became_
         [handles[1].clone()],
     );
     host.stop("one").await;
+    // The oldest goes after the newest has come.
+    let deadline = Instant::now() + tests::patience();
+    while of(list(&host, "one").await) != one && Instant::now() < deadline {}
     assert_eq!(of(list(&host, "one").await), one);
     assert_eq!(of(list(&host, "two").await), two);
     assert_eq!(list(&host, "three").await, Vec::<Value>::new());

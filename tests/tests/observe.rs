@@ -126,7 +126,10 @@ fn told(stats: &Value, beat: &Value) -> BTreeMap<String, f64> {
         ("ostler_memory_available_bytes", "available_memory"),
         ("ostler_disk_available_bytes", "available_disk"),
     ] {
-        told.insert(name.into(), data[key].as_f64().unwrap() * 1048576.0);
+        // Left out by a host that is too busy.
+        if let Some(mb) = data[key].as_f64() {
+            told.insert(name.into(), mb * 1048576.0);
+        }
     }
     for state in [
         "BORN",
@@ -186,24 +189,31 @@ async fn health_is_what_the_bus_does_and_comes_back_with_it() {
     assert!(took < Duration::from_secs(10), "{took:?}");
     failing(&[]).await;
 
-    // One that ends while it is asked is not waited for.
-    host.bus().signal(Signal::SIGSTOP);
-    let ends = async {
-        sleep(Duration::from_millis(100)).await;
-        host.bus().signal(Signal::SIGKILL);
-    };
-    let (body, ()) = tokio::join!(failing(&["bus"]), ends);
-    let why = body["checks"]["bus"]["error"].as_str().unwrap();
-    assert!(why.contains("no connection"), "{body}");
-    host.stop_bus().await;
-    let before = metrics().await;
-    assert_eq!(before["ostler_bus_connected"], 0.0);
-    assert_eq!(before["ostler_bus_connects_total"], 1.0);
-    host.start_bus().await;
-    failing(&[]).await;
-    let after = metrics().await;
-    assert_eq!(after["ostler_bus_connected"], 1.0);
-    assert_eq!(after["ostler_bus_connects_total"], 2.0);
+    // One that ends while it is asked is not waited for. That takes a machine that is not busy for two seconds.
+    let mut is_told = false;
+    for connects in [1.0, 2.0, 3.0] {
+        host.bus().signal(Signal::SIGSTOP);
+        let ends = async {
+            sleep(Duration::from_millis(100)).await;
+            host.bus().signal(Signal::SIGKILL);
+        };
+        let (body, ()) = tokio::join!(failing(&["bus"]), ends);
+        let why = body["checks"]["bus"]["error"].as_str().unwrap();
+        is_told = why.contains("no connection");
+        host.stop_bus().await;
+        let before = metrics().await;
+        assert_eq!(before["ostler_bus_connected"], 0.0);
+        assert_eq!(before["ostler_bus_connects_total"], connects);
+        host.start_bus().await;
+        failing(&[]).await;
+        let after = metrics().await;
+        assert_eq!(after["ostler_bus_connected"], 1.0);
+        assert_eq!(after["ostler_bus_connects_total"], connects + 1.0);
+        if is_told {
+            break;
+        }
+    }
+    assert!(is_told, "{}", host.log());
 }
 
 #[tokio::test]
@@ -476,12 +486,12 @@ async fn metrics_tell_what_the_bus_tells() {
             .collect();
         let data = &stats["endpoints"][0]["data"];
         let same = |key: &str, state: &str| {
-            let metric = metrics[&format!("ostler_instances{{state=\"{state}\"}}")];
-            data[key].as_f64() == Some(metric)
+            let metric = metrics.get(&format!("ostler_instances{{state=\"{state}\"}}"));
+            metric.is_some() && data[key].as_f64() == metric.copied()
         };
         let counted = same("running", "RUNNING") && same("crashed", "CRASHED");
-        let instances = metrics["ostler_instances{state=\"CRASHED\"}"];
-        if differing.is_empty() && counted && instances == 1.0 {
+        let crashed = metrics.get("ostler_instances{state=\"CRASHED\"}");
+        if differing.is_empty() && counted && crashed == Some(&1.0) {
             break metrics;
         }
         assert!(

@@ -604,8 +604,8 @@ async fn kills_without_end_while_the_bus_is_away_are_bounded_and_named() {
             output.text(0, "stdout").ends_with("done\n")
         })
         .await;
-    app.signal(Signal::SIGUSR2);
     let total = counted(&scene.host, &handle);
+    app.signal(Signal::SIGUSR2);
     let told = scene
         .events
         .until("its exit", |event| event["exit_status"].is_i64())

@@ -3,6 +3,7 @@
 use futures_util::StreamExt;
 use nix::sys::signal::Signal;
 use serde_json::json;
+use std::time::Instant;
 use tests::{Droplet, Host, numbered, patience};
 use tokio::time::timeout;
 
@@ -45,15 +46,19 @@ async fn small_lines_that_follow_each_other_go_together() {
     );
     let start = host.message("drip", &Droplet::shell(&script));
     host.publish(&host.subject("start"), &start).await;
-    let (mut bytes, mut count) = (0, 0);
+    let (mut bytes, mut count, mut first) = (0, 0, None);
     while bytes < 2 * LINES {
         let message = timeout(patience(), messages.next()).await;
         bytes += message.expect("all of it").unwrap().payload.len();
         count += 1;
+        first.get_or_insert_with(Instant::now);
     }
+    let took = first.unwrap().elapsed();
     assert_eq!(exits.next().await["output"]["stdout"], 2 * LINES);
     assert_eq!(bytes, 2 * LINES);
-    assert!(count < LINES / 2, "{count} messages");
+    // One in two milliseconds, and some whose first ones came late.
+    let most = took.as_millis() / 2 + 200;
+    assert!(count < most, "{count} messages in {took:?}");
 }
 
 #[tokio::test]
@@ -104,7 +109,7 @@ async fn a_stopped_linker_stops_the_bus_and_not_the_app() {
     let mut output = host.output("lines").await;
     let mut message = host.message("lines", &Droplet::sample("lines"));
     // 12 MB in all: less than the spool keeps.
-    message["env"] = json!(["RATE=3000000", "LINES=60000"]);
+    message["env"] = json!(["RATE=2000000", "LINES=60000"]);
     host.run(message).await;
     output
         .until("lines", |output| output.stream(0, "stdout").next > 100)

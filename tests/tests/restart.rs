@@ -216,6 +216,9 @@ async fn an_agent_can_be_asked_from_its_first_word_on() {
         host.kill9().await;
         let subject = ["dea.heartbeat", "dea.advertise"][usize::from(round % 2 == 1)];
         let mut first = host.watch(subject).await;
+        // What the killed one has said last is on its way yet.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        first.arrived();
         host.spawn_agent();
         first.next().await;
         let find = json!({"droplet": "app"});

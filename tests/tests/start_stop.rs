@@ -330,7 +330,13 @@ async fn an_end_of_its_own_says_more_than_a_port_that_closed_with_it() {
         let mut message = host.message(name, &going_away(name, rest));
         message["uris"] = json!([format!("{name}.example.net")]);
         host.run(message).await;
-        let app = host.tree().one(name).clone();
+        // What it leaves behind bears its name at first.
+        let tree = host
+            .tree_until("the app", |tree| {
+                tree.named("rest").len() == usize::from(rest) && tree.named(name).len() == 1
+            })
+            .await;
+        let app = tree.one(name).clone();
         // As on a machine that is slow: the port is closed, and nobody has told of the end.
         let mut init = app.clone();
         while init.comm != "wshd" {
@@ -798,7 +804,10 @@ async fn a_query_is_answered_for_every_instance_however_many() {
 
 /// A server with TLS for `files`, whose certificate is signed by an authority of its own: its address,
 /// and the file that makes a client trust it.
-fn https(directory: &std::path::Path, files: &[(&str, &[u8])]) -> (tests::Running, String, String) {
+async fn https(
+    directory: &std::path::Path,
+    files: &[(&str, &[u8])],
+) -> (tests::Running, String, String) {
     std::fs::create_dir_all(directory).unwrap();
     for (name, bytes) in files {
         std::fs::write(directory.join(name), bytes).unwrap();
@@ -810,6 +819,12 @@ fn https(directory: &std::path::Path, files: &[(&str, &[u8])]) -> (tests::Runnin
     );
     let log = directory.join("log");
     let server = tests::Running::start(std::path::Path::new("bash"), &["-c", &serve], &log);
+    while tokio::net::TcpStream::connect("127.0.0.1:8443")
+        .await
+        .is_err()
+    {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     let trust = certificates.path("ca.pem");
     (server, "https://127.0.0.1:8443".to_owned(), trust)
 }
@@ -819,7 +834,7 @@ async fn droplets_come_by_https_from_whom_the_host_trusts() {
     let mut host = Host::start().await;
     let sleeper = Droplet::sample("sleeper");
     let directory = host.base.with_file_name("https");
-    let (server, url, trust) = https(&directory, &[("droplet.tgz", &sleeper.0)]);
+    let (server, url, trust) = https(&directory, &[("droplet.tgz", &sleeper.0)]).await;
     let mut message = host.message("app", &sleeper);
     message["executableUri"] = json!(format!("{url}/droplet.tgz"));
     let mut exits = host.watch("droplet.exited").await;

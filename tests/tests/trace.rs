@@ -148,14 +148,18 @@ async fn kills_and_refusals_bear_their_trace_and_the_log_names_it() {
     for (one, traced) in [(eater, true), (other, false)] {
         let handle = one["handle"].as_str().unwrap();
         let last = format!("handle=\"{handle}\" state=\"CRASHED\"");
-        let log = host.logged(0, &last).await;
-        let lines: Vec<&str> = log.lines().filter(|line| line.contains(handle)).collect();
-        for words in ["accepted a start", "out of memory", "entered a state"] {
-            assert!(
-                lines.iter().any(|line| line.contains(words)),
-                "{words}: {lines:#?}"
-            );
-        }
+        let all = ["accepted a start", "out of memory", "entered a state"];
+        let deadline = std::time::Instant::now() + patience();
+        let lines: Vec<String> = loop {
+            let log = host.logged(0, &last).await;
+            let lines = log.lines().filter(|line| line.contains(handle));
+            let lines: Vec<String> = lines.map(str::to_owned).collect();
+            let has = |words: &&str| lines.iter().any(|line| line.contains(words));
+            if all.iter().all(has) {
+                break lines;
+            }
+            assert!(std::time::Instant::now() < deadline, "{lines:#?}");
+        };
         for line in lines {
             assert_eq!(line.contains(&id), traced, "{line}");
             assert_eq!(line.contains("trace="), traced, "{line}");

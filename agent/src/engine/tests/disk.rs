@@ -53,6 +53,11 @@ fn unused(world: &World) -> u64 {
     space.blocks_available() * space.fragment_size() - 64 * MB - spools
 }
 
+/// The same, but for what the depot's own file system writes down meanwhile.
+fn near(one: u64, other: u64) {
+    assert!(one.abs_diff(other) < MB, "{one} {other}");
+}
+
 /// Jobs are numbered through.
 struct Jobs<'a>(&'a Container, u32);
 
@@ -286,7 +291,7 @@ fn what_the_depot_does_not_have_is_promised_to_nobody() {
         assert!(taken <= engine.disk_needs(limit(512 * MB)), "{taken}");
         // What a look has counted is not taken twice, however old the look is; what it has not is taken.
         let free = left(&engine).await;
-        assert_eq!(free, unused(&world));
+        near(free, unused(&world));
         let beside = |handle: &str, bytes| {
             let here = std::iter::once((handle, limit(bytes)));
             engine.disk_left(here, 1).unwrap()
@@ -296,7 +301,7 @@ fn what_the_depot_does_not_have_is_promised_to_nobody() {
         let takes = engine.disk_needs(limit(16 * MB)) + world.config().spool_bytes;
         assert_eq!(beside("planned", 16 * MB), free - takes);
         change(&container, 520 * MB).await.unwrap();
-        assert_eq!(beside(&world.handle, 520 * MB), unused(&world));
+        near(beside(&world.handle, 520 * MB), unused(&world));
         container.destroy().await.unwrap();
         world.nothing_left(&world.handle).await;
         engine.close().await;
@@ -316,7 +321,7 @@ fn what_the_kernel_takes_out_of_an_image_stays_promised() {
         // preallocated files can make it do so.
         let image = format!("{base}/containers/{}/disk.img", world.handle);
         let before = left(&engine).await;
-        assert_eq!(before, unused(&world));
+        near(before, unused(&world));
         run(&[
             "fallocate",
             "--punch-hole",
@@ -529,7 +534,7 @@ async fn promises_are_counted(world: &World, engine: &Engine, container: &Contai
     let most = usage(container).await;
     let promised = most.limit.bytes - most.bytes;
     let free = unused(world);
-    assert_eq!(left(engine).await, free - promised);
+    near(left(engine).await, free - promised);
     let mut spec = world.spec(&fresh_handle());
     spec.disk.bytes = free - promised / 2;
     let error = create(engine, spec.clone()).await.unwrap_err();
