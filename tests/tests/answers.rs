@@ -1010,6 +1010,16 @@ async fn a_start_beyond_what_may_wait_is_busy_and_stops_and_queries_are_not() {
     host.stop("known").await;
 }
 
+/// Runs an app that hears no TERM, and has ten minutes to.
+async fn run_deaf(host: &Host) {
+    let mut output = host.output("deaf").await;
+    let mut start = host.message("deaf", &Droplet::shell(DEAF));
+    start["stop_grace"] = json!(600);
+    host.run(start).await;
+    let up = |output: &tests::Output| output.text(0, "stdout") == "up\n";
+    output.until("first line", up).await;
+}
+
 /// The process that an app's script is.
 fn shell(host: &Host) -> tests::Process {
     let tree = host.tree();
@@ -1053,11 +1063,7 @@ async fn who_waits_for_an_agent_that_leaves_asks_its_successor() {
     assert_eq!(found(&host, "slow").await.len(), 1, "one start");
     host.stop("slow").await;
 
-    let mut output = host.output("deaf").await;
-    let mut start = host.message("deaf", &Droplet::shell(DEAF));
-    start["stop_grace"] = json!(600);
-    host.run(start).await;
-    output.until("first line", up).await;
+    run_deaf(&host).await;
     let stop = json!({"droplet": "deaf", "wait": "stopped", "request_id": "stop"});
     let mut heartbeats = host.watch("dea.heartbeat").await;
     let first = asked(&host, "stop", &stop);
@@ -1109,11 +1115,7 @@ async fn a_scale_waits_for_what_an_earlier_one_began() {
     }
     host.stop("slow").await;
 
-    let mut output = host.output("deaf").await;
-    let mut start = host.message("deaf", &Droplet::shell(DEAF));
-    start["stop_grace"] = json!(600);
-    host.run(start).await;
-    output.until("first line", up).await;
+    run_deaf(&host).await;
     let none = json!({"instances": 0});
     let stopped = host.request(&subject, &scale("deaf", none.clone())).await;
     assert_eq!(stopped["stopped"].as_array().unwrap().len(), 1, "{stopped}");
@@ -1131,12 +1133,7 @@ async fn a_scale_waits_for_what_an_earlier_one_began() {
 #[tokio::test]
 async fn an_answer_that_falls_due_without_a_bus_still_comes() {
     let mut host = Host::start().await;
-    let mut output = host.output("deaf").await;
-    let mut start = host.message("deaf", &Droplet::shell(DEAF));
-    start["stop_grace"] = json!(600);
-    host.run(start).await;
-    let up = |output: &tests::Output| output.text(0, "stdout") == "up\n";
-    output.until("first line", up).await;
+    run_deaf(&host).await;
     let mut heartbeats = host.watch("dea.heartbeat").await;
     let stop = asked(
         &host,

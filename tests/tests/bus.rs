@@ -377,6 +377,25 @@ async fn tls_before_the_first_word() {
     proxy.end();
 }
 
+/// As systemd starts a service without `User=`.
+#[tokio::test]
+async fn a_context_is_looked_for_at_home_also_without_that_variable() {
+    let directory = Directory::new();
+    let at = directory.0.display();
+    let passwd = directory.write("passwd", &format!("root:x:0:0:root:{at}:/bin/sh\n"));
+    let mut host = Host::start().await;
+    host.kill9().await;
+    host.set_agent_env(&[("NATS_CONTEXT", "prod")]);
+    let script = format!(
+        "mount --bind {passwd} /etc/passwd && exec env -u HOME -u XDG_CONFIG_HOME \"$0\" \"$@\""
+    );
+    host.spawn_agent_by(&["unshare", "--mount", "sh", "-c", &script]);
+    let wanted = format!("{at}/.config/nats/context/prod.json");
+    host.logged(0, &wanted).await;
+    let ended = host.ended().await;
+    assert_eq!(ended.code(), Some(78), "{}", host.log());
+}
+
 #[tokio::test]
 async fn a_context_of_the_nats_command() {
     let directory = Directory::new();

@@ -215,7 +215,7 @@ async fn update_and_stop(host: &Host, droplet: &str, stopped: u64) -> String {
             ),
             (
                 "dea.find.droplet",
-                json!({"droplet": droplet, "version": V2}),
+                json!({"droplet": droplet, "version": V2, "include_stats": true}),
             ),
             ("dea.stop", json!({"droplet": droplet, "version": V1})),
             ("dea.stop", json!({"droplet": droplet, "version": V2})),
@@ -231,6 +231,9 @@ async fn update_and_stop(host: &Host, droplet: &str, stopped: u64) -> String {
     );
     let id = found["instance"].as_str().unwrap();
     assert_eq!(found["staged"], format!("/{id}"));
+    if found["state"] == "RUNNING" {
+        assert_eq!(found["stats"]["uris"], json!(["c", "d"]), "{found}");
+    }
     if stopped == 1 {
         assert_eq!(answers[4]["instances"], json!([id]), "{answers:?}");
     }

@@ -57,6 +57,19 @@ impl Drop for Scratch {
     }
 }
 
+/// A host whose followers of jobs wait at a gate, with more in its configuration.
+async fn behind_a_gate(more: &[(&str, &str)]) -> (Scratch, Host) {
+    let real = std::env::var("OSTLER_HELPERS").expect("the runner says where the helpers are");
+    let helpers = Scratch::with_gate(&real);
+    let own = helpers.0.to_str().unwrap();
+    let host = Host::with(tests::Setup {
+        config: &[&[(&*real, own)], more].concat(),
+        ..Default::default()
+    })
+    .await;
+    (helpers, host)
+}
+
 /// Ends the lines app and checks that every line of both streams arrived once, up to the announced end.
 async fn every_line_once(host: &Host, output: &mut Output) {
     let mut exits = host.watch("droplet.exited").await;
@@ -556,14 +569,7 @@ async fn a_start_that_was_cut_off_before_its_job_begins_again() {
 
 #[tokio::test]
 async fn a_start_of_which_nothing_can_be_learnt_is_a_crash() {
-    let real = std::env::var("OSTLER_HELPERS").unwrap();
-    let helpers = Scratch::with_gate(&real);
-    let own = helpers.0.to_str().unwrap();
-    let mut host = Host::with(tests::Setup {
-        config: &[(&real, own)],
-        ..Default::default()
-    })
-    .await;
+    let (helpers, mut host) = behind_a_gate(&[]).await;
     let mut start = host.message(
         "app",
         &Droplet::shell("exec perl -e '$0 = \"silentapp\"; sleep 1 while 1'"),
@@ -593,18 +599,11 @@ async fn a_start_of_which_nothing_can_be_learnt_is_a_crash() {
 
 #[tokio::test]
 async fn a_start_waits_for_its_turn_and_can_be_stopped_meanwhile() {
-    let real = std::env::var("OSTLER_HELPERS").expect("the runner says where the helpers are");
-    // Whoever follows the job says nothing of it as long as the gate is shut: the one turn is taken.
-    let helpers = Scratch::with_gate(&real);
-    let own = helpers.0.to_str().unwrap();
-    let host = Host::with(tests::Setup {
-        config: &[
-            (&real, own),
-            ("[resources]", "[resources]\nparallel_starts = 1"),
-            ("[network]", "[instance]\nstop_grace = 1\n[network]"),
-        ],
-        ..Default::default()
-    })
+    // As long as the gate is shut the one turn is taken.
+    let (helpers, host) = behind_a_gate(&[
+        ("[resources]", "[resources]\nparallel_starts = 1"),
+        ("[network]", "[instance]\nstop_grace = 1\n[network]"),
+    ])
     .await;
     let sleeper = Droplet::sample("sleeper");
     let containers = host.base.join("containers");
@@ -646,14 +645,7 @@ async fn a_start_waits_for_its_turn_and_can_be_stopped_meanwhile() {
 
 #[tokio::test]
 async fn a_kill_that_comes_before_the_app_is_known_to_run_ends_it() {
-    let real = std::env::var("OSTLER_HELPERS").expect("the runner says where the helpers are");
-    let helpers = Scratch::with_gate(&real);
-    let own = helpers.0.to_str().unwrap();
-    let mut host = Host::with(tests::Setup {
-        config: &[(&real, own)],
-        ..Default::default()
-    })
-    .await;
+    let (helpers, mut host) = behind_a_gate(&[]).await;
     let mut events = host.watch("droplet.*").await;
     let worker = "perl -e '$SIG{USR1} = sub { push @held, \"x\" x (1 << 20) while 1 }; $0 = \"worker\"; sleep 1 while 1'";
     let app = format!("{worker} &\nwhile :; do sleep 1000 & wait; done");

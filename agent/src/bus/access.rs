@@ -26,6 +26,7 @@ const DEFAULT_URL: &str = "nats://127.0.0.1:4222";
 
 /// How long one attempt to connect may take, where nothing else is said.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// The least and the most that can be said.
 const LEAST_PATIENCE: Duration = Duration::from_millis(100);
 const MOST_PATIENCE: Duration = Duration::from_secs(600);
 

@@ -304,7 +304,7 @@ mod tests {
     #[tokio::test]
     async fn a_server_that_does_not_read_makes_the_client_keep_little() {
         const MIB: usize = 1 << 20;
-        // What the kernel keeps for a connection on both ends.
+        // What the kernel keeps for a connection on both ends, and the client has in hand.
         const SOCKETS: usize = 32;
         let server = Server::start();
         let address = server.address().await;

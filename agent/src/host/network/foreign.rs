@@ -2,9 +2,8 @@
 //!
 //! Every base chain at a hook must let a packet pass; our accept does not outvote their drop. Docker
 //! (and ufw) give `FORWARD` of iptables the policy DROP, others a last rule that rejects. There, and only
-//! there, two commented accepts
-//! go in, into `DOCKER-USER` where it is (Docker leaves that chain alone), else into `FORWARD`; they
-//! leave with the agent. Our own table still refuses what it refuses.
+//! there, two commented accepts go in, into `DOCKER-USER` where it is (Docker leaves that chain alone),
+//! else into `FORWARD`; they leave with the agent. Our own table still refuses what it refuses.
 
 use super::decode::Chain;
 use super::table::TABLE;

@@ -187,8 +187,28 @@ pub(super) fn event(subject: &str, body: &impl serde::Serialize) -> Event {
 
 #[cfg(test)]
 mod tests {
-    use super::stale_after;
+    use super::{deliver, refused, stale_after};
+    use crate::instances::outlet::outlet;
+    use messages::reply::{ErrorCode, Reply};
+    use serde_json::json;
     use std::time::Duration;
+
+    #[tokio::test]
+    async fn refusals_that_the_bus_never_takes_are_left_out_in_the_end() {
+        const TOO_MANY: u64 = 70_000;
+        let (outlet, inlet) = outlet();
+        inlet.link.send_modify(|link| link.up = true);
+        let refusal = Reply::error(ErrorCode::Busy, "later");
+        let start = json!({
+            "droplet": "app", "version": "1", "index": 0, "cc_partition": "default",
+        });
+        for _ in 0..TOO_MANY {
+            let event = refused(&start, &refusal).unwrap();
+            deliver(outlet.clone(), event, None);
+        }
+        // Each counts for a KiB, of 64 MiB.
+        assert_eq!(outlet.left_out().value(), TOO_MANY - (64 << 10));
+    }
 
     #[test]
     fn a_route_outlives_three_repeats_and_an_agent_that_is_replaced() {

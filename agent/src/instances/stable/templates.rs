@@ -170,8 +170,7 @@ fn replace(
     Ok(())
 }
 
-/// Blocks.
-/// What is there, and its apps, those first whose file is oldest.
+/// What is there, and its apps, those first whose file is oldest. Blocks.
 fn load(dir: &Path) -> (HashMap<String, Value>, VecDeque<String>) {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     let templates = entries.filter_map(|entry| {
