@@ -10,15 +10,15 @@ use futures_util::TryStreamExt as _;
 use nix::errno::Errno;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
 use rtnetlink::packet_route::link::{
-    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkInfo, LinkMessage,
+    InfoData, InfoKind, InfoVeth, LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsRawFd as _, BorrowedFd};
 use std::thread;
-use tokio::sync::oneshot;
+use tokio::sync::{Mutex, MutexGuard, oneshot};
 
 /// What the name of every host end begins with.
 pub(super) const PREFIX: &str = "os-";
@@ -34,7 +34,7 @@ pub(super) fn name(handle: &str) -> String {
 }
 
 /// The handle in a host end's name; `None` when the name has not the shape that ours have.
-fn handle(name: &str) -> Option<&str> {
+pub(super) fn handle(name: &str) -> Option<&str> {
     let handle = name.strip_prefix(PREFIX)?;
     let ours = handle.len() == 11
         && handle
@@ -47,8 +47,21 @@ fn handle(name: &str) -> Option<&str> {
 #[derive(Debug)]
 pub(super) struct Links {
     pub(super) handle: Handle,
+    /// Held by whoever changes how much a container may receive.
+    shaping: Mutex<()>,
     /// Ends the thread when it is dropped; the connection itself would outlive its last handle.
     _alive: oneshot::Sender<()>,
+}
+
+/// A link whose name begins as those of host ends do.
+#[derive(Debug)]
+pub(super) struct HostEnd {
+    /// Its name.
+    pub(super) link: String,
+    /// Whose it is; `None`: no container's.
+    pub(super) handle: Option<String>,
+    /// Whether it is up.
+    pub(super) up: bool,
 }
 
 /// An IPv4 address of this host.
@@ -84,6 +97,7 @@ impl Links {
             .map_err(NetworkError::Netlink)?;
         Ok(Self {
             handle,
+            shaping: Mutex::new(()),
             _alive: alive,
         })
     }
@@ -124,17 +138,44 @@ impl Links {
 
     /// The other end is still down, so nothing passes before the settings hold.
     async fn configure(&self, link: &str, lease: &Lease) -> Result<(), NetworkError> {
-        let settings = link.to_owned();
-        blocking(move || set(&settings)).await?;
+        self.set(link).await?;
         let missing = || failed("find", link, rtnetlink::Error::RequestFailed);
         let index = self.index(link).await?.ok_or_else(missing)?;
-        let add = self
-            .handle
-            .address()
-            .add(index, IpAddr::V4(lease.host), lease.prefix);
-        add.execute()
-            .await
-            .map_err(|error| failed("give an address to", link, error))
+        self.give(index, link, lease).await.map(drop)
+    }
+
+    /// Gives a host end its settings; tells whether it did not forward.
+    pub(super) async fn set(&self, link: &str) -> Result<bool, NetworkError> {
+        let link = link.to_owned();
+        blocking(move || set(&link)).await
+    }
+
+    /// Gives a host end its address; tells whether it had not.
+    pub(super) async fn give(
+        &self,
+        index: u32,
+        link: &str,
+        lease: &Lease,
+    ) -> Result<bool, NetworkError> {
+        let host = IpAddr::V4(lease.host);
+        let add = self.handle.address().add(index, host, lease.prefix);
+        match add.execute().await {
+            Ok(()) => Ok(true),
+            Err(error) if errno(&error) == Some(Errno::EEXIST) => Ok(false),
+            Err(error) => Err(failed("give an address to", link, error)),
+        }
+    }
+
+    /// Sets a host end up.
+    pub(super) async fn set_up(&self, index: u32, link: &str) -> Result<(), NetworkError> {
+        let up = LinkUnspec::new_with_index(index).up().build();
+        let set = self.handle.link().set(up).execute().await;
+        set.map_err(|error| failed("set up", link, error))
+    }
+
+    /// Until it is dropped nobody else changes how much a container may receive.
+    pub(super) async fn turn(&self) -> MutexGuard<'_, ()> {
+        self.shaping.lock().await
     }
 
     /// Removes a link and with it its other end. None of that name is no error. The kernel takes tens
@@ -151,34 +192,25 @@ impl Links {
         }
     }
 
-    /// The handles of all host ends there are.
-    pub(super) async fn handles(&self) -> Result<Vec<String>, NetworkError> {
+    /// All links whose names begin as those of host ends do, by index.
+    pub(super) async fn host_ends(&self) -> Result<BTreeMap<u32, HostEnd>, NetworkError> {
         let mut links = self.handle.link().get().execute();
-        let mut handles = Vec::new();
-        while let Some(link) = links
-            .try_next()
-            .await
-            .map_err(|e| failed("list", "all", e))?
-        {
-            if let (Some(name), true) = (name_of(&link), is_veth(&link)) {
-                handles.extend(handle(name).map(str::to_owned));
-            }
-        }
-        Ok(handles)
-    }
-
-    /// A link whose name begins as those of host ends do, and is none.
-    pub(super) async fn stranger(&self) -> Result<Option<String>, NetworkError> {
-        let mut links = self.handle.link().get().execute();
+        let mut found = BTreeMap::new();
         let listing = |error| failed("list", "all", error);
         while let Some(link) = links.try_next().await.map_err(listing)? {
-            if let Some(name) = name_of(&link).filter(|name| name.starts_with(PREFIX))
-                && (handle(name).is_none() || !is_veth(&link))
-            {
-                return Ok(Some(name.to_owned()));
-            }
+            found.extend(host_end(&link).map(|end| (link.header.index, end)));
         }
-        Ok(None)
+        Ok(found)
+    }
+
+    /// The one of them that has this index.
+    pub(super) async fn host_end(&self, index: u32) -> Result<Option<HostEnd>, NetworkError> {
+        let get = self.handle.link().get().match_index(index);
+        match get.execute().try_next().await {
+            Ok(found) => Ok(found.as_ref().and_then(host_end)),
+            Err(error) if errno(&error) == Some(Errno::ENODEV) => Ok(None),
+            Err(error) => Err(failed("find", &format!("number {index}"), error)),
+        }
     }
 
     /// The IPv4 addresses of this host, except those of host ends.
@@ -257,15 +289,25 @@ fn serve(answer: oneshot::Sender<io::Result<Handle>>, dropped: oneshot::Receiver
 }
 
 /// Replies to 127.0.0.1 come back over this link; `raw_in` of the table drops whatever else names
-/// 127/8. Blocks: some settings wait for RTNL.
-fn set(link: &str) -> Result<(), NetworkError> {
+/// 127/8. Blocks: some settings wait for RTNL. Tells whether it did not forward.
+fn set(link: &str) -> Result<bool, NetworkError> {
     sysctl::write(&format!("ipv4/conf/{link}/route_localnet"), "1")?;
     sysctl::write(&format!("ipv4/conf/{link}/rp_filter"), "1")?;
-    sysctl::write(&format!("ipv4/conf/{link}/forwarding"), "1")?;
+    let forwards = sysctl::write(&format!("ipv4/conf/{link}/forwarding"), "1")?;
     // On for new links, and off for all of them unless somebody changes that.
     sysctl::write(&format!("ipv4/conf/{link}/accept_source_route"), "0")?;
     // A kernel without IPv6 has nothing to turn off.
-    sysctl::write_if_there(&format!("ipv6/conf/{link}/disable_ipv6"), "1")
+    sysctl::write_if_there(&format!("ipv6/conf/{link}/disable_ipv6"), "1")?;
+    Ok(forwards)
+}
+
+fn host_end(link: &LinkMessage) -> Option<HostEnd> {
+    let name = name_of(link).filter(|name| name.starts_with(PREFIX))?;
+    Some(HostEnd {
+        link: name.to_owned(),
+        handle: handle(name).filter(|_| is_veth(link)).map(str::to_owned),
+        up: link.header.flags.contains(LinkFlags::Up),
+    })
 }
 
 fn name_of(link: &LinkMessage) -> Option<&str> {

@@ -35,6 +35,9 @@ mod standing;
 mod subnet;
 mod sysctl;
 mod table;
+mod tend;
+#[cfg(test)]
+mod tended;
 #[cfg(test)]
 mod testbed;
 #[cfg(test)]
@@ -67,6 +70,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use subnet::Subnet;
 use table::{HostAccess, Policy};
+use tend::Tending;
 use tracing::{debug, warn};
 use watch::{Changes, Watch};
 
@@ -155,9 +159,10 @@ impl Attached {
 /// The network of this host, in the network namespace in which it was opened.
 #[derive(Debug)]
 pub struct Network {
-    links: Links,
+    links: Arc<Links>,
     rules: Arc<Rules>,
     watch: Arc<Watch>,
+    tending: Tending,
     pools: Arc<Mutex<Pools>>,
     standing: Arc<Standing>,
     pool: Subnet,
@@ -176,16 +181,17 @@ struct Pools {
 
 impl Network {
     /// Makes this host ready: forwarding, the table, and accepts where others' rules would drop what
-    /// ours let pass. Elements of a former agent stay until [`Network::rebuild`]. From here on a thread
-    /// mends what others take away, until this is dropped.
+    /// ours let pass. Elements of a former agent stay until [`Network::rebuild`]. From here on a thread and a task
+    /// mend what others take away, until this is dropped.
     ///
     /// # Errors
     /// When the pool is unfit, `nft` is missing or refuses, or `/proc/sys/net` is read-only.
     pub async fn open(config: &NetworkConfig) -> Result<Self, NetworkError> {
         let pool = Subnet::parse(config.pool)?;
-        let links = Links::open().await?;
-        if let Some(stranger) = links.stranger().await? {
-            return Err(NetworkError::NameInUse(stranger));
+        let links = Arc::new(Links::open().await?);
+        let ends = links.host_ends().await?;
+        if let Some(stranger) = ends.into_values().find(|end| end.handle.is_none()) {
+            return Err(NetworkError::NameInUse(stranger.link));
         }
         let addresses = links.addresses().await?;
         if let Some(taken) = addresses.iter().find(|taken| pool.contains(taken.address)) {
@@ -217,10 +223,12 @@ impl Network {
             Ok((rules, watch, pools, standing))
         })
         .await?;
+        let watch = Arc::new(watch);
         Ok(Self {
+            tending: Tending::start(Arc::clone(&links), &rules, &watch)?,
             links,
             rules,
-            watch: Arc::new(watch),
+            watch,
             pools: Arc::new(Mutex::new(pools)),
             standing: Arc::new(standing),
             pool,
@@ -368,11 +376,11 @@ impl Network {
     /// # Errors
     /// When the kernel refuses; it may receive as much as was asked for then.
     pub async fn limit(&self, handle: &str, bandwidth: Bandwidth) -> Result<(), NetworkError> {
+        let _turn = self.links.turn().await;
         let link = link::name(handle);
         self.links.shape(&link, bandwidth.into).await?;
         let of = handle.to_owned();
-        self.with(move |rules| rules.set_rate(&of, bandwidth.out))
-            .await
+        self.with(move |rules| rules.limit(&of, bandwidth)).await
     }
 
     /// How much a container may receive and send, as the kernel has it.
@@ -442,13 +450,16 @@ impl Network {
     }
 
     /// Makes the table say exactly what it shall for the containers in `live`: their connections go on,
-    /// elements of all others are gone. Where the table was missing, connections that it refuses end.
+    /// elements of all others are gone. Where the table was missing, connections that it refuses end. What
+    /// others have changed of the links is put back soon.
     ///
     /// # Errors
     /// When `nft` refuses.
     pub async fn rebuild(&self, live: &[Attached]) -> Result<(), NetworkError> {
         let live = live.to_vec();
-        self.with(move |rules| rules.rebuild(live)).await
+        let rebuilt = self.with(move |rules| rules.rebuild(live)).await;
+        self.tending.look_at_all();
+        rebuilt
     }
 
     /// Removes the link of a container that is dead, if it is still there: the kernel takes its namespace
@@ -467,7 +478,8 @@ impl Network {
     /// The first one, after all have been tried.
     pub async fn sweep_links(&self, known: &HashSet<String>) -> Result<usize, NetworkError> {
         let mut outcome = Ok(0);
-        for handle in self.links.handles().await? {
+        let ends = self.links.host_ends().await?.into_values();
+        for handle in ends.filter_map(|end| end.handle) {
             if known.contains(&handle) {
                 continue;
             }
@@ -484,6 +496,7 @@ impl Network {
     /// forwarding off if it was and nobody came who needs it. Links go with their containers. Only of ports that
     /// rest a word stays: routers do not forget them any sooner. What is refused is logged, and the rest done.
     pub async fn close(&self) {
+        self.tending.end();
         let kept = {
             let mut pools = self.pools();
             // Routers may know a port whose container was removed without being asked (a shutdown without a bus).

@@ -16,7 +16,7 @@ use super::foreign::{self, Accepts};
 use super::nfnetlink::{CHANGES_MAX, Difference, Layout, Nftables};
 use super::table::{self, Elements, Policy};
 use super::watch::Changes;
-use super::{Attached, NetworkError, program, sysctl};
+use super::{Attached, Bandwidth, Lease, NetworkError, program, sysctl};
 use nix::errno::Errno;
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
@@ -144,15 +144,10 @@ impl Rules {
             false => self.mend_table(&mut shall, changes),
         };
         let table = told(table());
-        let forwarding = || {
-            if sysctl::read(FORWARDING)? == "0" {
-                warn!(
-                    "forwarding was switched off by somebody and is switched on: containers need it"
-                );
-            }
-            sysctl::write(FORWARDING, "1")
-        };
-        let forwarding = told(forwarding());
+        let forwarding = told(sysctl::write(FORWARDING, "1"));
+        if forwarding == Some(true) {
+            warn!("forwarding was switched off by somebody and is on again: containers need it");
+        }
         drop(shall);
         let settled = self.settle();
         table == Some(true) && forwarding.is_some() && settled
@@ -179,19 +174,26 @@ impl Rules {
         Ok(())
     }
 
-    /// Changes how many bytes per second an attached container may send; `None`: as many as it can.
-    pub(super) fn set_rate(&self, handle: &str, rate: Option<u64>) -> Result<(), NetworkError> {
+    /// Changes how many bytes per second an attached container may send, and notes what it may receive.
+    pub(super) fn limit(&self, handle: &str, bandwidth: Bandwidth) -> Result<(), NetworkError> {
         let mut shall = self.shall();
         let known = shall.attached.get_mut(handle);
         let known = known.ok_or_else(|| NetworkError::Detached(handle.to_owned()))?;
         // Any rate: a removal names the address only.
-        let element = table::rate(known.lease.container, rate.unwrap_or(1));
-        match rate {
+        let element = table::rate(known.lease.container, bandwidth.out.unwrap_or(1));
+        match bandwidth.out {
             Some(_) => self.nftables.replace(&element)?,
             None => self.nftables.remove(std::slice::from_ref(&element))?,
         }
-        known.bandwidth.out = rate;
+        known.bandwidth = bandwidth;
         Ok(())
+    }
+
+    /// The addresses of an attached container, and how many bytes per second it may receive.
+    pub(super) fn end_of(&self, handle: &str) -> Option<(Lease, Option<u64>)> {
+        let shall = self.shall();
+        let one = shall.attached.get(handle)?;
+        Some((one.lease.clone(), one.bandwidth.into))
     }
 
     /// How many bytes per second the kernel lets a container send; `None`: as many as it can.
@@ -290,7 +292,7 @@ impl Rules {
             .filter(|(name, rules)| !foreign::is_noted(notes, name, **rules));
         let new: Vec<&str> = new.map(|(name, _)| name.as_str()).collect();
         if new.is_empty() {
-            return sysctl::write(FORWARDING, "0");
+            return sysctl::write(FORWARDING, "0").map(drop);
         }
         let chains = new.join(", ");
         info!(

@@ -14,21 +14,24 @@ pub(super) fn read(name: &str) -> Result<String, NetworkError> {
     }
 }
 
-/// Gives a setting its value. One that has it already is not written: `/proc/sys` may be read-only
-/// in a container that was set up beforehand.
-pub(super) fn write(name: &str, value: &str) -> Result<(), NetworkError> {
+/// Gives a setting its value; tells whether it had another. One that has it already is not written:
+/// `/proc/sys` may be read-only in a container that was set up beforehand.
+pub(super) fn write(name: &str, value: &str) -> Result<bool, NetworkError> {
     if read(name)? == value {
-        return Ok(());
+        return Ok(false);
     }
     let path = path(name);
-    fs::write(&path, value).map_err(|source| NetworkError::Sysctl { path, source })
+    match fs::write(&path, value) {
+        Ok(()) => Ok(true),
+        Err(source) => Err(NetworkError::Sysctl { path, source }),
+    }
 }
 
 /// As [`write`], where the kernel may lack the setting because it lacks what would be set.
-pub(super) fn write_if_there(name: &str, value: &str) -> Result<(), NetworkError> {
+pub(super) fn write_if_there(name: &str, value: &str) -> Result<bool, NetworkError> {
     match write(name, value) {
         Err(NetworkError::Sysctl { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-            Ok(())
+            Ok(false)
         }
         other => other,
     }

@@ -223,6 +223,20 @@ pub(super) fn without(network: Network, chain: &str) {
     run("nft", &format!("flush chain inet ostler {chain}"));
 }
 
+/// Waits for what another thread will do in its own time.
+pub(super) async fn eventually(what: &str, so: impl Fn() -> bool) {
+    let end = tokio::time::Instant::now() + DEADLINE;
+    while !so() {
+        assert!(tokio::time::Instant::now() < end, "not so: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// Longer than events are let gather.
+pub(super) async fn a_while() {
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+}
+
 /// What `reject with icmpx admin-prohibited` makes of a connect.
 pub(super) fn assert_rejected(outcome: io::Result<TcpStream>) {
     assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::HostUnreachable);

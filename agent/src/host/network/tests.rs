@@ -1,9 +1,9 @@
 //! What may pass and what may not, tried with packets on the real kernel.
 
 use super::testbed::{
-    Container, DEADLINE, HOST, Namespace, OUTSIDE, assert_rejected, attached, connect, converse,
-    datagrams, exchange, ip, listed, listen, on_host, open, open_hospitable, outside, received,
-    run, without,
+    Container, DEADLINE, HOST, Namespace, OUTSIDE, a_while, assert_rejected, attached, connect,
+    converse, datagrams, eventually, exchange, ip, listed, listen, on_host, open, open_hospitable,
+    outside, received, run, without,
 };
 use super::{Lease, Network, NetworkConfig, NetworkError, sysctl};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -628,20 +628,6 @@ fn what_a_refused_detach_leaves_goes_soon() {
             .await;
         eventually("nothing is left", || ruleset() == empty).await;
     });
-}
-
-/// Waits for what another thread will do in its own time.
-async fn eventually(what: &str, so: impl Fn() -> bool) {
-    let end = tokio::time::Instant::now() + DEADLINE;
-    while !so() {
-        assert!(tokio::time::Instant::now() < end, "not so: {what}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-}
-
-/// Longer than events are let gather.
-async fn a_while() {
-    tokio::time::sleep(Duration::from_millis(1500)).await;
 }
 
 #[test]

@@ -6,8 +6,8 @@
 //!
 //! `nft flush ruleset` (a reload of nftables' unit) takes our table with it, Docker gives FORWARD the
 //! policy DROP when it starts, and `iptables -F` takes our accepts. The kernel tells of all that. It tells
-//! of nothing that iptables-legacy does, nor of settings: those are looked at again at the next event, and
-//! at the agent's start.
+//! of nothing that iptables-legacy does: that is looked at again at the next event, and at the agent's start.
+//! Who hears that forwarding was switched off ([`super::tend`]) wakes this.
 
 use super::NetworkError;
 use super::decode::{self, Chain, Message, NFPROTO_INET, RulePlace, messages};
@@ -37,9 +37,9 @@ const NEWRULE: u16 = NEWTABLE | 6;
 const DELRULE: u16 = NEWTABLE | 8;
 
 /// How long what goes on may go on before it is looked at.
-const PATIENCE: Duration = Duration::from_secs(1);
+pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 /// How soon what could not be mended is tried again: first, and at last after doubling.
-const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+pub(super) const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 
 /// How soon something wants to be looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -59,17 +59,10 @@ pub(super) struct Changes(OwnedFd);
 impl Changes {
     /// Whatever happens from here on is an event.
     pub(super) fn open() -> Result<Self, NetworkError> {
-        let open = || {
-            let descriptor = socket(
-                AddressFamily::Netlink,
-                SockType::Raw,
-                SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-                SockProtocol::NetlinkNetFilter,
-            )?;
-            bind(descriptor.as_raw_fd(), &NetlinkAddr::new(0, GROUPS))?;
-            Ok(Self(descriptor))
-        };
-        open().map_err(|errno: Errno| NetworkError::Watch(errno.into()))
+        let opened = listen(SockProtocol::NetlinkNetFilter, GROUPS);
+        opened
+            .map(Self)
+            .map_err(|errno| NetworkError::Watch(errno.into()))
     }
 
     /// Takes all events there are, and tells how urgent the most urgent one is. Never waits.
@@ -91,6 +84,14 @@ impl Changes {
             );
         }
     }
+}
+
+/// A netlink socket that hears what these multicast groups are told, and never waits.
+pub(super) fn listen(protocol: SockProtocol, groups: u32) -> nix::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let descriptor = socket(AddressFamily::Netlink, SockType::Raw, flags, protocol)?;
+    bind(descriptor.as_raw_fd(), &NetlinkAddr::new(0, groups))?;
+    Ok(descriptor)
 }
 
 /// Elements, which are most events and mostly our own, concern nobody.
