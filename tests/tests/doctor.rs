@@ -124,6 +124,12 @@ async fn what_is_weaker_is_a_warning_with_what_to_do() {
     fs::write("/proc/sys/net/ipv4/ip_local_reserved_ports", "61001-65000").unwrap();
     let (_, report) = run(&mut host.ostler("doctor"));
     assert!(!report.contains("ip_local_reserved_ports"), "{report}");
+    tool("ip", &["link", "add", "os-mgmt", "type", "bridge"]);
+    let (code, report) = run(&mut host.ostler("doctor"));
+    let found = "names of links: os-mgmt is taken for a container's";
+    assert!(code == 1 && report.contains(found), "{report}");
+    tool("ip", &["link", "delete", "os-mgmt"]);
+    assert_eq!(run(&mut host.ostler("doctor")).0, 0);
 }
 
 /// Fails unless both say exactly this is missing, and neither goes on.

@@ -206,3 +206,31 @@ async fn bandwidth_is_as_configured_also_by_the_next_agent() {
     assert!(time > least, "limited again: {time:?}");
     host.stop("probe").await;
 }
+
+#[tokio::test]
+async fn what_somebody_does_to_a_link_is_undone_and_told() {
+    let mut host = Host::start().await;
+    host.run(probe(&host, "probe", json!([]))).await;
+    let port = port(&host, "probe").await;
+    let links = tool("ip", &["-o", "link", "show", "type", "veth"]);
+    let link = links.split([' ', '@']).find(|word| word.starts_with("os-"));
+    let link = link.unwrap();
+    let serves = || told(port, "try 127.0.0.1 1") == "shut";
+    assert!(serves());
+    let was = format!("link={link:?} was=");
+    tool("ip", &["address", "flush", "dev", link]);
+    host.logged(0, &format!("{was}\"without its address\""))
+        .await;
+    assert!(serves());
+    // While nobody looks.
+    host.kill9().await;
+    tool("ip", &["link", "set", link, "down"]);
+    host.start_agent().await;
+    host.logged(0, &format!("{was}\"down\"")).await;
+    assert!(serves());
+    // Somebody else's, with such a name.
+    tool("ip", &["link", "add", "os-mgmt", "type", "bridge"]);
+    host.logged(0, "os-mgmt").await;
+    tool("ip", &["link", "delete", "os-mgmt"]);
+    host.stop("probe").await;
+}

@@ -154,6 +154,7 @@ pub fn all(wanted: &Wanted<'_>) -> Vec<Finding> {
         Err(error) => vec![finding(FIREWALLS, Level::Warn, error.to_string(), "")],
     });
     found.extend([
+        names(network::strange_links().map_err(|errno| errno.to_string())),
         conntrack(read_trimmed("/proc/sys/net/netfilter/nf_conntrack_max").as_deref()),
         neighbours(
             read_trimmed("/proc/sys/net/ipv4/neigh/default/gc_thresh3").as_deref(),
@@ -680,6 +681,22 @@ fn foreign_chains(chains: Vec<String>) -> Vec<Finding> {
         finding(name, Level::Warn, meaning, advice)
     };
     chains.into_iter().map(tell).collect()
+}
+
+fn names(strange: Result<Vec<String>, String>) -> Finding {
+    let name = "names of links";
+    match strange {
+        Ok(strange) if strange.is_empty() => ok(name, "os-* are containers' alone"),
+        Ok(strange) => {
+            let meaning = format!(
+                "{} is taken for a container's: the agent does not start beside it",
+                strange.join(", ")
+            );
+            let advice = "Give it a name that does not begin with os-";
+            finding(name, Level::Missing, meaning, advice)
+        }
+        Err(error) => finding(name, Level::Warn, error, ""),
+    }
 }
 
 /// Whether an address is one of this host: to reach it, the kernel comes from it.

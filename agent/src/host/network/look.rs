@@ -1,7 +1,10 @@
 //! What a person is told of this host's firewall. Nothing of the host's own is changed.
 
+use super::link::{PREFIX, handle};
 use super::table::{self, Policy, TABLE};
 use super::{NetworkError, program};
+use nix::errno::Errno;
+use nix::net::if_::if_nameindex;
 use rtnetlink::LinkVeth;
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -54,6 +57,18 @@ pub fn try_bandwidth() -> Result<(), NetworkError> {
     program::run("nft", &["-f", "-"], rule)?;
     let bucket = "qdisc add dev lo root tbf rate 1mbit burst 10kb latency 25ms";
     program::run("tc", &bucket.split(' ').collect::<Vec<_>>(), "").map(drop)
+}
+
+/// Links of this thread's network namespace that are no containers', and have names that begin as theirs do: the agent
+/// does not start beside one.
+///
+/// # Errors
+/// What the kernel says.
+pub fn strange_links() -> Result<Vec<String>, Errno> {
+    let links = if_nameindex()?;
+    let names = links.iter().map(|link| link.name().to_string_lossy());
+    let strange = names.filter(|name| name.starts_with(PREFIX) && handle(name).is_none());
+    Ok(strange.map(String::from).collect())
 }
 
 /// Others' chains that drop or reject what is forwarded unless a rule of theirs accepts it, as `ip filter FORWARD`.
