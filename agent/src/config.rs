@@ -120,6 +120,15 @@ pub struct Hooks {
 }
 
 impl Hooks {
+    /// Those that are jobs of their own.
+    pub fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        let start = [&self.before_start, &self.after_start];
+        let stop = [&self.before_stop, &self.after_stop];
+        start.into_iter().chain(stop).flatten()
+    }
+}
+
+impl Hooks {
     /// Longest time that the hooks of a stop may take together.
     #[must_use]
     pub fn longest_stop(&self) -> Duration {

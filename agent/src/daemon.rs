@@ -493,6 +493,7 @@ fn engine_config(config: &Config) -> EngineConfig {
             standing: None,
         },
         spool_bytes: config.spool_bytes,
+        jobs: 1 + config.hooks.files().count(),
         disk: config.instance.disk,
     }
 }

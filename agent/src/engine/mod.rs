@@ -75,8 +75,18 @@ pub struct EngineConfig {
     pub network: NetworkConfig,
     /// Most bytes of output that are kept for one job.
     pub spool_bytes: u64,
+    /// How many jobs of a container may have output that is kept.
+    pub jobs: usize,
     /// How writable layers are bounded.
     pub disk: DiskWay,
+}
+
+impl EngineConfig {
+    /// Most bytes of output that are kept of one container.
+    #[must_use]
+    pub fn output_bytes(&self) -> u64 {
+        self.spool_bytes.saturating_mul(self.jobs as u64)
+    }
 }
 
 /// What a container is to be.
@@ -165,8 +175,8 @@ impl Engine {
             Ok::<_, EngineError>((depot, Cgroups::open(&parent)?, depot::boot_id()?))
         })
         .await?;
+        let space = Space::new(&config.base, config.output_bytes());
         let helpers = Helpers::start(config.helpers).map_err(EngineError::Helpers)?;
-        let space = Space::new(&config.base, config.spool_bytes);
         let disks = disk::open(space, &depot, &helpers, config.disk).await?;
         let looked_at = disks.clone();
         let lookout = Lookout::open(move || looked_at.look()).await;

@@ -49,7 +49,7 @@ async fn left(engine: &Engine) -> u64 {
 /// part.
 fn unused(world: &World) -> u64 {
     let space = nix::sys::statvfs::statvfs(&world.base).unwrap();
-    let spools = 2 * world.config().spool_bytes;
+    let spools = 2 * world.config().output_bytes();
     space.blocks_available() * space.fragment_size() - 64 * MB - spools
 }
 
@@ -298,7 +298,7 @@ fn what_the_depot_does_not_have_is_promised_to_nobody() {
         };
         assert_eq!(beside(&world.handle, 512 * MB), free);
         assert_eq!(beside(&world.handle, 520 * MB), free - 8 * MB);
-        let takes = engine.disk_needs(limit(16 * MB)) + world.config().spool_bytes;
+        let takes = engine.disk_needs(limit(16 * MB)) + world.config().output_bytes();
         assert_eq!(beside("planned", 16 * MB), free - takes);
         change(&container, 520 * MB).await.unwrap();
         near(beside(&world.handle, 520 * MB), unused(&world));

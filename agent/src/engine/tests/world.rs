@@ -147,6 +147,7 @@ impl World {
             cgroup_parent: self.parent.clone(),
             network: NetworkConfig::default(),
             spool_bytes: 4 << 20,
+            jobs: 3,
             disk: DiskWay::Auto,
         }
     }

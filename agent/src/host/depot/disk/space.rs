@@ -58,7 +58,7 @@ struct Survey {
 }
 
 impl Space {
-    /// Of a depot where each container's output may take `spool_bytes`.
+    /// Of a depot where all output of a container may take `spool_bytes`.
     #[must_use]
     pub fn new(base: &Path, spool_bytes: u64) -> Self {
         Self {
