@@ -7,9 +7,15 @@ use crate::engine::{
 use crate::host::depot::disk::{DiskError, Disks, Space};
 use container::status::Status;
 use container::sys::quota::{self, Quota};
-use nix::sched::{CloneFlags, unshare};
+use container::sys::{pidfd, process};
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::stat::Mode;
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::Pid;
 use std::fs::{self, File};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
@@ -449,6 +455,64 @@ fn a_project_quota_changes_and_is_adopted_and_promises_are_counted() {
         world.nothing_left(&world.handle).await;
         second.close().await;
         assert_eq!(quota_of(&world, number), Quota::default());
+        run(&["umount", &world.base.display().to_string()]);
+    });
+}
+
+/// What root in these namespaces of a container is told, when it says something about the project of a directory.
+fn told_inside(
+    container: &Container,
+    namespaces: CloneFlags,
+    path: &str,
+    say: fn(BorrowedFd<'_>) -> nix::Result<()>,
+) -> nix::Result<()> {
+    let init = pidfd::open(container.pid()).unwrap();
+    let child = process::fork(|| {
+        let told = setns(&init, namespaces).and_then(|()| {
+            let directory = open(path, OFlag::O_DIRECTORY, Mode::empty())?;
+            say(directory.as_fd())
+        });
+        process::exit_now(told.map_or_else(|errno| errno as i32, |()| 0))
+    });
+    let ended = waitpid(Pid::from_raw(child.unwrap()), None).unwrap();
+    let WaitStatus::Exited(_, code) = ended else {
+        panic!("{ended:?}");
+    };
+    (code == 0).then_some(()).ok_or(Errno::from_raw(code))
+}
+
+#[test]
+fn a_container_leaves_its_project_by_no_way() {
+    world(|world| async move {
+        if !has_projects(&world.base) {
+            return;
+        }
+        let engine = engine(&world, DiskWay::Quota).await;
+        let container = create(&engine, world.spec(&world.handle)).await.unwrap();
+        Jobs(&container, 0).run("cd; mkdir own").await;
+        let leave = |directory: BorrowedFd<'_>| quota::set_project(directory, 0);
+        let inside = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWNS;
+        for path in ["/home/vcap/own", "/home/vcap", "/"] {
+            for way in [leave, quota::end_inheritance] {
+                let told = told_inside(&container, inside, path, way);
+                assert_eq!(told, Err(Errno::EINVAL), "{path}");
+            }
+        }
+        assert!(
+            Jobs(&container, 1)
+                .run(FILL)
+                .await
+                .contains("Disk quota exceeded")
+        );
+        // Root of the host can, at the same place.
+        let host = CloneFlags::CLONE_NEWNS;
+        told_inside(&container, host, "/home/vcap/own", leave).unwrap();
+        let script = "cd own; dd if=/dev/zero of=more bs=1M count=8 2>&1";
+        let said = Jobs(&container, 2).run(script).await;
+        assert!(!said.contains("exceeded"), "{said}");
+        container.destroy().await.unwrap();
+        world.nothing_left(&world.handle).await;
+        engine.close().await;
         run(&["umount", &world.base.display().to_string()]);
     });
 }
