@@ -17,8 +17,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsRawFd as _, BorrowedFd};
+use std::sync::Arc;
 use std::thread;
-use tokio::sync::{Mutex, MutexGuard, oneshot};
+use tokio::sync::{Mutex, OwnedMutexGuard, oneshot};
 
 /// What the name of every host end begins with.
 pub(super) const PREFIX: &str = "os-";
@@ -48,7 +49,7 @@ pub(super) fn handle(name: &str) -> Option<&str> {
 pub(super) struct Links {
     pub(super) handle: Handle,
     /// Held by whoever changes how much a container may receive.
-    shaping: Mutex<()>,
+    shaping: Arc<Mutex<()>>,
     /// Ends the thread when it is dropped; the connection itself would outlive its last handle.
     _alive: oneshot::Sender<()>,
 }
@@ -97,7 +98,7 @@ impl Links {
             .map_err(NetworkError::Netlink)?;
         Ok(Self {
             handle,
-            shaping: Mutex::new(()),
+            shaping: Arc::default(),
             _alive: alive,
         })
     }
@@ -174,8 +175,8 @@ impl Links {
     }
 
     /// Until it is dropped nobody else changes how much a container may receive.
-    pub(super) async fn turn(&self) -> MutexGuard<'_, ()> {
-        self.shaping.lock().await
+    pub(super) async fn turn(&self) -> OwnedMutexGuard<()> {
+        Arc::clone(&self.shaping).lock_owned().await
     }
 
     /// Removes a link and with it its other end. None of that name is no error. The kernel takes tens

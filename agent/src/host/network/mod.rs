@@ -16,6 +16,7 @@ mod error;
 mod foreign;
 #[cfg(test)]
 mod gap;
+mod here;
 mod link;
 mod look;
 mod nfnetlink;
@@ -56,13 +57,14 @@ pub use table::{HostService, Transport};
 
 use super::blocking;
 use crate::random;
-use link::{HostAddress, Links, Scope};
+use here::Here;
+use link::Links;
 use pool::Pool;
 use rules::Rules;
 use standing::{Kept, Standing};
 use std::collections::{BTreeSet, HashSet};
 use std::error::Error;
-use std::net::{Ipv4Addr, UdpSocket};
+use std::net::Ipv4Addr;
 use std::ops::RangeInclusive;
 use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
@@ -167,8 +169,7 @@ pub struct Network {
     standing: Arc<Standing>,
     pool: Subnet,
     first_port: u16,
-    local_ip: Ipv4Addr,
-    mtu: u32,
+    here: Arc<Here>,
 }
 
 #[derive(Debug)]
@@ -201,15 +202,9 @@ impl Network {
                 link: taken.link.clone(),
             });
         }
-        let local_ip = config
-            .local_ip
-            .or_else(outgoing)
-            .unwrap_or_else(|| first_global(&addresses));
-        let ways = [Some(local_ip), outgoing()];
-        let uplinks = addresses
-            .iter()
-            .filter(|one| ways.contains(&Some(one.address)));
-        let policy = policy(config, uplinks.map(|one| one.link.clone()).collect());
+        let here = Arc::new(Here::new(config.local_ip, config.mtu, &addresses));
+        let uplinks = here.uplinks(&addresses).map(str::to_owned).collect();
+        let policy = policy(config, uplinks);
         let ranges = config.clone();
         let (rules, watch, pools, standing) = blocking(move || {
             let changes = Changes::open()?;
@@ -225,7 +220,7 @@ impl Network {
         .await?;
         let watch = Arc::new(watch);
         Ok(Self {
-            tending: Tending::start(Arc::clone(&links), &rules, &watch)?,
+            tending: Tending::start(Arc::clone(&links), Arc::clone(&here), &rules, &watch)?,
             links,
             rules,
             watch,
@@ -233,19 +228,19 @@ impl Network {
             standing: Arc::new(standing),
             pool,
             first_port: *config.ports.start(),
-            local_ip,
-            mtu: config.mtu.unwrap_or_else(|| mtu_at(&ways, &addresses)),
+            here,
         })
     }
 
-    /// The address under which others reach this host and what it maps.
+    /// The address under which others reach this host and what it maps. It changes where none is configured and
+    /// the host has it no longer.
     pub fn local_ip(&self) -> Ipv4Addr {
-        self.local_ip
+        self.here.address()
     }
 
     /// Largest packet of a container's link, in bytes; the container's end must have the same.
     pub fn mtu(&self) -> u32 {
-        self.mtu
+        self.here.mtu()
     }
 
     /// Addresses and a host port for a new container: both or none.
@@ -354,7 +349,7 @@ impl Network {
         let (handle, into) = (container.handle.clone(), container.bandwidth.into);
         let link = link::name(&handle);
         let lease = &container.lease;
-        self.links.create(&handle, netns, lease, self.mtu).await?;
+        self.links.create(&handle, netns, lease, self.mtu()).await?;
         let shaped = match into {
             Some(rate) => self.links.shape(&link, Some(rate)).await,
             None => Ok(()),
@@ -376,11 +371,16 @@ impl Network {
     /// # Errors
     /// When the kernel refuses; it may receive as much as was asked for then.
     pub async fn limit(&self, handle: &str, bandwidth: Bandwidth) -> Result<(), NetworkError> {
-        let _turn = self.links.turn().await;
+        let turn = self.links.turn().await;
         let link = link::name(handle);
         self.links.shape(&link, bandwidth.into).await?;
         let of = handle.to_owned();
-        self.with(move |rules| rules.limit(&of, bandwidth)).await
+        let limited = self.with(move |rules| {
+            // Also where nobody waits for it any more.
+            let _turn = turn;
+            rules.limit(&of, bandwidth)
+        });
+        limited.await
     }
 
     /// How much a container may receive and send, as the kernel has it.
@@ -621,32 +621,4 @@ fn no_port(pools: &Pools) -> NetworkError {
         in_use: pools.ports.in_use(),
         resting: pools.ports.resting(),
     }
-}
-
-/// The address that a packet to the wide world would leave with; none is sent.
-fn outgoing() -> Option<Ipv4Addr> {
-    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).ok()?;
-    socket.connect((Ipv4Addr::new(1, 1, 1, 1), 53)).ok()?;
-    match socket.local_addr().ok()? {
-        std::net::SocketAddr::V4(address) => Some(*address.ip()),
-        std::net::SocketAddr::V6(_) => None,
-    }
-}
-
-fn first_global(addresses: &[HostAddress]) -> Ipv4Addr {
-    let global = addresses
-        .iter()
-        .find(|candidate| candidate.scope == Scope::Global);
-    global.map_or(Ipv4Addr::LOCALHOST, |found| found.address)
-}
-
-/// The smallest of the links that have one of these addresses: that under which this host is known need not be on the
-/// link that leads out, nor on any.
-fn mtu_at(ways: &[Option<Ipv4Addr>], addresses: &[HostAddress]) -> u32 {
-    let at = addresses.iter().filter(|one| {
-        // The loopback's 64 KiB are for the loopback alone, and more than a veth takes.
-        one.link != "lo" && ways.contains(&Some(one.address))
-    });
-    let smallest = at.map(|one| one.mtu).min();
-    smallest.unwrap_or(link::ETHERNET_MTU)
 }

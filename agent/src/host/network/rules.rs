@@ -24,7 +24,7 @@ use std::net::Ipv4Addr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use tracing::{info, warn};
 
-const FORWARDING: &str = "ipv4/ip_forward";
+pub(super) const FORWARDING: &str = "ipv4/ip_forward";
 /// A chain without packets that says what `close` must put back, also if another agent closes. Beside
 /// it are those for chains of others (`foreign::forwarders`) that were there when nothing was forwarded.
 const FORWARDING_NOTE: &str = "ip_forward_was_off";
@@ -133,6 +133,8 @@ impl Rules {
 
     /// Makes everything so again, and touches nothing that is. Tells whether all is so.
     pub(super) fn mend(&self, changes: &Changes) -> bool {
+        // First: the look below takes its time.
+        let forwarding = self.forward();
         // Mostly all is so, and containers that come and go need not wait for a look at all of it.
         let seen = self.listed();
         let mut shall = self.shall();
@@ -144,13 +146,23 @@ impl Rules {
             false => self.mend_table(&mut shall, changes),
         };
         let table = told(table());
-        let forwarding = told(sysctl::write(FORWARDING, "1"));
-        if forwarding == Some(true) {
-            warn!("forwarding was switched off by somebody and is on again: containers need it");
-        }
         drop(shall);
         let settled = self.settle();
-        table == Some(true) && forwarding.is_some() && settled
+        table == Some(true) && forwarding && settled
+    }
+
+    /// Switches forwarding on where somebody has switched it off; tells whether it is on.
+    fn forward(&self) -> bool {
+        // Held, lest it is on after the end.
+        let shall = self.shall();
+        if shall.closed {
+            return true;
+        }
+        let written = told(sysctl::write(FORWARDING, "1"));
+        if written == Some(true) {
+            warn!("forwarding was switched off by somebody and is on again: containers need it");
+        }
+        written.is_some()
     }
 
     /// Lets a container speak from its address, and go where its rules allow. Undone on failure.

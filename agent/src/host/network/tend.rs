@@ -6,32 +6,38 @@
 //!
 //! `ip link set down`, `ip address flush` and a manager of networks that takes all links for its own cut a
 //! container off; `tc qdisc del` frees it of its limit; `sysctl net.ipv4.ip_forward=0` cuts off all of them.
-//! The kernel tells of all that. It tells of links that come and go as well: one message finds that these
-//! are nobody's. A link that somebody removes is gone, for the container's end goes with it.
+//! The kernel tells of all that, and of links that come and go as well: these are nobody's when they are looked
+//! at. A link that somebody removes is gone, for the container's end goes with it. A limit that somebody changes
+//! stays as he wants it until the next agent looks. Addresses of the host itself are heeded for [`super::here`].
 
 use super::decode::{Message, find, messages};
-use super::link::{self, HostEnd, Links};
-use super::rules::Rules;
+use super::here::Here;
+use super::link::{self, HostEnd, Links, failed};
+use super::rules::{FORWARDING, Rules};
 use super::watch::{AGAIN, PATIENCE, Watch, listen};
-use super::{Lease, NetworkError};
+use super::{Lease, NetworkError, sysctl};
 use crate::host::{blocking, watched};
 use nix::errno::Errno;
+use nix::net::if_::if_indextoname;
 use nix::sys::socket::{MsgFlags, SockProtocol, recv, setsockopt, sockopt::RcvBufForce};
+use rtnetlink::Error::RequestFailed;
 use std::collections::BTreeSet;
 use std::error::Error;
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep_until, timeout};
 use tracing::warn;
 
 /// Multicast groups of linux/rtnetlink.h, as bind(2) wants them: LINK, TC, IPV4_IFADDR, IPV4_NETCONF.
 const GROUPS: u32 = 1 | 1 << 3 | 1 << 4 | 1 << 23;
 const RTM_NEWLINK: u16 = 16;
+const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
 const RTM_DELQDISC: u16 = 37;
 const RTM_NEWNETCONF: u16 = 80;
@@ -43,8 +49,11 @@ const NETCONFA_FORWARDING: u16 = 2;
 const NETCONFA_IFINDEX_ALL: i32 = -1;
 const IFF_UP: u32 = 1;
 
-/// Bytes of events that may wait: those of some hundred links that go at once.
-const EVENTS: usize = 4 << 20;
+/// Bytes of events that may wait, of which the kernel takes twice as many: those of some hundred links that go at once.
+const EVENTS: usize = 1 << 20;
+
+/// How long one link may take. The kernel answers in its own time, but not for ever.
+const DEADLINE: Duration = Duration::from_secs(30);
 
 /// What an event may have changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,29 +62,32 @@ enum Touched {
     Link(u32),
     /// Whether this host forwards at all.
     Forwarding,
+    /// The host's own addresses.
+    Addresses,
 }
 
 fn touched(message: Message<'_>) -> Option<Touched> {
     let body = message.body;
     let word = |at: usize| Some(u32::from_ne_bytes(*body.get(at..)?.first_chunk()?));
     // A name, or a label, which is the name: ends with a zero.
-    let named = |header: usize, kind: u16| {
-        let name = find(body.get(header..)?, kind)?.strip_suffix(&[0])?;
-        str::from_utf8(name)
-            .ok()
-            .filter(|name| name.starts_with(link::PREFIX))
-    };
+    let name = |header: usize, kind: u16| find(body.get(header..)?, kind)?.strip_suffix(&[0]);
+    let is_end = |name: &[u8]| name.starts_with(link::PREFIX.as_bytes());
     match message.kind {
         // struct ifinfomsg; one that is up is of interest only when it has no name of ours.
         RTM_NEWLINK => {
-            let name = named(16, IFLA_IFNAME)?;
-            let fine = word(8)? & IFF_UP != 0 && link::handle(name).is_some();
+            let name = name(16, IFLA_IFNAME).filter(|name| is_end(name))?;
+            let ours = str::from_utf8(name).is_ok_and(|name| link::handle(name).is_some());
+            let fine = word(8)? & IFF_UP != 0 && ours;
             (!fine).then_some(Touched::Link(word(4)?))
         }
         // struct ifaddrmsg.
-        RTM_DELADDR => named(8, IFA_LABEL).and_then(|_| Some(Touched::Link(word(4)?))),
-        // struct tcmsg.
-        RTM_DELQDISC => Some(Touched::Link(word(4)?)),
+        RTM_NEWADDR | RTM_DELADDR => match (message.kind, is_end(name(8, IFA_LABEL)?)) {
+            (_, false) => Some(Touched::Addresses),
+            (RTM_DELADDR, true) => Some(Touched::Link(word(4)?)),
+            (_, true) => None,
+        },
+        // struct tcmsg; what has no handle was there before anybody put something.
+        RTM_DELQDISC => (word(8)? != 0).then_some(Touched::Link(word(4)?)),
         // struct netconfmsg.
         RTM_NEWNETCONF => {
             let number = |kind| {
@@ -98,11 +110,12 @@ fn touched(message: Message<'_>) -> Option<Touched> {
 struct Wanted {
     all: bool,
     links: BTreeSet<u32>,
+    addresses: bool,
 }
 
 impl Wanted {
     fn is_empty(&self) -> bool {
-        !self.all && self.links.is_empty()
+        !self.all && !self.addresses && self.links.is_empty()
     }
 }
 
@@ -117,23 +130,24 @@ impl Tending {
     /// Whatever happens from here on is noticed; in the network namespace of the calling thread.
     pub(super) fn start(
         links: Arc<Links>,
+        here: Arc<Here>,
         rules: &Arc<Rules>,
         watch: &Arc<Watch>,
     ) -> Result<Self, NetworkError> {
-        let open = || {
-            let socket = listen(SockProtocol::NetlinkRoute, GROUPS)?;
-            setsockopt(&socket, RcvBufForce, &EVENTS)?;
-            watched(socket, Interest::READABLE)
-        };
         let all = Arc::new(Notify::new());
         let tender = Tender {
-            events: open().map_err(NetworkError::Watch)?,
+            events: events().map_err(NetworkError::Watch)?,
+            buffer: vec![0; 64 * 1024],
+            wanted: Wanted::default(),
             all: Arc::clone(&all),
             links,
+            here,
             rules: Arc::downgrade(rules),
             watch: Arc::downgrade(watch),
             strangers: BTreeSet::new(),
         };
+        // What changed before anybody listened.
+        all.notify_one();
         let task = tokio::spawn(tender.tend());
         Ok(Self { all, task })
     }
@@ -155,11 +169,22 @@ impl Drop for Tending {
     }
 }
 
+/// Where the kernel tells of links.
+pub(super) fn events() -> io::Result<AsyncFd<OwnedFd>> {
+    let socket = listen(SockProtocol::NetlinkRoute, GROUPS)?;
+    // Whoever may not has to look at all links the more often.
+    let _as_many_as_others = setsockopt(&socket, RcvBufForce, &EVENTS);
+    watched(socket, Interest::READABLE)
+}
+
 #[derive(Debug)]
 struct Tender {
     events: AsyncFd<OwnedFd>,
+    buffer: Vec<u8>,
+    wanted: Wanted,
     all: Arc<Notify>,
     links: Arc<Links>,
+    here: Arc<Here>,
     /// Weak, as the next: they end when the network is dropped.
     rules: Weak<Rules>,
     watch: Weak<Watch>,
@@ -169,7 +194,6 @@ struct Tender {
 
 impl Tender {
     async fn tend(mut self) {
-        let mut wanted = Wanted::default();
         let (mut due, mut pause) = (None, AGAIN.0);
         loop {
             let later = due.unwrap_or_else(Instant::now);
@@ -177,73 +201,121 @@ impl Tender {
                 // Who changes something all the time shall not keep the rest from being put back.
                 biased;
                 () = sleep_until(later), if due.is_some() => {
-                    wanted = self.look(wanted).await;
-                    due = (!wanted.is_empty()).then(|| Instant::now() + pause);
+                    self.look().await;
+                    due = (!self.wanted.is_empty()).then(|| Instant::now() + pause);
                     pause = if due.is_none() { AGAIN.0 } else { AGAIN.1.min(pause * 2) };
+                }
+                () = self.all.notified() => {
+                    self.want_all();
+                    due = soon(due);
+                }
+                ready = self.events.readable() => {
+                    match ready {
+                        // Before it is read to its end: what comes afterwards is told again.
+                        Ok(mut ready) => ready.clear_ready(),
+                        Err(error) => return gone(&error),
+                    }
+                    match self.hear() {
+                        Ok(true) => due = soon(due),
+                        Ok(false) => {}
+                        Err(error) => return gone(&error),
+                    }
+                }
+            }
+        }
+    }
+
+    fn want_all(&mut self) {
+        self.wanted.all = true;
+        self.wanted.addresses = true;
+        if !sysctl::read(FORWARDING).is_ok_and(|forwards| forwards != "0") {
+            self.mend_forwarding();
+        }
+    }
+
+    fn mend_forwarding(&self) {
+        self.watch.upgrade().inspect(|watch| watch.wake());
+    }
+
+    /// Takes all events there are; tells whether one is of interest.
+    fn hear(&mut self) -> io::Result<bool> {
+        let mut news = false;
+        loop {
+            let length = match recv(self.events.as_raw_fd(), &mut self.buffer, MsgFlags::empty()) {
+                Ok(length) => length,
+                // Some were lost, and nobody knows which.
+                Err(Errno::ENOBUFS) => {
+                    self.want_all();
+                    news = true;
                     continue;
                 }
-                () = self.all.notified() => wanted.all = true,
-                read = read(&self.events) => match read {
-                    Ok(Some(events)) => self.heed(&events, &mut wanted),
-                    // Some were lost, and nobody knows which.
-                    Ok(None) => wanted.all = true,
-                    Err(error) => {
-                        warn!(%error, "changes of containers' links are noticed no longer");
-                        return;
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EAGAIN) => return Ok(news),
+                Err(error) => return Err(error.into()),
+            };
+            let events = messages(self.buffer.get(..length).unwrap_or(&[]));
+            for touched in events.filter_map(touched) {
+                match touched {
+                    Touched::Link(index) => {
+                        self.wanted.links.insert(index);
                     }
-                },
-            }
-            if due.is_none() && !wanted.is_empty() {
-                due = Some(Instant::now() + PATIENCE);
+                    Touched::Addresses => self.wanted.addresses = true,
+                    Touched::Forwarding => {
+                        self.mend_forwarding();
+                        continue;
+                    }
+                }
+                news = true;
             }
         }
     }
 
-    fn heed(&self, events: &[u8], wanted: &mut Wanted) {
-        for touched in messages(events).filter_map(touched) {
-            match touched {
-                Touched::Link(index) => {
-                    wanted.links.insert(index);
-                }
-                Touched::Forwarding => {
-                    self.watch.upgrade().inspect(|watch| watch.wake());
-                }
-            }
+    /// Looks at what is wanted. What could not be put back is wanted again.
+    async fn look(&mut self) {
+        // What was lost is lost until nothing waits: the kernel drops all as long as something does.
+        if let Err(error) = self.hear() {
+            warn!(%error, "changes of containers' links may have been missed");
         }
-    }
-
-    /// Looks at what is wanted, and gives back what could not be put back.
-    async fn look(&mut self, mut wanted: Wanted) -> Wanted {
-        let mut left = Wanted::default();
+        let mut wanted = std::mem::take(&mut self.wanted);
+        if wanted.addresses
+            && let Err(error) = self.here.look(&self.links).await
+        {
+            let error = &error as &dyn Error;
+            warn!(error, "the host's addresses were not looked at");
+            self.wanted.addresses = true;
+        }
         if wanted.all {
             match self.links.host_ends().await {
                 Ok(all) => wanted.links.extend(all.into_keys()),
                 Err(error) => {
-                    warn!(
-                        error = &error as &dyn Error,
-                        "containers' links were not looked at"
-                    );
-                    left.all = true;
+                    let error = &error as &dyn Error;
+                    warn!(error, "containers' links were not looked at");
+                    self.wanted.all = true;
                 }
             }
         }
         for index in wanted.links {
-            if let Err(error) = self.mend(index).await {
+            let late = |_| Err(failed("mend", &index.to_string(), RequestFailed));
+            let mended = timeout(DEADLINE, self.mend(index)).await;
+            if let Err(error) = mended.unwrap_or_else(late) {
                 let error = &error as &dyn Error;
                 warn!(error, "a container's link is not as it shall be");
-                left.links.insert(index);
+                self.wanted.links.insert(index);
             }
         }
-        left
     }
 
     /// Puts back what is not as it shall be of this link, if it is one of a container that is attached.
     async fn mend(&mut self, index: u32) -> Result<(), NetworkError> {
-        let Some(end) = self.links.host_end(index).await? else {
+        // Of others' links, which need not be such that a message about them is understood, the kernel is asked no more.
+        let name = if_indextoname(index).unwrap_or_default();
+        if !name.to_bytes().starts_with(link::PREFIX.as_bytes()) {
             self.strangers.remove(&index);
             return Ok(());
+        }
+        let Some(HostEnd { link, handle, up }) = self.links.host_end(index).await? else {
+            return Ok(());
         };
-        let HostEnd { link, handle, up } = end;
         let Some(handle) = handle else {
             if self.strangers.insert(index) {
                 warn!(
@@ -257,20 +329,21 @@ impl Tender {
         let Some((lease, _)) = self.shall(&handle).await else {
             return Ok(());
         };
-        let mut was = Vec::new();
-        if !up {
-            self.links.set_up(index, &link).await?;
-            was.push("down");
-        }
-        if self.links.give(index, &link, &lease).await? {
-            was.push("without its address");
-        }
-        if self.links.set(&link).await? {
-            was.push("not forwarding");
-        }
-        if self.shape(&handle, &link).await? {
-            was.push("without its limit");
-        }
+        let up = match up {
+            true => Ok(false),
+            false => self.links.set_up(index, &link).await.map(|()| true),
+        };
+        let steps = [
+            ("down", up),
+            (
+                "without its address",
+                self.links.give(index, &link, &lease).await,
+            ),
+            ("not forwarding", self.links.set(&link).await),
+            ("without its limit", self.shape(&handle, &link).await),
+        ];
+        let done = steps.iter().filter(|(_, done)| matches!(done, Ok(true)));
+        let was: Vec<_> = done.map(|(what, _)| *what).collect();
         if !was.is_empty() {
             let was = was.join(", ");
             warn!(
@@ -278,7 +351,12 @@ impl Tender {
                 link, was, "a container's link was changed by somebody and is put back"
             );
         }
-        Ok(())
+        let outcome = steps.into_iter().try_for_each(|(_, done)| done.map(drop));
+        // It may have died meanwhile.
+        match outcome {
+            Err(_) if self.links.host_end(index).await?.is_none() => Ok(()),
+            other => other,
+        }
     }
 
     /// Puts back how much a container may receive; tells whether it was otherwise.
@@ -301,19 +379,12 @@ impl Tender {
     }
 }
 
-/// Some events; `None`: more came than can wait.
-async fn read(events: &AsyncFd<OwnedFd>) -> io::Result<Option<Vec<u8>>> {
-    let mut buffer = vec![0; 64 * 1024];
-    let read = events.async_io(Interest::READABLE, |socket| {
-        match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
-            Ok(length) => Ok(Some(length)),
-            Err(Errno::ENOBUFS) => Ok(None),
-            Err(error) => Err(error.into()),
-        }
-    });
-    let length = read.await?;
-    Ok(length.map(|length| {
-        buffer.truncate(length);
-        buffer
-    }))
+/// A second from now, unless it is due before.
+fn soon(due: Option<Instant>) -> Option<Instant> {
+    let soon = Instant::now() + PATIENCE;
+    Some(due.map_or(soon, |due| due.min(soon)))
+}
+
+fn gone(error: &io::Error) {
+    warn!(%error, "changes of containers' links are noticed no longer");
 }

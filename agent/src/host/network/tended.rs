@@ -38,6 +38,13 @@ fn what_somebody_changes_of_a_link_is_put_back() {
         let one = Container::new(&network, ONE).await;
         let two = Container::new(&network, TWO).await;
         let listener = outside.listen(80);
+        // The kernel notices that a cable has two ends in its own time.
+        let ready = || {
+            [ONE, TWO]
+                .iter()
+                .all(|handle| end(handle).0.contains(" state UP "))
+        };
+        eventually("both are up", ready).await;
         let before = (end(ONE), end(TWO));
         let link = link::name(ONE);
         let changes: [&[String]; 4] = [
@@ -84,6 +91,8 @@ fn a_limit_that_somebody_takes_away_is_put_back() {
             }
             panic!("{wanted:?} never came");
         };
+        // What was made is looked at.
+        a_while().await;
         for rate in [1_000_000, 3_000_000] {
             network.limit(ONE, limit(Some(rate))).await.unwrap();
             run("tc", &format!("qdisc delete dev {link} root"));
@@ -158,10 +167,13 @@ fn more_events_than_can_wait_hide_no_change() {
         let _container = Container::new(&network, ONE).await;
         a_while().await;
         // Nobody reads while this runs.
+        let another = super::tend::events().unwrap();
         run("ip", "link add other type bridge");
-        let flap = "link set other up\nlink set other down\n".repeat(10_000);
+        let flap = "link set other up\nlink set other down\n".repeat(3000);
         super::program::run("ip", &["-batch", "-"], &flap).unwrap();
         set_down(ONE);
+        let heard = recv(another.as_raw_fd(), &mut [0; 4096], MsgFlags::empty());
+        assert_eq!(heard, Err(Errno::ENOBUFS), "they could all wait");
         eventually("it is up", || is_up(ONE)).await;
     });
 }

@@ -1306,6 +1306,36 @@ fn a_host_with_nothing_but_loopback_will_do() {
 }
 
 #[test]
+fn a_host_that_gets_its_address_later_is_known_by_it() {
+    on_host(|| async {
+        let network = open().await;
+        assert_eq!(network.local_ip(), Ipv4Addr::LOCALHOST);
+        // Docker's, before there is a way out.
+        ip("link add docker0 type bridge");
+        ip("addr add 172.17.0.1/16 dev docker0");
+        let is = |address: [u8; 4]| {
+            let network = &network;
+            move || network.local_ip() == Ipv4Addr::from(address)
+        };
+        eventually("known by what it has", is([172, 17, 0, 1])).await;
+        ip("link add wan type bridge");
+        ip("link set wan mtu 1400 up");
+        ip("addr add 198.51.100.7/24 dev wan");
+        ip("route add default via 198.51.100.1");
+        eventually("known by what leads out", is([198, 51, 100, 7])).await;
+        assert_eq!(network.mtu(), 1400);
+        // Another lease.
+        ip("addr add 198.51.100.8/24 dev wan");
+        a_while().await;
+        assert_eq!(network.local_ip(), Ipv4Addr::from([198, 51, 100, 7]));
+        ip("addr del 198.51.100.7/24 dev wan");
+        ip("addr replace 198.51.100.8/24 dev wan");
+        ip("route replace default via 198.51.100.1");
+        eventually("known by the other", is([198, 51, 100, 8])).await;
+    });
+}
+
+#[test]
 fn the_local_address_is_the_one_that_leads_out() {
     on_host(|| async {
         let _outside = outside();

@@ -144,10 +144,12 @@ impl Instance {
 
     async fn keep_to_bandwidth(&mut self, container: &Container) {
         let wanted = self.world.config.instance.bandwidth;
-        if container
-            .bandwidth()
-            .await
-            .is_ok_and(|found| found == wanted)
+        let recorded = container.saved().bandwidth == wanted;
+        if recorded
+            && container
+                .bandwidth()
+                .await
+                .is_ok_and(|found| found == wanted)
         {
             return;
         }
