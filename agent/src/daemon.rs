@@ -4,6 +4,7 @@ use crate::bus::{self, Access, AccessError, Surroundings};
 use crate::cli;
 use crate::config::{self, Config, ConfigError, Overrides};
 use crate::engine::{Engine, EngineConfig, NetworkConfig};
+use crate::host::cgroups::Cgroups;
 use crate::host::{blocking, depot};
 use crate::instances::crashes::Crashes;
 use crate::instances::depth::Depth;
@@ -120,7 +121,7 @@ pub fn agent(path: &Path, overrides: Overrides) -> Outcome<()> {
         cli::refuse_weaker(&config)?;
     }
     within_runtime(async {
-        let _locks = prepare(&config.base).await?;
+        let _locks = prepare(&config).await?;
         run(config, access).await
     })
 }
@@ -132,7 +133,7 @@ pub fn agent(path: &Path, overrides: Overrides) -> Outcome<()> {
 pub fn clean(path: &Path, overrides: Overrides) -> Outcome<()> {
     let config = config::load(path, overrides, host_memory_mb())?;
     within_runtime(async {
-        let _locks = prepare(&config.base).await?;
+        let _locks = prepare(&config).await?;
         clear(&config).await
     })
 }
@@ -193,19 +194,19 @@ fn within_runtime<T>(work: impl Future<Output = Outcome<T>>) -> Outcome<T> {
     outcome
 }
 
-/// What an agent has for itself as long as it lives: the host and the base directory.
-type Locks = (UnixListener, Flock<File>);
+/// What an agent has for itself as long as it lives: the host, the base directory, and the parent of control groups.
+type Locks = (UnixListener, [Flock<File>; 2]);
 
-/// Makes the base directory and takes it and the host for this process. An agent that was killed a moment
+/// Makes the base directory and takes it, the host and the control groups for this process. An agent that was killed a moment
 /// ago may live on for as long as a helper of its takes to begin: that is waited for.
-async fn prepare(base: &Path) -> Outcome<Locks> {
+async fn prepare(config: &Config) -> Outcome<Locks> {
     if !nix::unistd::geteuid().is_root() {
         return Err("must be run as root: it makes namespaces, mounts and network links".into());
     }
-    make_private(base)?;
+    make_private(&config.base)?;
     let deadline = Instant::now() + LOCK_PATIENCE;
     loop {
-        let taken = take_host().and_then(|host| Ok((host, take_base(base)?)));
+        let taken = take(config);
         if taken.is_ok() {
             return taken;
         }
@@ -214,6 +215,13 @@ async fn prepare(base: &Path) -> Outcome<Locks> {
         }
         sleep(LOCK_PAUSE).await;
     }
+}
+
+/// The host first, as long as it is another's nothing is made.
+fn take(config: &Config) -> Outcome<Locks> {
+    let host = take_host()?;
+    let base = take_base(&config.base)?;
+    Ok((host, [base, Cgroups::claim(&config.cgroup_parent)?]))
 }
 
 fn take_base(base: &Path) -> Outcome<Flock<File>> {
@@ -246,7 +254,7 @@ fn who_else() -> Option<Box<dyn Error>> {
     };
     Some(
         format!(
-            "process {pid} is the agent of this host already, or cleans it up: end it, or run this one in another network namespace"
+            "process {pid} is the agent of this host already, or cleans it up: end it, or run this one in another network namespace, with a `base` and a `cgroup.parent` of its own"
         )
         .into(),
     )

@@ -1,6 +1,7 @@
 //! The host agent: what `ostler` runs, and in [`foreign`] its parsers of foreign bytes.
 
 mod bus;
+mod chain;
 pub mod cli;
 pub mod config;
 pub mod daemon;
@@ -14,6 +15,7 @@ mod quiet;
 mod random;
 
 pub use bus::{CLIENT_OFF, causes};
+pub use chain::chain;
 pub use log::{Out as LogOut, flush as flush_log, last_words};
 pub use quiet::Quiet;
 

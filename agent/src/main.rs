@@ -160,7 +160,7 @@ fn main() -> ExitCode {
             code
         }
         Err(error) => {
-            ostler::last_words(&format!("ostler: {}\n", chain(&*error)));
+            ostler::last_words(&format!("ostler: {}\n", ostler::chain(&*error)));
             let hopeless = error.downcast_ref::<daemon::Hopeless>();
             hopeless.map_or(ExitCode::FAILURE, |why| why.exit_code().into())
         }
@@ -214,20 +214,6 @@ impl Common {
         };
         (self.config, overrides)
     }
-}
-
-/// An error with its causes, each said once.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let words = error.to_string();
-        if !text.contains(&words) {
-            text = format!("{text}: {words}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 fn start_log(format: LogFormat) {

@@ -282,6 +282,29 @@ async fn fails_with(host: &Host, name: &str, body: Body, words: &str) {
     assert!(why.contains(words), "{name}: {why}");
 }
 
+#[tokio::test]
+async fn a_step_of_a_start_that_is_refused_is_told_with_its_cause() {
+    let stack = std::env::temp_dir().join(format!("ostler-test-stack-{}", std::process::id()));
+    std::fs::create_dir_all(stack.join("etc")).unwrap();
+    let users = "root:x:0:0::/root:/bin/sh\nvcap:x:1000:1000::/home/vcap:/bin/sh\n";
+    std::fs::write(stack.join("etc/passwd"), users).unwrap();
+    // A file in the place of a directory.
+    std::fs::write(stack.join("proc"), "").unwrap();
+    let stacks = format!("[stacks]\nbroken = {stack:?}");
+    let host = Host::with(tests::Setup {
+        config: &[("[stacks]", &stacks)],
+        ..Default::default()
+    })
+    .await;
+    let mut message = host.message("app", &Droplet::sample("sleeper"));
+    message["stack"] = json!("broken");
+    let why = fails(&host, &message).await;
+    std::fs::remove_dir_all(&stack).unwrap();
+    assert!(why.contains("refused ") && why.contains("ENOTDIR"), "{why}");
+    let why = why.trim_start_matches("failed to start: ");
+    host.logged(0, &why.replace('"', "\\\"")).await;
+}
+
 /// Each on a host with that limit alone: where the other is long, a pause of the machine is not taken for it.
 #[tokio::test]
 async fn a_droplet_that_takes_too_long_is_a_crash_that_says_why() {

@@ -396,6 +396,36 @@ async fn a_host_has_one_agent() {
 }
 
 #[tokio::test]
+async fn control_groups_have_one_agent() {
+    let mut host = Host::with(tests::Setup {
+        bus: Host::SHARED,
+        ..Default::default()
+    })
+    .await;
+    host.run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
+    let mut other = host.place_beside(&[]).await;
+    let config = |host: &Host| host.base.with_file_name("agent.toml");
+    let text = |host: &Host| std::fs::read_to_string(config(host)).unwrap();
+    let parent = |text: &str| {
+        let line = text.lines().find(|line| line.starts_with("parent = "));
+        line.unwrap().to_owned()
+    };
+    let (own, theirs) = (text(&other), parent(&text(&host)));
+    std::fs::write(config(&other), own.replace(&parent(&own), &theirs)).unwrap();
+    assert!(!other.clean().await.success());
+    other.spawn_agent();
+    assert!(!other.ended().await.success());
+    other.logged(0, "are another agent's").await;
+    assert!(host.tree().one("wshd").lives());
+    std::fs::write(config(&other), own).unwrap();
+    let _ = other.start_agent().await;
+    drop(other);
+    host.stop("app").await;
+    let _ = host.restart().await;
+}
+
+#[tokio::test]
 async fn a_cloned_host_refuses_to_start() {
     let kept = std::env::temp_dir().join(format!("ostler-streams-{}", std::process::id()));
     let kept = Scratch(kept);

@@ -1,6 +1,7 @@
 //! Finding a container of an earlier agent again, or telling why it is dead.
 
 use super::{Container, EngineError, Saved, Shared, blocking, lock, sweep};
+use crate::chain;
 use crate::host::cgroups::Group;
 use crate::host::depot::Directory;
 use container::client::Client;
@@ -78,7 +79,7 @@ async fn find_disk(shared: &Shared, container: &Container, directory: Directory)
         Ok(disk) => container.keep_disk(Arc::new(disk)),
         Err(error) => {
             let handle = container.handle();
-            tracing::warn!(handle, %error, "the bounds of its writable layer were not found");
+            tracing::warn!(handle, error = %chain(&error), "the bounds of its writable layer were not found");
         }
     }
 }

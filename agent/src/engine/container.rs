@@ -219,6 +219,12 @@ impl Container {
         Ok(pair)
     }
 
+    /// What its helpers said last. Blocks.
+    #[must_use]
+    pub fn last_words(&self) -> String {
+        self.inner.directory.last_words()
+    }
+
     /// Changes how much it may receive and send while it runs. Kept by [`Self::saved`].
     ///
     /// # Errors

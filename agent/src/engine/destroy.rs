@@ -9,6 +9,7 @@
 use super::container::{Destroyed, KILL_DEADLINE, wait_empty};
 use super::supervisor::listening;
 use super::{Container, EngineError, Saved, Shared, blocking, lock, sweep};
+use crate::chain;
 use crate::host::cgroups::Group;
 use crate::host::depot::Directory;
 use crate::host::helpers::Child;
@@ -46,7 +47,7 @@ impl Again {
 
     /// Tells why, and waits before the next attempt.
     pub(super) async fn after(&mut self, handle: &str, error: EngineError) {
-        tracing::error!(handle, %error, "a container is not removed yet");
+        tracing::error!(handle, error = %chain(&error), "a container is not removed yet");
         self.wait().await;
     }
 
@@ -160,7 +161,7 @@ async fn end_supervisors(directory: &Directory) -> Result<(), EngineError> {
     });
     for pidfd in supervisors.await? {
         if let Err(error) = end(pidfd).await {
-            tracing::warn!(%error, "a supervisor could not be watched");
+            tracing::warn!(error = %chain(&error), "a supervisor could not be watched");
         }
     }
     Ok(())

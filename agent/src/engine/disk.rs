@@ -1,6 +1,7 @@
 //! Bounding a container's writable layer: which way works here, and going it.
 
 use super::{EngineError, blocking};
+use crate::chain;
 use crate::host::depot::disk::{Disk, DiskError, Disks, Limit, Space, Wanted};
 use crate::host::depot::{Depot, Directory};
 use crate::host::helpers::{Command, Ended, Helpers, Leash};
@@ -72,7 +73,7 @@ async fn image(space: &Space, depot: &Depot, helpers: &Helpers) -> Result<Disks,
                 error @ (EngineError::Deadline { .. }
                 | EngineError::Disk(DiskError::NotEnough { .. })),
             ) => {
-                tracing::warn!(%error, "a trial of images was given up");
+                tracing::warn!(error = %chain(&error), "a trial of images was given up");
                 Ok(disks)
             }
             other => other.map(|()| disks).map_err(|error| error.to_string()),
@@ -109,10 +110,12 @@ pub(super) async fn make(
             waited: MKFS,
         })?;
         if ended != Ended::Exited(0) {
+            let (program, place) = (mkfs.program, directory.clone());
+            let said = blocking(move || place.last_words()).await;
             return Err(DiskError::Mkfs {
-                program: mkfs.program,
+                program,
                 ended,
-                log: directory.path.join("log"),
+                said,
             }
             .into());
         }

@@ -84,14 +84,14 @@ pub enum EngineError {
     #[error("job {0} exists already")]
     JobInUse(u32),
     /// A job's supervisor ended before it could supervise.
-    #[error("the supervisor of job {job} {ended}: \"{log}\" says why")]
+    #[error("the supervisor of job {job} {ended}: {said}")]
     Supervisor {
         /// The job.
         job: u32,
         /// How it ended.
         ended: Ended,
-        /// Where it wrote what went wrong.
-        log: PathBuf,
+        /// What it said last.
+        said: String,
     },
     /// What starts helpers could not be had.
     #[error("helpers cannot be started")]

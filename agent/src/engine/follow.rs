@@ -12,6 +12,7 @@
 
 use super::container::Destroyed;
 use super::{Container, blocking};
+use crate::chain;
 use crate::host::helpers::{Child, Command, Ended, HelperError, Leash};
 use container::exit;
 use container::fault::SysError;
@@ -206,16 +207,4 @@ impl Follower {
         let linker = inner.shared.helpers.spawn(command).await?;
         Ok((pipe::Receiver::from_owned_fd(ours.into())?, linker))
     }
-}
-
-/// An error with its causes, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

@@ -4,6 +4,7 @@
 //! they are; those that are only planned are known to whoever asks.
 
 use super::{blocking, lock};
+use crate::chain;
 use crate::host::depot::disk::{Free, Limit};
 use container::fault::SysError;
 use std::collections::BTreeMap;
@@ -146,7 +147,9 @@ where
                 number,
                 free: free.map(Arc::new),
             })),
-            Err(error) => tracing::warn!(%error, "how much disk is left is told as before"),
+            Err(error) => {
+                tracing::warn!(error = %chain(&error), "how much disk is left is told as before")
+            }
         }
     }
 }

@@ -47,6 +47,7 @@ pub use crate::host::depot::disk::{
 pub use crate::host::network::{Bandwidth, EgressRule, Lease, NetworkConfig, Traffic};
 pub use ::container::launch::{Access, Bind};
 
+use crate::chain;
 use crate::host::cgroups::Cgroups;
 use crate::host::depot::disk::{DiskError, Disks, Space};
 use crate::host::depot::{self, Depot};
@@ -309,7 +310,7 @@ impl Engine {
         blocking(move || {
             cgroups.remove_parent();
             if let Err(error) = depot.empty_trash() {
-                tracing::warn!(%error, "trash was left");
+                tracing::warn!(error = %chain(&error), "trash was left");
             }
         })
         .await;
@@ -367,7 +368,7 @@ impl Shared {
         let (depot, lookout) = (self.depot.clone(), self.lookout.clone());
         in_background(move || {
             if let Err(error) = depot.empty_trash_beside() {
-                tracing::warn!(%error, "trash was left");
+                tracing::warn!(error = %chain(&error), "trash was left");
             }
             lookout.ask();
         });

@@ -11,6 +11,7 @@ pub(super) use log::KillLog;
 pub(super) use victims::Victims;
 
 use super::{Container, blocking, lock};
+use crate::chain;
 use crate::host::helpers::{Child, Command, Ended, HelperError, Leash};
 use crate::host::kmsg::OomKill;
 use container::exit;
@@ -104,7 +105,7 @@ impl Container {
         match blocking(move || group.oom_kills()).await {
             Ok(total) => self.reports(baseline, total).await,
             Err(error) => {
-                tracing::debug!(handle = self.handle(), %error, "kills could not be counted");
+                tracing::debug!(handle = self.handle(), error = %chain(&error), "kills could not be counted");
                 Vec::new()
             }
         }
@@ -238,7 +239,9 @@ impl Watcher {
                 Ok(Turn::Unwanted) => return,
                 Ok(Turn::Ended(Ended::Exited(code))) if code == i32::from(exit::GONE) => return,
                 Ok(Turn::Ended(ended)) => tracing::debug!(%ended, "oom helper ended"),
-                Err(error) => tracing::warn!(%error, "memory kills are not watched"),
+                Err(error) => {
+                    tracing::warn!(error = %chain(&error), "memory kills are not watched")
+                }
             }
             if began.elapsed() > LONGEST_PAUSE {
                 pause = FIRST_PAUSE;

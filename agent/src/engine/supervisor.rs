@@ -161,8 +161,9 @@ impl Container {
                 Ok(())
             }
             ended @ (Ended::Exited(_) | Ended::Signaled(_) | Ended::Unknown) => {
-                let log = self.inner.directory.path.join("log");
-                Err(EngineError::Supervisor { job, ended, log })
+                let directory = self.inner.directory.clone();
+                let said = blocking(move || directory.last_words()).await;
+                Err(EngineError::Supervisor { job, ended, said })
             }
         }
     }

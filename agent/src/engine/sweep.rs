@@ -1,6 +1,7 @@
 //! Removing what an agent that was killed has left, and no record knows.
 
 use super::{EngineError, Saved, Shared, blocking, destroy};
+use crate::chain;
 use crate::host::depot::is_handle;
 use crate::host::network::Attached;
 use std::collections::{BTreeSet, HashSet};
@@ -82,7 +83,7 @@ pub(super) async fn orphans(
     let found = match unknown(shared, known).await {
         Ok(found) => found,
         Err(error) => {
-            tracing::warn!(%error, "whether something is nobody's is not known");
+            tracing::warn!(error = %chain(&error), "whether something is nobody's is not known");
             return sighted;
         }
     };

@@ -1,11 +1,11 @@
 //! Whether this host works, found out by doing what it does when it works.
 
 use super::Sources;
+use crate::chain;
 use crate::host::blocking;
 use crate::host::helpers::Ended;
 use crate::instances::outlet::Confirmation;
 use serde_json::{Map, Value, json};
-use std::error::Error;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -105,10 +105,7 @@ async fn helpers(sources: Arc<Sources>) -> Result<(), String> {
     match sources.world.engine.try_helper().await {
         Ok(Ended::Exited(0)) => Ok(()),
         Ok(ended) => Err(format!("a helper that was only asked for help {ended}")),
-        Err(error) => {
-            let cause = error.source().map(|cause| format!(": {cause}"));
-            Err(format!("{error}{}", cause.unwrap_or_default()))
-        }
+        Err(error) => Err(chain(&error)),
     }
 }
 

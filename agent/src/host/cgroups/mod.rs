@@ -28,6 +28,7 @@ pub use layout::Controller;
 use layout::{Layout, Place, Version};
 pub use limits::Limits;
 use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -79,6 +80,11 @@ pub enum CgroupError {
          group of their own, such as '{0}/init', before the agent starts"
     )]
     Occupied(PathBuf),
+    /// Two agents would take each other's containers for leftovers.
+    #[error(
+        "the control groups in '{0}' are another agent's, in another network namespace: give this one a `cgroup.parent` of its own"
+    )]
+    Claimed(PathBuf),
     /// A group with this name is there already.
     #[error("control group '{0}' exists already: its handle is in use")]
     Taken(PathBuf),
@@ -210,6 +216,19 @@ impl Cgroups {
                 Version::V2 => Some(!booted_with("nosocket")),
             },
         })
+    }
+
+    /// Takes what is below the parent for this process, as long as the file is held: whoever has it takes groups that he
+    /// does not know for leftovers. Makes the parent, which whoever had it may have removed.
+    ///
+    /// # Errors
+    /// As [`Self::open`]; [`CgroupError::Claimed`]: another process has it.
+    pub fn claim(parent: &str) -> Result<Flock<File>, CgroupError> {
+        let layout = Self::open(parent)?.layout;
+        let path = layout.memory.mount.join(&layout.parent);
+        let directory = File::open(&path).map_err(CgroupError::refused("open", &path))?;
+        Flock::lock(directory, FlockArg::LockExclusiveNonblock)
+            .map_err(|_taken| CgroupError::Claimed(path))
     }
 
     fn find(parent: &str) -> Result<Self, CgroupError> {

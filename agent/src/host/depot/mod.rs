@@ -26,7 +26,7 @@ use nix::errno::Errno;
 use nix::sys::stat::Mode;
 use nix::unistd::{Gid, Uid, chown, mkdir};
 use std::fs::{self, Permissions};
-use std::io;
+use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -198,6 +198,30 @@ impl Directory {
             .append(true)
             .open(&path)
             .context("open", path.display())
+    }
+
+    /// The end of the log, in one line: it goes with the container.
+    #[must_use]
+    pub fn last_words(&self) -> String {
+        const MOST: u64 = 512;
+        let read = || {
+            let mut log = fs::File::open(self.path.join("log"))?;
+            let length = log.metadata()?.len();
+            log.seek(SeekFrom::Start(length.saturating_sub(MOST)))?;
+            let mut end = Vec::new();
+            log.take(MOST).read_to_end(&mut end).map(|_| end)
+        };
+        let end = read().unwrap_or_default();
+        let end = String::from_utf8_lossy(&end);
+        let lines: Vec<&str> = end
+            .lines()
+            .map(str::trim)
+            .filter(|line| !line.is_empty())
+            .collect();
+        match lines.as_slice() {
+            [] => "no word".to_owned(),
+            lines => lines.join("; "),
+        }
     }
 }
 

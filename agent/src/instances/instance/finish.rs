@@ -7,6 +7,7 @@
 use super::hooks::Hook;
 use super::kills::EndedBy;
 use super::{Event, Instance, events, job_is, start};
+use crate::chain;
 use crate::engine::{Container, EngineError};
 use crate::instances::output::JobView;
 use crate::instances::record::{Exit, StopReason};
@@ -106,7 +107,7 @@ impl Instance {
             self.routers_hear().await;
             self.stop_hook(Hook::BeforeStop).await;
             if let Err(error) = container.signal(nix::libc::SIGTERM).await {
-                warn!(handle = self.record.handle, %error, "TERM could not be sent");
+                warn!(handle = self.record.handle, error = %chain(&error), "TERM could not be sent");
             }
             let grace = Duration::try_from_secs_f64(grace).unwrap_or(LAST_BYTES);
             if !self.everybody_ends_within(grace, &container).await {
@@ -139,7 +140,10 @@ impl Instance {
         // The rest goes with the one that the kernel killed; and the job's own status comes first.
         let kills = matches!(end, End::OutOfMemory | End::Unhealthy | End::Deaf);
         let words = match end {
-            End::Failed(why) => Some(describe_failure(&why)),
+            End::Failed(why) => {
+                warn!(handle = self.record.handle, why, "a start failed");
+                Some(describe_failure(&why))
+            }
             End::Unhealthy => Some(UNHEALTHY.to_owned()),
             End::Deaf => Some(DEAF.to_owned()),
             End::Died(reason) => reason,
@@ -174,7 +178,7 @@ impl Instance {
     /// Stays until every process is dead: nothing may be called stopped before.
     async fn kill_all(&mut self, container: &Container) {
         while let Err(error) = self.hear_while(container.kill()).await {
-            error!(handle = self.record.handle, %error, "not everything is dead");
+            error!(handle = self.record.handle, error = %chain(&error), "not everything is dead");
             if !matches!(error, EngineError::Stuck { .. }) {
                 break;
             }
@@ -198,7 +202,7 @@ impl Instance {
             while !container.is_idle().await {
                 if Instant::now() >= again {
                     if let Err(error) = container.signal(nix::libc::SIGTERM).await {
-                        warn!(handle = container.handle(), %error, "TERM could not be sent again");
+                        warn!(handle = container.handle(), error = %chain(&error), "TERM could not be sent again");
                     }
                     again = Instant::now() + TERM_AGAIN;
                 }
@@ -227,7 +231,9 @@ impl Instance {
         };
         match container.signal(nix::libc::SIGKILL).await {
             Ok(()) => drop(self.job_ends_within(LAST_STATUS).await),
-            Err(error) => warn!(handle = self.record.handle, %error, "KILL could not be sent"),
+            Err(error) => {
+                warn!(handle = self.record.handle, error = %chain(&error), "KILL could not be sent")
+            }
         }
     }
 
@@ -368,7 +374,7 @@ impl Instance {
             };
             let Err(error) = destroyed else { break };
             // As long as something of it is there, its addresses are taken and its record stays.
-            error!(handle = self.record.handle, %error, "a container is not removed yet");
+            error!(handle = self.record.handle, error = %chain(&error), "a container is not removed yet");
             self.hear_for(pause).await;
             pause = (pause * 2).min(DESTROY_PAUSE_MOST);
         }
@@ -397,7 +403,7 @@ impl Instance {
     pub(super) async fn gone(self) {
         let (records, handle) = (self.world.records.clone(), self.record.handle.clone());
         if let Err(error) = crate::host::blocking(move || records.remove(&handle)).await {
-            error!(handle = self.record.handle, %error, "the record could not be removed");
+            error!(handle = self.record.handle, error = %chain(&error), "the record could not be removed");
         }
         drop(
             self.world

@@ -21,6 +21,7 @@ use super::output::JobView;
 use super::record::{self, Limits, Record, Stopping};
 use super::state::{Act, Ask, admit, is_ending};
 use super::world::{World, now};
+use crate::chain;
 use crate::engine::{Adopted, Container, DiskChange, DiskUsage, EngineError, OomReport, Place};
 use messages::start::StartRequest;
 use messages::state::State;
@@ -413,7 +414,7 @@ impl Instance {
         if let Some(container) = self.container.clone()
             && let Err(error) = self.limit_container(&container, old, limits).await
         {
-            warn!(handle = self.record.handle, %error, "new limits were refused");
+            warn!(handle = self.record.handle, error = %chain(&error), "new limits were refused");
             return Err(Refusal {
                 smallest_mem: error.smallest_memory().map(|bytes| bytes >> 20),
                 message: error.to_string(),
@@ -436,7 +437,7 @@ impl Instance {
             let wanted = start::engine_limits(&self.world.config, old);
             let rest = container.limit(wanted).await;
             for error in [disk.err(), rest.err()].into_iter().flatten() {
-                warn!(handle = self.record.handle, %error, "old limits were not restored");
+                warn!(handle = self.record.handle, error = %chain(&error), "old limits were not restored");
             }
         }
         limited
@@ -471,13 +472,17 @@ impl Instance {
                     measured.charged_bytes = Some(usage.charged_bytes);
                     measured.cpu = Some(self.cpu_since(usage.cpu_ns));
                 }
-                Err(error) => warn!(handle = self.record.handle, %error, "usage is unknown"),
+                Err(error) => {
+                    warn!(handle = self.record.handle, error = %chain(&error), "usage is unknown")
+                }
             }
             match container.disk_usage().await {
                 Ok(Some(usage)) => measured.disk = Some(MeasuredDisk::Bounded(usage)),
                 // Without its disk at hand, whether it is bounded is not known.
                 Ok(None) => measured.disk = container.disk().map(|_| MeasuredDisk::Unbounded),
-                Err(error) => warn!(handle = self.record.handle, %error, "disk usage is unknown"),
+                Err(error) => {
+                    warn!(handle = self.record.handle, error = %chain(&error), "disk usage is unknown")
+                }
             }
         }
         let _gone = answer.send(measured);

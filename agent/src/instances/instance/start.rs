@@ -4,6 +4,7 @@ use super::finish::{DEAF, End, UNHEALTHY};
 use super::health::{self, Check};
 use super::hooks::Hook;
 use super::{Instance, Interrupt, Remains, job_is, limit_disk};
+use crate::chain;
 use crate::config::Config;
 use crate::engine::{Container, DiskLimit, EgressRule, REBOOTED, Spec, Traffic};
 use crate::host::blocking;
@@ -17,6 +18,7 @@ use crate::instances::state::Ask;
 use crate::instances::world::whole_seconds;
 use container::job::{JobRequest, Rlimit};
 use messages::state::State;
+use std::error::Error;
 use std::net::SocketAddrV4;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -136,7 +138,7 @@ impl Instance {
         if let Err(error) = container.limit(limits).await {
             warn!(
                 handle = self.record.handle,
-                %error, "an instance keeps the limits on processes and processor time that it had"
+                error = %chain(&error), "an instance keeps the limits on processes and processor time that it had"
             );
         }
         self.keep_to_bandwidth(&container).await;
@@ -160,7 +162,7 @@ impl Instance {
             }
             Err(error) => warn!(
                 handle = self.record.handle,
-                %error, "an instance keeps the bandwidth that it had"
+                error = %chain(&error), "an instance keeps the bandwidth that it had"
             ),
         }
     }
@@ -499,14 +501,15 @@ impl Instance {
                 job_is(&mut job, |job| job.started).await;
             }))
             .await?;
-        started.map_err(|_late| {
-            let log = self.container.as_ref().map(|it| it.path().join("log"));
-            let log = log.unwrap_or_default();
-            failed(format!(
-                "nothing is known of the app after {limit:?}: its supervisor or linker does not work, see {}",
-                log.display()
-            ))
-        })?;
+        if started.is_err() {
+            let said = match self.container.clone() {
+                Some(container) => blocking(move || container.last_words()).await,
+                None => String::new(),
+            };
+            return Err(failed(format!(
+                "nothing is known of the app after {limit:?}: its supervisor or linker does not work: {said}"
+            )));
+        }
         self.open_as_many_files().await
     }
 
@@ -590,8 +593,8 @@ fn egress(rule: &messages::start::EgressRule) -> EgressRule {
 }
 
 /// A step of the start failed: the words of `droplet.exited`.
-pub(super) fn failed(why: impl std::fmt::Display) -> End {
-    End::Failed(why.to_string())
+pub(super) fn failed(why: impl Into<Box<dyn Error>>) -> End {
+    End::Failed(chain(&*why.into()))
 }
 
 impl From<Interrupt> for End {

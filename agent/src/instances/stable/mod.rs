@@ -22,6 +22,7 @@ use super::instance::{Change, Instance, Query, Reins, Remains, Update, View, Wan
 use super::outlet::{Counted, Link, Message, Unsent};
 use super::record::{Limits, Record, StopReason, Stopping, Unread};
 use super::world::{World, now};
+use crate::chain;
 use crate::config::Intervals;
 use crate::engine::{Adopted, Container, Place, Saved};
 use crate::host::{blocking, in_background};
@@ -676,7 +677,7 @@ impl Stable {
         for handle in self.stalls.into_keys() {
             let records = self.world.records.clone();
             if let Err(error) = blocking(move || records.remove(&handle)).await {
-                error!(%error, "a record stays");
+                error!(error = %chain(&error), "a record stays");
             }
         }
     }
@@ -702,7 +703,9 @@ async fn keep_unread(world: &World, unread: &[Unread]) -> Vec<Container> {
         };
         match world.engine.adopt(saved).await {
             Ok(Adopted::Alive(container) | Adopted::Dead { container, .. }) => kept.push(container),
-            Err(error) => error!(handle = one.handle, %error, "its container cannot be adopted"),
+            Err(error) => {
+                error!(handle = one.handle, error = %chain(&error), "its container cannot be adopted")
+            }
         }
     }
     kept

@@ -128,14 +128,14 @@ pub enum DiskError {
         why: String,
     },
     /// The program that makes a file system failed.
-    #[error("{program} {ended}: \"{log}\" says why")]
+    #[error("{program} {ended}: {said}")]
     Mkfs {
         /// Its path.
         program: &'static str,
         /// How it ended.
         ended: Ended,
-        /// Where it wrote what went wrong.
-        log: PathBuf,
+        /// What it said last.
+        said: String,
     },
     /// A system call was refused.
     #[error(transparent)]
