@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::time::Duration;
 use tests::{
-    Dice, Droplet, Frozen, Host, Network, Output, Tree, Watch, numbered, patience, rounds,
+    Dice, Droplet, Frozen, Host, Network, Output, Tree, Watch, numbered, patience, rounds, tool,
 };
 
 /// A directory that goes with it.
@@ -1056,6 +1056,50 @@ fn threads(host: &Host) -> Vec<char> {
         stat.rsplit_once(") ")?.1.chars().next()
     });
     states.collect()
+}
+
+/// Leaves not a block to anybody.
+fn fill(host: &Host) -> std::path::PathBuf {
+    let filler = host.base.join("filler");
+    std::fs::create_dir(&filler).unwrap();
+    let script = "for size in 1G 64M 4M 256K 16K 4K; do i=0; \
+                  while fallocate -l $size \"$0/$size.$i\" 2>/dev/null; do i=$((i+1)); done; done; \
+                  i=0; while mkdir \"$0/$i\" 2>/dev/null; do i=$((i+1)); done";
+    tool("sh", &["-c", script, &filler.display().to_string()]);
+    filler
+}
+
+#[tokio::test]
+async fn an_agent_takes_over_where_the_disk_is_full() {
+    let mut host = Host::with(tests::Setup {
+        before: &[Frozen::OWN_DISK],
+        ..Default::default()
+    })
+    .await;
+    let mut web = host.message("web", &Droplet::sample("sinatra"));
+    web["uris"] = json!(["web.example.net"]);
+    host.run(web).await;
+    host.run(host.message("other", &Droplet::sample("sleeper")))
+        .await;
+    host.kill9().await;
+    let filler = fill(&host);
+    host.start_agent().await;
+    host.logged(0, "is full").await;
+    let find = json!({"droplet": "web", "include_stats": true});
+    let found = host.request("dea.find.droplet", &find).await;
+    assert_eq!(found["state"], "RUNNING", "{found}");
+    let address = format!("127.0.0.1:{}", found["stats"]["port"]);
+    assert_eq!(tests::get(&address, "/env/PORT").await.unwrap().0, 200);
+    let mut exits = host.watch("droplet.exited").await;
+    host.publish("dea.stop", &json!({"droplet": "web"})).await;
+    exits
+        .until("exit of it", |exit| exit["droplet"] == "web")
+        .await;
+    std::fs::remove_dir_all(filler).unwrap();
+    host.run(host.message("new", &Droplet::sample("sleeper")))
+        .await;
+    host.stop("new").await;
+    host.stop("other").await;
 }
 
 #[tokio::test]

@@ -258,9 +258,8 @@ fn layers(wanted: &Wanted<'_>) -> Vec<Finding> {
     let desk = match Desk::new(wanted.base) {
         Ok(desk) => desk,
         Err(error) => {
-            let meaning = format!("{} cannot be written ({error})", quoted(wanted.base));
-            let advice = "Choose another `base`, or mount it for writing";
-            return vec![finding("base directory", Level::Missing, meaning, advice)];
+            let errno = Errno::from_raw(error.raw_os_error().unwrap_or_default());
+            return vec![unwritable(&quoted(wanted.base), errno)];
         }
     };
     let users = match user_namespace() {
@@ -292,6 +291,26 @@ fn layers(wanted: &Wanted<'_>) -> Vec<Finding> {
         .collect()
 }
 
+/// What a directory is good for in which nothing can be made.
+fn unwritable(base: &str, errno: Errno) -> Finding {
+    let name = "base directory";
+    if is_full(errno) {
+        // What runs is to be taken over all the same, and can be stopped.
+        let meaning = format!(
+            "the file system of {base} is full ({}): nothing can be started, and layers were not tried",
+            errno.desc()
+        );
+        return finding(name, Level::Warn, meaning, "Make room there");
+    }
+    let meaning = format!("{base} cannot be written ({})", errno.desc());
+    let advice = "Choose another `base`, or mount it for writing";
+    finding(name, Level::Missing, meaning, advice)
+}
+
+fn is_full(errno: Errno) -> bool {
+    matches!(errno, Errno::ENOSPC | Errno::EDQUOT)
+}
+
 fn quoted(path: &Path) -> String {
     format!("\"{}\"", path.display())
 }
@@ -306,6 +325,7 @@ fn layer_finding(
     let (layer, base) = (quoted(layer), quoted(base));
     let (meaning, advice) = match (mapped, laid) {
         (Ok(()), Ok(())) => return ok(name, format!("{layer} can be a layer of containers")),
+        (Ok(()), Err(errno)) if is_full(errno) => return unwritable(&base, errno),
         (Err(errno), _) => (
             format!(
                 "{layer} lies on a file system that cannot be mapped to a container's users ({})",
