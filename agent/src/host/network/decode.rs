@@ -15,6 +15,8 @@ const NFTA_CHAIN_HOOK: u16 = 4;
 const NFTA_CHAIN_POLICY: u16 = 5;
 const NFTA_CHAIN_USE: u16 = 6;
 const NFTA_HOOK_HOOKNUM: u16 = 1;
+const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
+const NFTA_SET_ELEM_LIST_SET: u16 = 2;
 const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
 const NFTA_SET_ELEM_KEY: u16 = 1;
 const NFTA_SET_ELEM_DATA: u16 = 2;
@@ -33,6 +35,8 @@ const NLA_FLAGS: u16 = 0xc000;
 pub(super) struct Message<'a> {
     pub(super) kind: u16,
     pub(super) sequence: u32,
+    /// The port of the socket that asked for it; of an event, for what it tells of.
+    pub(super) port: u32,
     pub(super) body: &'a [u8],
 }
 
@@ -40,7 +44,7 @@ pub(super) struct Message<'a> {
 pub(super) fn messages(mut packet: &[u8]) -> impl Iterator<Item = Message<'_>> {
     std::iter::from_fn(move || {
         let (header, rest) = packet.split_first_chunk::<16>()?;
-        let [l0, l1, l2, l3, t0, t1, _, _, s0, s1, s2, s3, ..] = *header;
+        let [l0, l1, l2, l3, t0, t1, _, _, s0, s1, s2, s3, p0, p1, p2, p3] = *header;
         let length = usize::try_from(u32::from_ne_bytes([l0, l1, l2, l3])).unwrap_or(usize::MAX);
         let body = length.checked_sub(16).and_then(|length| rest.get(..length));
         let next = length.max(16).checked_next_multiple_of(4);
@@ -48,6 +52,7 @@ pub(super) fn messages(mut packet: &[u8]) -> impl Iterator<Item = Message<'_>> {
         Some(Message {
             kind: u16::from_ne_bytes([t0, t1]),
             sequence: u32::from_ne_bytes([s0, s1, s2, s3]),
+            port: u32::from_ne_bytes([p0, p1, p2, p3]),
             body: body.unwrap_or(rest),
         })
     })
@@ -94,6 +99,13 @@ pub(super) fn is_dormant(body: &[u8]) -> bool {
 pub(super) fn table(body: &[u8]) -> Option<(u8, String)> {
     let (family, attributes) = split(body)?;
     Some((family, text(attributes, NFTA_TABLE_NAME)?))
+}
+
+/// Family and name of the table, and the name of the set, that a message about elements is about.
+pub(super) fn set(body: &[u8]) -> Option<((u8, String), String)> {
+    let (family, attributes) = split(body)?;
+    let table = text(attributes, NFTA_SET_ELEM_LIST_TABLE)?;
+    Some(((family, table), text(attributes, NFTA_SET_ELEM_LIST_SET)?))
 }
 
 /// Key and what comes with it (data, or rate) of the elements that a message is about.

@@ -9,8 +9,8 @@ use super::decode::{self, Chain, NFPROTO_INET, RulePlace, messages};
 use super::element::{BURST, Element, Encoded, Value, encode};
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, sendto,
-    setsockopt, socket, sockopt,
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, getsockname,
+    recv, sendto, setsockopt, socket, sockopt,
 };
 use std::collections::BTreeMap;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -128,6 +128,14 @@ impl Nftables {
             table,
             socket: Mutex::new(socket),
         })
+    }
+
+    /// The number by which the kernel knows the socket.
+    pub(super) fn port(&self) -> Result<u32, NetworkError> {
+        let socket = self.socket.lock().unwrap_or_else(PoisonError::into_inner);
+        let address = getsockname::<NetlinkAddr>(socket.descriptor.as_raw_fd());
+        let address = address.map_err(|errno| refused("open a socket to", self.table, errno))?;
+        Ok(address.pid())
     }
 
     /// Adds elements, all or none. One that is there already, with the same data, is no error.

@@ -89,6 +89,7 @@ impl Rules {
     /// Table first: without it nothing of a container's may be forwarded. Tells, too, whether all is so.
     pub(super) fn open(policy: Policy, changes: &Changes) -> Result<(Self, bool), NetworkError> {
         let [nftables, eyes] = [Nftables::open(table::TABLE)?, Nftables::open(table::TABLE)?];
+        changes.ignore(nftables.port()?);
         let tracked = Tracked::open()?;
         let chains = nftables.chains()?;
         let has_rules = |chain: &Chain| table::CHAINS.contains(&chain.name.as_str());

@@ -859,6 +859,35 @@ fn rules_that_somebody_removes_are_put_back_and_then_it_is_quiet() {
 }
 
 #[test]
+fn elements_that_somebody_takes_out_are_put_back() {
+    on_host(|| async {
+        let (outside, network) = (outside(), open().await);
+        let container = Container::new(&network, ONE).await;
+        let (inner, outer) = (container.namespace.listen(8080), outside.listen(80));
+        network.map_port(ONE, 61_001, 8080).await.unwrap();
+        // What was loaded is looked at.
+        a_while().await;
+        let before = ruleset();
+        let own = container.lease.container;
+        for change in [
+            "flush set inet ostler sources",
+            "flush map inet ostler ports",
+            &format!("delete element inet ostler open {{ {own} }}"),
+        ] {
+            run("nft", change);
+            eventually(change, || ruleset() == before).await;
+            // What was put back is looked at.
+            a_while().await;
+        }
+        converse(&inner, &mut outside.connect(HOST, 61_001).unwrap());
+        converse(
+            &outer,
+            &mut container.namespace.connect(OUTSIDE, 80).unwrap(),
+        );
+    });
+}
+
+#[test]
 fn a_table_that_is_right_is_not_written() {
     on_host(|| async {
         let network = open().await;

@@ -12,7 +12,7 @@
 use super::NetworkError;
 use super::decode::{self, Chain, Message, NFPROTO_INET, RulePlace, messages};
 use super::foreign::PLACES;
-use super::table::TABLE;
+use super::table::{SET_NAMES, TABLE};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
@@ -22,6 +22,7 @@ use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -35,6 +36,8 @@ const NEWCHAIN: u16 = NEWTABLE | 3;
 const DELCHAIN: u16 = NEWTABLE | 5;
 const NEWRULE: u16 = NEWTABLE | 6;
 const DELRULE: u16 = NEWTABLE | 8;
+const NEWSETELEM: u16 = NEWTABLE | 12;
+const DELSETELEM: u16 = NEWTABLE | 14;
 
 /// How long what goes on may go on before it is looked at.
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
@@ -54,15 +57,24 @@ pub(super) enum Heed {
 
 /// The events of the network namespace in which this was opened.
 #[derive(Debug)]
-pub(super) struct Changes(OwnedFd);
+pub(super) struct Changes {
+    socket: OwnedFd,
+    /// The port of the socket that changes elements here.
+    own: AtomicU32,
+}
 
 impl Changes {
     /// Whatever happens from here on is an event.
     pub(super) fn open() -> Result<Self, NetworkError> {
         let opened = listen(SockProtocol::NetlinkNetFilter, GROUPS);
-        opened
-            .map(Self)
-            .map_err(|errno| NetworkError::Watch(errno.into()))
+        let socket = opened.map_err(|errno| NetworkError::Watch(errno.into()))?;
+        let own = AtomicU32::new(0);
+        Ok(Self { socket, own })
+    }
+
+    /// What is asked for by the socket with this port is no news.
+    pub(super) fn ignore(&self, port: u32) {
+        self.own.store(port, Ordering::Relaxed);
     }
 
     /// Takes all events there are, and tells how urgent the most urgent one is. Never waits.
@@ -71,10 +83,12 @@ impl Changes {
         let mut buffer = vec![0_u8; 64 * 1024];
         loop {
             most = most.max(
-                match recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+                match recv(self.socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
                     Ok(length) => {
-                        let heeds = messages(buffer.get(..length).unwrap_or(&[])).map(heed);
-                        heeds.max().unwrap_or(Heed::Never)
+                        let own = self.own.load(Ordering::Relaxed);
+                        let all = messages(buffer.get(..length).unwrap_or(&[]));
+                        let others = all.filter(|message| message.port != own);
+                        others.map(heed).max().unwrap_or(Heed::Never)
                     }
                     Err(Errno::EINTR) => Heed::Never,
                     // Some were lost, and nobody knows which.
@@ -94,7 +108,7 @@ pub(super) fn listen(protocol: SockProtocol, groups: u32) -> nix::Result<OwnedFd
     Ok(descriptor)
 }
 
-/// Elements, which are most events and mostly our own, concern nobody.
+/// Elements are most events, and nearly all of them our own.
 fn heed(message: Message<'_>) -> Heed {
     let concerns = match message.kind {
         NEWTABLE | DELTABLE => {
@@ -105,6 +119,9 @@ fn heed(message: Message<'_>) -> Heed {
         }),
         NEWRULE | DELRULE => RulePlace::parse(message.body).is_some_and(|rule| {
             rule.is_in(TABLE) || (rule.is_ipv4() && PLACES.contains(&rule.chain.as_str()))
+        }),
+        NEWSETELEM | DELSETELEM => decode::set(message.body).is_some_and(|(table, set)| {
+            table == (NFPROTO_INET, TABLE.into()) && SET_NAMES.contains(&set.as_str())
         }),
         _ => false,
     };
@@ -174,7 +191,7 @@ fn watch(changes: &Changes, agent: &UnixStream, so: bool, mend: impl Fn(&Changes
             PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)
         });
         let mut both =
-            [agent.as_fd(), changes.0.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
+            [agent.as_fd(), changes.socket.as_fd()].map(|fd| PollFd::new(fd, PollFlags::POLLIN));
         match poll(&mut both, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => {
