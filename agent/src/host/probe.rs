@@ -149,12 +149,17 @@ pub fn all(wanted: &Wanted<'_>) -> Vec<Finding> {
         })),
     ]);
     found.extend(match network::dropping_chains() {
-        Ok(chains) => foreign_chains(chains),
+        Ok(chains) => foreign_chains(chains, |chain| {
+            network::is_iptables(chain)
+                .then(|| network::try_accepts().map_err(|error| error.to_string()))
+        }),
         // That nft is missing is told already.
         Err(error) => vec![finding(FIREWALLS, Level::Warn, error.to_string(), "")],
     });
     found.extend([
         names(network::strange_links().map_err(|errno| errno.to_string())),
+        kernel_log(fs::File::open("/dev/kmsg").map_err(|error| error.to_string())),
+        memory_groups(&fs::read_to_string("/proc/cgroups").unwrap_or_default()),
         conntrack(read_trimmed("/proc/sys/net/netfilter/nf_conntrack_max").as_deref()),
         neighbours(
             read_trimmed("/proc/sys/net/ipv4/neigh/default/gc_thresh3").as_deref(),
@@ -683,20 +688,27 @@ fn bandwidth(tried: Result<(), String>) -> Finding {
 
 const FIREWALLS: &str = "others' firewalls";
 
-fn foreign_chains(chains: Vec<String>) -> Vec<Finding> {
+/// `edit` tells of a chain that is iptables' whether the agent can edit it.
+fn foreign_chains(
+    chains: Vec<String>,
+    edit: impl Fn(&str) -> Option<Result<(), String>>,
+) -> Vec<Finding> {
     let name = FIREWALLS;
     if chains.is_empty() {
         return vec![ok(name, "none drops what is forwarded")];
     }
     let tell = |chain: String| {
-        if chain.starts_with("ip filter FORWARD") {
-            let meaning = format!(
-                "chain {chain} drops what is forwarded (Docker, ufw); the agent puts two accepts there"
-            );
-            return ok(name, meaning);
-        }
-        let meaning =
-            format!("chain {chain} drops what is forwarded, and the agent does not edit it");
+        let cannot = match edit(&chain) {
+            Some(Ok(())) => {
+                let meaning = format!(
+                    "chain {chain} drops what is forwarded (Docker, ufw); the agent puts two accepts there"
+                );
+                return ok(name, meaning);
+            }
+            Some(Err(why)) => format!("cannot edit it ({why})"),
+            None => "does not edit it".to_owned(),
+        };
+        let meaning = format!("chain {chain} drops what is forwarded, and the agent {cannot}");
         let advice = "Let packets from and to the interfaces os-* through there, or containers have no network";
         finding(name, Level::Warn, meaning, advice)
     };
@@ -749,6 +761,52 @@ fn name_servers(resolv_conf: &str, is_here: impl Fn(Ipv4Addr) -> bool, host_dns:
 
 /// Room for neighbours that are no instances'.
 const OTHER_NEIGHBOURS: usize = 24;
+
+/// Who was killed for want of memory is read there.
+fn kernel_log(opened: Result<fs::File, String>) -> Finding {
+    let name = "the kernel's log";
+    match opened {
+        Ok(_log) => ok(name, "victims of memory kills are named"),
+        Err(error) => {
+            let meaning = format!(
+                "/dev/kmsg cannot be read ({error}): victims of memory kills have no name, and kills that had a reason \
+                 outside of the container are taken for its own"
+            );
+            let advice =
+                "Give the agent the device, and CAP_SYSLOG where kernel.dmesg_restrict is 1";
+            finding(name, Level::Warn, meaning, advice)
+        }
+    }
+}
+
+/// The kernel has numbers for 65,535 memory groups (`MEM_CGROUP_ID_MAX`); those that were removed keep theirs while memory is
+/// charged to them.
+fn memory_groups(cgroups: &str) -> Finding {
+    const MANY: u32 = 50_000;
+    let name = "memory groups";
+    let mut lines = cgroups
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let number = lines.find_map(|words| match words.as_slice() {
+        ["memory", _, number, ..] => number.parse::<u32>().ok(),
+        _ => None,
+    });
+    match number {
+        Some(number) if number > MANY => {
+            let meaning = format!(
+                "there are {number} with those that still hold memory; beyond 65,535 none can be made, and nothing started"
+            );
+            let advice =
+                "Have the kernel give that memory back (vm.drop_caches = 3), or restart the host";
+            finding(name, Level::Warn, meaning, advice)
+        }
+        Some(number) => ok(
+            name,
+            format!("{number} of 65,535 with those that still hold memory"),
+        ),
+        None => ok(name, "this kernel does not show how many there are"),
+    }
+}
 
 fn conntrack(most: Option<&str>) -> Finding {
     let name = "connection tracking";
@@ -988,6 +1046,14 @@ mod tests {
             (bandwidth(Err("no".to_owned())), Warn, "sch_tbf"),
             (conntrack(Some("65536")), Good, "65536 connections"),
             (conntrack(None), Warn, "nf_conntrack"),
+            (kernel_log(Err("no".to_owned())), Warn, "CAP_SYSLOG"),
+            (
+                memory_groups("cpu 1 2 1\nmemory\t4\t50000\t1"),
+                Good,
+                "50000 of",
+            ),
+            (memory_groups("memory 4 50001 1\n"), Warn, "drop_caches"),
+            (memory_groups(""), Good, "not show"),
             (neighbours(Some("1024"), 500), Good, "1024 entries"),
             (neighbours(Some("1024"), 501), Warn, "gc_thresh3"),
             (neighbours(None, 501), Good, "not show"),
@@ -1007,14 +1073,26 @@ mod tests {
             (terminals(None), Warn, "6.2"),
         ]);
         let chains = |chains: &[&str]| {
-            foreign_chains(chains.iter().map(|chain| (*chain).to_owned()).collect())
+            let edit = |chain: &str| match chain {
+                "ip filter FORWARD" => Some(Ok(())),
+                "ip filter OTHER" => Some(Err("missing".to_owned())),
+                _ => None,
+            };
+            foreign_chains(
+                chains.iter().map(|chain| (*chain).to_owned()).collect(),
+                edit,
+            )
         };
         let levels =
             |found: Vec<Finding>| found.iter().map(|found| found.level).collect::<Vec<_>>();
         assert_eq!(levels(chains(&[])), [Good]);
         assert_eq!(
-            levels(chains(&["ip filter FORWARD", "inet others passing"])),
-            [Good, Warn]
+            levels(chains(&[
+                "ip filter FORWARD",
+                "inet others passing",
+                "ip filter OTHER"
+            ])),
+            [Good, Warn, Warn]
         );
     }
 

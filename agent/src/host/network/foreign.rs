@@ -6,6 +6,7 @@
 //! else into `FORWARD`; they leave with the agent. Our own table still refuses what it refuses.
 
 use super::decode::Chain;
+use super::look;
 use super::table::TABLE;
 use super::{NetworkError, program};
 use std::collections::{BTreeMap, BTreeSet};
@@ -53,6 +54,8 @@ const NATIVE: &str = "incompatible";
 
 /// Docker's own chain.
 const DOCKER: &str = "DOCKER";
+/// The chain that they edit, as it is listed.
+pub(super) const FORWARD: &str = "ip filter FORWARD";
 
 /// What shall be so afterwards.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,7 +80,7 @@ pub(super) fn settle(accepts: Accepts) -> bool {
             Ok(rules) => so &= carry_out(program, &plan(&rules, accepts)),
             // Without the program there is nobody who could have used it here. In a mount namespace
             // of our own somebody outside might have.
-            Err(NetworkError::Missing { .. }) => {}
+            Err(NetworkError::Missing { .. }) => tell_of_chains(accepts),
             Err(error) => {
                 // A native nft table "ip filter" with more in it than iptables knows.
                 so &= matches!(&error, NetworkError::Program { detail, .. } if detail.contains(NATIVE));
@@ -90,6 +93,20 @@ pub(super) fn settle(accepts: Accepts) -> bool {
         }
     }
     so
+}
+
+/// What looks as if it were iptables' can be somebody's of nft.
+fn tell_of_chains(accepts: Accepts) {
+    let chains = look::dropping_chains().unwrap_or_default();
+    if accepts == Accepts::WhereNeeded
+        && let Some(chain) = chains.iter().find(|chain| look::is_iptables(chain))
+    {
+        warn!(
+            chain,
+            "a chain drops what is forwarded, and without iptables no accepts can be put there: install the package \"iptables\", \
+             or let packets from and to \"os-*\" through, or containers have no network"
+        );
+    }
 }
 
 /// Tells whether nothing was refused.

@@ -1,5 +1,6 @@
 //! What a person is told of this host's firewall. Nothing of the host's own is changed.
 
+use super::foreign::FORWARD;
 use super::link::{PREFIX, handle};
 use super::table::{self, Policy, TABLE};
 use super::{NetworkError, program};
@@ -81,6 +82,20 @@ pub fn dropping_chains() -> Result<Vec<String>, NetworkError> {
         .map(|rules| dropping(&rules))
 }
 
+/// Whether a chain, as [`dropping_chains`] names it, is one that the agent edits.
+#[must_use]
+pub fn is_iptables(chain: &str) -> bool {
+    chain == FORWARD
+}
+
+/// Whether the agent could put its accepts into chains of iptables. Blocks.
+///
+/// # Errors
+/// `iptables-nft` is missing, or it does not understand what is there.
+pub fn try_accepts() -> Result<(), NetworkError> {
+    program::run("iptables-nft", &["-w", "5", "-S"], "").map(drop)
+}
+
 fn dropping(rules: &str) -> Vec<String> {
     let (mut table, mut chain, mut found) = ("", "", Vec::new());
     // Of the chain: whether it sees what is forwarded, and drops what gets to the end of what was read of it.
@@ -114,7 +129,7 @@ fn refuses_the_rest(rule: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::super::testbed::{on_host, run};
-    use super::{dropping_chains, try_bandwidth, try_link, try_rules};
+    use super::{dropping_chains, try_accepts, try_bandwidth, try_link, try_rules};
 
     #[test]
     fn links_and_their_bandwidth_are_tried_in_the_namespace_of_the_thread() {
@@ -166,6 +181,13 @@ mod tests {
                 "ip filter FORWARD",
             ];
             assert_eq!(dropping_chains().unwrap(), found);
+            try_accepts().unwrap();
+            // What iptables has no word for.
+            run(
+                "nft",
+                "add rule ip filter FORWARD ip saddr vmap { 192.0.2.1 : drop }",
+            );
+            try_accepts().unwrap_err();
         });
     }
 }

@@ -49,7 +49,9 @@ mod watch;
 
 pub use egress::{EgressRule, Posture, Traffic};
 pub use error::NetworkError;
-pub use look::{dropping_chains, strange_links, try_bandwidth, try_link, try_rules};
+pub use look::{
+    dropping_chains, is_iptables, strange_links, try_accepts, try_bandwidth, try_link, try_rules,
+};
 pub use shaper::Bandwidth;
 pub use standing::again as standing_again;
 pub use subnet::Lease;
