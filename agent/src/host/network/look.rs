@@ -129,7 +129,7 @@ fn refuses_the_rest(rule: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::super::testbed::{on_host, run};
-    use super::{dropping_chains, try_accepts, try_bandwidth, try_link, try_rules};
+    use super::{dropping_chains, is_iptables, try_accepts, try_bandwidth, try_link, try_rules};
 
     #[test]
     fn links_and_their_bandwidth_are_tried_in_the_namespace_of_the_thread() {
@@ -182,10 +182,24 @@ mod tests {
             ];
             assert_eq!(dropping_chains().unwrap(), found);
             try_accepts().unwrap();
-            // What iptables has no word for.
+        });
+    }
+
+    #[test]
+    fn a_chain_of_iptables_that_it_cannot_edit_is_told() {
+        on_host(|| async {
+            run("nft", "add table ip filter");
+            let what = "{ type filter hook forward priority 0 ; policy drop ; }";
+            run("nft", &format!("add chain ip filter FORWARD {what}"));
             run(
                 "nft",
-                "add rule ip filter FORWARD ip saddr vmap { 192.0.2.1 : drop }",
+                "add rule ip filter FORWARD ct state established accept",
+            );
+            assert!(
+                dropping_chains()
+                    .unwrap()
+                    .iter()
+                    .all(|chain| is_iptables(chain))
             );
             try_accepts().unwrap_err();
         });
