@@ -610,6 +610,18 @@ pub struct Overrides {
 /// # Errors
 /// The first thing that is wrong, with its key or line and what would be right.
 pub fn load(path: &Path, overrides: Overrides, host_memory_mb: u64) -> Result<Config, ConfigError> {
+    with_stacks(path, load_to_clean(path, overrides, host_memory_mb)?)
+}
+
+/// [`load`] for whoever starts nothing: stacks may be missing.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_to_clean(
+    path: &Path,
+    overrides: Overrides,
+    host_memory_mb: u64,
+) -> Result<Config, ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable {
         path: path.into(),
         source,
@@ -622,7 +634,8 @@ pub fn load(path: &Path, overrides: Overrides, host_memory_mb: u64) -> Result<Co
 /// # Errors
 /// An override is wrong.
 pub fn defaults(overrides: Overrides, host_memory_mb: u64) -> Result<Config, ConfigError> {
-    parse(Path::new("defaults"), "", overrides, host_memory_mb)
+    let path = Path::new("defaults");
+    with_stacks(path, parse(path, "", overrides, host_memory_mb)?)
 }
 
 fn parse(
@@ -639,11 +652,14 @@ fn parse(
     if let Some(base) = overrides.base {
         written.base = base;
     }
-    let config = check(written, host_memory_mb).map_err(|(key, problem)| ConfigError::Invalid {
+    check(written, host_memory_mb).map_err(|(key, problem)| ConfigError::Invalid {
         path: path.into(),
         key,
         problem,
-    })?;
+    })
+}
+
+fn with_stacks(path: &Path, config: Config) -> Result<Config, ConfigError> {
     match config.stacks.iter().find(|(_, stack)| !stack.is_dir()) {
         None => Ok(config),
         Some((name, stack)) => Err(ConfigError::NoStack {
@@ -1086,7 +1102,10 @@ mod tests {
     use std::time::Duration;
 
     fn read(text: &str) -> Result<Config, String> {
-        parse(Path::new("ostler.toml"), text, Overrides::default(), 4096).map_err(|e| e.to_string())
+        let path = Path::new("ostler.toml");
+        let parsed = parse(path, text, Overrides::default(), 4096);
+        let config = parsed.and_then(|config| super::with_stacks(path, config));
+        config.map_err(|error| error.to_string())
     }
 
     #[test]

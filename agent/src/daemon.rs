@@ -3,8 +3,8 @@
 use crate::bus::{self, Access, AccessError, Surroundings};
 use crate::cli;
 use crate::config::{self, Config, ConfigError, Overrides};
-use crate::engine::{Engine, EngineConfig, NetworkConfig};
-use crate::host::cgroups::Cgroups;
+use crate::engine::{DiskWay, Engine, EngineConfig, NetworkConfig};
+use crate::host::cgroups::{CgroupError, Cgroups};
 use crate::host::{blocking, depot};
 use crate::instances::crashes::Crashes;
 use crate::instances::depth::Depth;
@@ -131,7 +131,7 @@ pub fn agent(path: &Path, overrides: Overrides) -> Outcome<()> {
 /// # Errors
 /// If an agent runs, or something could not be removed.
 pub fn clean(path: &Path, overrides: Overrides) -> Outcome<()> {
-    let config = config::load(path, overrides, host_memory_mb())?;
+    let config = config::load_to_clean(path, overrides, host_memory_mb())?;
     within_runtime(async {
         let _locks = prepare(&config).await?;
         clear(&config).await
@@ -140,7 +140,12 @@ pub fn clean(path: &Path, overrides: Overrides) -> Outcome<()> {
 
 /// Removes what an agent left, and what it keeps but for the host's id.
 async fn clear(config: &Config) -> Outcome<()> {
-    let engine = Engine::open(engine_config(config)).await?;
+    let engine_config = EngineConfig {
+        // Nothing is made that would want bounds: a way that has ceased to work here keeps nobody from cleaning up.
+        disk: DiskWay::Auto,
+        ..engine_config(config)
+    };
+    let engine = Engine::open(engine_config).await?;
     let swept = engine.sweep(&HashSet::new()).await;
     engine.close().await;
     if !swept.left.is_empty() {
@@ -210,7 +215,9 @@ async fn prepare(config: &Config) -> Outcome<Locks> {
         if taken.is_ok() {
             return taken;
         }
-        if Instant::now() >= deadline {
+        let lasting = taken.as_ref().err().and_then(|error| error.downcast_ref());
+        let lasting = lasting.is_some_and(|error| !matches!(error, CgroupError::Claimed(_)));
+        if lasting || Instant::now() >= deadline {
             return taken.map_err(|error| who_else().unwrap_or(error));
         }
         sleep(LOCK_PAUSE).await;

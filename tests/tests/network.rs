@@ -234,3 +234,46 @@ async fn what_somebody_does_to_a_link_is_undone_and_told() {
     tool("ip", &["link", "delete", "os-mgmt"]);
     host.stop("probe").await;
 }
+
+#[tokio::test]
+async fn a_host_that_gets_another_address_moves_its_routes() {
+    let host = Host::start().await;
+    let mut registers = host.watch("router.register").await;
+    let mut unregisters = host.watch("router.unregister").await;
+    host.run(probe(&host, "probe", json!([]))).await;
+    let first = registers.next().await;
+    assert_eq!(first["host"], Network::HOST, "{first}");
+    let link = tool("ip", &["-o", "route", "get", Network::OUTSIDE]);
+    let link = link
+        .split_whitespace()
+        .skip_while(|word| *word != "dev")
+        .nth(1)
+        .unwrap();
+    let second = "198.51.100.77";
+    tool("ip", &["address", "flush", "dev", link]);
+    tool(
+        "ip",
+        &["address", "add", &format!("{second}/24"), "dev", link],
+    );
+    tool(
+        "ip",
+        &["route", "replace", "default", "via", Network::OUTSIDE],
+    );
+    let moved = registers
+        .until("another host", |route| route["host"] == second)
+        .await;
+    assert_eq!(moved["port"], first["port"]);
+    let back = unregisters.next().await;
+    assert_eq!(
+        (&back["host"], &back["port"]),
+        (&first["host"], &first["port"])
+    );
+    let find = host
+        .request(
+            "dea.find.droplet",
+            &json!({"droplet": "probe", "include_stats": true}),
+        )
+        .await;
+    assert_eq!(find["stats"]["host"], second, "{find}");
+    host.stop("probe").await;
+}

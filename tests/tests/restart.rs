@@ -3,7 +3,7 @@
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tests::{
     Dice, Droplet, Frozen, Host, Network, Output, Tree, Watch, numbered, patience, rounds, tool,
 };
@@ -416,7 +416,8 @@ async fn control_groups_have_one_agent() {
     assert!(!other.clean().await.success());
     other.spawn_agent();
     assert!(!other.ended().await.success());
-    other.logged(0, "are another agent's").await;
+    let log = other.logged(0, "are another agent's").await;
+    assert_eq!(log.matches("are another agent's").count(), 2, "{log}");
     assert!(host.tree().one("wshd").lives());
     std::fs::write(config(&other), own).unwrap();
     let _ = other.start_agent().await;
@@ -842,6 +843,14 @@ async fn clean_removes_what_a_killed_agent_left() {
         .await;
     host.kill9().await;
     assert!(!host.leftovers().is_empty());
+    // On a host that has lost what an agent needs.
+    let config = host.base.with_file_name("agent.toml");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let debian = text.lines().find(|line| line.starts_with("debian = "));
+    let lost = text
+        .replace(debian.unwrap(), "debian = \"/does/not/exist\"")
+        .replace("[cgroup]", "[instance]\ndisk = \"quota\"\n[cgroup]");
+    std::fs::write(&config, lost).unwrap();
     let status = host.clean().await;
     assert!(status.success(), "{status}\n{}", host.log());
     assert_eq!(host.leftovers(), Vec::<String>::new());
@@ -1096,8 +1105,13 @@ async fn an_agent_takes_over_where_the_disk_is_full() {
         .until("exit of it", |exit| exit["droplet"] == "web")
         .await;
     std::fs::remove_dir_all(filler).unwrap();
-    host.run(host.message("new", &Droplet::sample("sleeper")))
-        .await;
+    // Somebody looks soon.
+    let new = host.message("new", &Droplet::sample("sleeper"));
+    let end = Instant::now() + patience();
+    while host.request(&host.subject("start"), &new).await["ok"] != true {
+        assert!(Instant::now() < end, "there is no room still");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
     host.stop("new").await;
     host.stop("other").await;
 }

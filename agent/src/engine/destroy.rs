@@ -81,6 +81,7 @@ pub(super) async fn container(container: &Container) -> Result<(), EngineError> 
     blocking(move || disk.inspect(|disk| disk.abandon())).await;
     remains(&inner.shared, &inner.handle).await?;
     give_back(&inner.shared, &container.saved());
+    inner.shared.network.see_off(&inner.handle);
     // Whoever hears of it can have what it was promised.
     inner.shared.lookout.glance().await;
     *destroyed = Destroyed::Yes;
@@ -101,6 +102,7 @@ pub(super) async fn from_record(shared: &Shared, saved: &Saved) -> Result<(), En
     if let Some(held) = held {
         give_back(shared, &held);
     }
+    shared.network.see_off(&saved.handle);
     shared.lookout.glance().await;
     removed
 }

@@ -159,7 +159,6 @@ pub fn all(wanted: &Wanted<'_>) -> Vec<Finding> {
     found.extend([
         names(network::strange_links().map_err(|errno| errno.to_string())),
         kernel_log(fs::File::open("/dev/kmsg").map_err(|error| error.to_string())),
-        memory_groups(&fs::read_to_string("/proc/cgroups").unwrap_or_default()),
         conntrack(read_trimmed("/proc/sys/net/netfilter/nf_conntrack_max").as_deref()),
         neighbours(
             read_trimmed("/proc/sys/net/ipv4/neigh/default/gc_thresh3").as_deref(),
@@ -779,35 +778,6 @@ fn kernel_log(opened: Result<fs::File, String>) -> Finding {
     }
 }
 
-/// The kernel has numbers for 65,535 memory groups (`MEM_CGROUP_ID_MAX`); those that were removed keep theirs while memory is
-/// charged to them.
-fn memory_groups(cgroups: &str) -> Finding {
-    const MANY: u32 = 50_000;
-    let name = "memory groups";
-    let mut lines = cgroups
-        .lines()
-        .map(|line| line.split_whitespace().collect::<Vec<_>>());
-    let number = lines.find_map(|words| match words.as_slice() {
-        ["memory", _, number, ..] => number.parse::<u32>().ok(),
-        _ => None,
-    });
-    match number {
-        Some(number) if number > MANY => {
-            let meaning = format!(
-                "there are {number} with those that still hold memory; beyond 65,535 none can be made, and nothing started"
-            );
-            let advice =
-                "Have the kernel give that memory back (vm.drop_caches = 3), or restart the host";
-            finding(name, Level::Warn, meaning, advice)
-        }
-        Some(number) => ok(
-            name,
-            format!("{number} of 65,535 with those that still hold memory"),
-        ),
-        None => ok(name, "this kernel does not show how many there are"),
-    }
-}
-
 fn conntrack(most: Option<&str>) -> Finding {
     let name = "connection tracking";
     match most {
@@ -1047,13 +1017,6 @@ mod tests {
             (conntrack(Some("65536")), Good, "65536 connections"),
             (conntrack(None), Warn, "nf_conntrack"),
             (kernel_log(Err("no".to_owned())), Warn, "CAP_SYSLOG"),
-            (
-                memory_groups("cpu 1 2 1\nmemory\t4\t50000\t1"),
-                Good,
-                "50000 of",
-            ),
-            (memory_groups("memory 4 50001 1\n"), Warn, "drop_caches"),
-            (memory_groups(""), Good, "not show"),
             (neighbours(Some("1024"), 500), Good, "1024 entries"),
             (neighbours(Some("1024"), 501), Warn, "gc_thresh3"),
             (neighbours(None, 501), Good, "not show"),

@@ -136,14 +136,26 @@ impl Routes {
         self.unregister(&mut state, route).1
     }
 
-    /// Says everything again, for routers forget, and miss a word now and then.
-    pub fn repeat(&self) {
+    /// Says everything again, for routers forget, and miss a word now and then. What they were told of another address
+    /// than `host`, which this one had before, is taken back.
+    pub fn repeat(&self, host: &str) {
         let mut state = self.state();
         state.queue.retain(|word| !matches!(word, Word::Repeat(_)));
         state.requeue(Stage::Sure);
+        let elsewhere = state.open.values().filter(|route| route.host != host);
+        let elsewhere: Vec<Route> = elsewhere.cloned().collect();
+        for route in &elsewhere {
+            state.stands(Route {
+                host: host.to_owned(),
+                ..route.clone()
+            });
+        }
         let State { open, queue, .. } = &mut *state;
         let told = open.iter().filter(|(_, route)| !route.uris.is_empty());
         queue.extend(told.map(|(port, _)| Word::Repeat(*port)));
+        for route in elsewhere.into_iter().filter(|route| !route.uris.is_empty()) {
+            let (_, _nobody_waits) = self.unregister(&mut state, route);
+        }
         self.more.notify_one();
     }
 

@@ -32,6 +32,7 @@ use nix::fcntl::{Flock, FlockArg};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -227,8 +228,18 @@ impl Cgroups {
         let layout = Self::open(parent)?.layout;
         let path = layout.memory.mount.join(&layout.parent);
         let directory = File::open(&path).map_err(CgroupError::refused("open", &path))?;
-        Flock::lock(directory, FlockArg::LockExclusiveNonblock)
-            .map_err(|_taken| CgroupError::Claimed(path))
+        let claimed = Flock::lock(directory, FlockArg::LockExclusiveNonblock)
+            .map_err(|_taken| CgroupError::Claimed(path.clone()))?;
+        // Whoever had it may have removed it in between.
+        let number = |metadata: fs::Metadata| metadata.ino();
+        let ours = claimed
+            .metadata()
+            .map(number)
+            .map_err(CgroupError::refused("stat", &path))?;
+        match fs::metadata(&path).map(number) {
+            Ok(there) if there == ours => Ok(claimed),
+            _ => Err(CgroupError::Claimed(path)),
+        }
     }
 
     fn find(parent: &str) -> Result<Self, CgroupError> {

@@ -97,14 +97,15 @@ pub(super) fn settle(accepts: Accepts) -> bool {
 
 /// What looks as if it were iptables' can be somebody's of nft.
 fn tell_of_chains(accepts: Accepts) {
+    if accepts == Accepts::Nowhere {
+        return;
+    }
     let chains = look::dropping_chains().unwrap_or_default();
-    if accepts == Accepts::WhereNeeded
-        && let Some(chain) = chains.iter().find(|chain| look::is_iptables(chain))
-    {
+    if let Some(chain) = chains.iter().find(|chain| look::is_iptables(chain)) {
         warn!(
             chain,
             "a chain drops what is forwarded, and without iptables no accepts can be put there: install the package \"iptables\", \
-             or let packets from and to \"os-*\" through, or containers have no network"
+             or see to it that it lets packets from and to \"os-*\" through"
         );
     }
 }

@@ -1,6 +1,6 @@
 //! Under which address others reach this host, and the largest packet of the way there.
 //!
-//! Found when the agent starts, and again when addresses of the host change: a host may boot before its network, and its
+//! Found when the agent starts, and again when addresses or default routes of the host change: a host may boot before its network, and its
 //! address may go. One that the host has, and whose way leads out, is kept: routers know it.
 
 use super::NetworkError;
@@ -62,7 +62,10 @@ impl Here {
         &self,
         addresses: &'a [HostAddress],
     ) -> impl Iterator<Item = &'a str> + use<'a> {
-        let ways = [Some(self.address()), outgoing()];
+        let now = *self.now();
+        // One of Docker's, where there is no other yet, leads nowhere.
+        let known = now.leads_out.then_some(now.address);
+        let ways = [known, outgoing()].map(|way| way.filter(|way| !way.is_loopback()));
         let uplinks = addresses
             .iter()
             .filter(move |one| ways.contains(&Some(one.address)));
@@ -94,7 +97,8 @@ fn place(
     addresses: &[HostAddress],
 ) -> Place {
     let has = |address| addresses.iter().any(|one| one.address == address);
-    let kept = before.filter(|before| before.leads_out && has(before.address));
+    // Also one that is gone for a while, until there is another way out: there may be an interface that is just set up anew.
+    let kept = before.filter(|old| old.leads_out && (has(old.address) || outgoing.is_none()));
     let found = configured.or(kept.map(|kept| kept.address)).or(outgoing);
     let global = addresses.iter().find(|one| one.scope == Scope::Global);
     let least = global.map_or(Ipv4Addr::LOCALHOST, |one| one.address);
@@ -157,6 +161,8 @@ mod tests {
         let other = place(None, Some(out), Some(two), &has(&[docker, one, two]));
         assert_eq!((other.address, other.leads_out), (one, true));
         assert_eq!(place(None, Some(out), None, &has(&[docker, one])), out);
+        let gone = place(None, Some(out), None, &has(&[docker]));
+        assert_eq!((gone.address, gone.leads_out), (one, true));
         let moved = place(None, Some(out), Some(two), &has(&[docker, two]));
         assert_eq!((moved.address, moved.mtu), (two, 1002));
         let said = place(Some(docker), Some(out), Some(two), &has(&[docker, two]));

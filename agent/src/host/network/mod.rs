@@ -61,6 +61,7 @@ use super::blocking;
 use crate::random;
 use here::Here;
 use link::Links;
+use nix::net::if_::if_nametoindex;
 use pool::Pool;
 use rules::Rules;
 use standing::{Kept, Standing};
@@ -75,11 +76,15 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use subnet::Subnet;
 use table::{HostAccess, Policy};
 use tend::Tending;
+use tokio::time::sleep;
 use tracing::{debug, warn};
 use watch::{Changes, Watch};
 
 /// How long an address block rests: a namespace takes some 30 ms to go, packets in flight longer.
 const ADDRESS_REST: Duration = Duration::from_secs(5);
+
+/// How long a dead container's link is left to die with its namespace: less than its addresses rest.
+const NAMESPACE_REST: Duration = Duration::from_secs(3);
 
 /// What the operator decides.
 #[derive(Debug, Clone)]
@@ -471,6 +476,34 @@ impl Network {
     /// When the kernel refuses.
     pub async fn remove_link(&self, handle: &str) -> Result<(), NetworkError> {
         self.links.delete(&link::name(handle)).await
+    }
+
+    /// Sees to it that the link of a container that is dead goes before its addresses are somebody else's: whoever looks
+    /// into the namespace (`nsenter`, a capture) keeps that. Never waits.
+    pub fn see_off(&self, handle: &str) {
+        let name = link::name(handle);
+        let Ok(index) = if_nametoindex(name.as_str()) else {
+            return;
+        };
+        let links = Arc::clone(&self.links);
+        tokio::spawn(async move {
+            sleep(NAMESPACE_REST).await;
+            // By its number: a later one has the name, where a start was cut off and is made again.
+            if if_nametoindex(name.as_str()) != Ok(index) {
+                return;
+            }
+            warn!(
+                link = name,
+                "somebody holds the network namespace of a dead container: its link is removed"
+            );
+            if let Err(error) = links.delete(&name).await {
+                let error = &error as &dyn Error;
+                warn!(
+                    error,
+                    "the link of a dead container is left: who gets its addresses may not be reached"
+                );
+            }
+        });
     }
 
     /// Removes the links of containers that nobody knows; gives back how many. Each takes the kernel

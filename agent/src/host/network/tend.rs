@@ -34,12 +34,14 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::warn;
 
-/// Multicast groups of linux/rtnetlink.h, as bind(2) wants them: LINK, TC, IPV4_IFADDR, IPV4_NETCONF.
-const GROUPS: u32 = 1 | 1 << 3 | 1 << 4 | 1 << 23;
+/// Multicast groups of linux/rtnetlink.h, as bind(2) wants them: LINK, TC, IPV4_IFADDR, IPV4_ROUTE, IPV4_NETCONF.
+const GROUPS: u32 = 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 23;
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
+const RTM_NEWROUTE: u16 = 24;
 const RTM_DELQDISC: u16 = 37;
+const RT_TABLE_MAIN: u8 = 254;
 const RTM_NEWNETCONF: u16 = 80;
 const IFLA_IFNAME: u16 = 3;
 const IFA_LABEL: u16 = 3;
@@ -52,7 +54,7 @@ const IFF_UP: u32 = 1;
 /// Bytes of events that may wait, of which the kernel takes twice as many: those of some hundred links that go at once.
 const EVENTS: usize = 1 << 20;
 
-/// How long one link may take. The kernel answers in its own time, but not for ever.
+/// How long one look may take.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// What an event may have changed.
@@ -62,7 +64,7 @@ enum Touched {
     Link(u32),
     /// Whether this host forwards at all.
     Forwarding,
-    /// The host's own addresses.
+    /// The host's own addresses, or its way out.
     Addresses,
 }
 
@@ -86,6 +88,11 @@ fn touched(message: Message<'_>) -> Option<Touched> {
             (RTM_DELADDR, true) => Some(Touched::Link(word(4)?)),
             (_, true) => None,
         },
+        // struct rtmsg: a default route.
+        RTM_NEWROUTE => {
+            let &[_, length, _, _, table, ..] = body.first_chunk::<12>()?;
+            (length == 0 && table == RT_TABLE_MAIN).then_some(Touched::Addresses)
+        }
         // struct tcmsg; what has no handle was there before anybody put something.
         RTM_DELQDISC => (word(8)? != 0).then_some(Touched::Link(word(4)?)),
         // struct netconfmsg.
@@ -228,9 +235,6 @@ impl Tender {
     fn want_all(&mut self) {
         self.wanted.all = true;
         self.wanted.addresses = true;
-        if !sysctl::read(FORWARDING).is_ok_and(|forwards| forwards != "0") {
-            self.mend_forwarding();
-        }
     }
 
     fn mend_forwarding(&self) {
@@ -277,15 +281,18 @@ impl Tender {
             warn!(%error, "changes of containers' links may have been missed");
         }
         let mut wanted = std::mem::take(&mut self.wanted);
+        if wanted.all && !sysctl::read(FORWARDING).is_ok_and(|forwards| forwards != "0") {
+            self.mend_forwarding();
+        }
         if wanted.addresses
-            && let Err(error) = self.here.look(&self.links).await
+            && let Err(error) = in_time(self.here.look(&self.links)).await
         {
             let error = &error as &dyn Error;
             warn!(error, "the host's addresses were not looked at");
             self.wanted.addresses = true;
         }
         if wanted.all {
-            match self.links.host_ends().await {
+            match in_time(self.links.host_ends()).await {
                 Ok(all) => wanted.links.extend(all.into_keys()),
                 Err(error) => {
                     let error = &error as &dyn Error;
@@ -295,12 +302,14 @@ impl Tender {
             }
         }
         for index in wanted.links {
-            let late = |_| Err(failed("mend", &index.to_string(), RequestFailed));
-            let mended = timeout(DEADLINE, self.mend(index)).await;
-            if let Err(error) = mended.unwrap_or_else(late) {
+            if let Err(error) = in_time(self.mend(index)).await {
                 let error = &error as &dyn Error;
                 warn!(error, "a container's link is not as it shall be");
                 self.wanted.links.insert(index);
+            }
+            // Nothing else is to wait, or to get lost, while there are many.
+            if let Err(error) = self.hear() {
+                warn!(%error, "changes of containers' links may have been missed");
             }
         }
     }
@@ -377,6 +386,14 @@ impl Tender {
         let (rules, handle) = (Weak::clone(&self.rules), handle.to_owned());
         blocking(move || rules.upgrade()?.end_of(&handle)).await
     }
+}
+
+/// The kernel answers in its own time, but not for ever.
+async fn in_time<T>(
+    work: impl Future<Output = Result<T, NetworkError>>,
+) -> Result<T, NetworkError> {
+    let late = |_| Err(failed("look at", "all", RequestFailed));
+    timeout(DEADLINE, work).await.unwrap_or_else(late)
 }
 
 /// A second from now, unless it is due before.

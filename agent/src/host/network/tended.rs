@@ -100,6 +100,8 @@ fn a_limit_that_somebody_takes_away_is_put_back() {
             comes(limit(Some(rate))).await;
             run("tc", &format!("qdisc replace dev {link} root pfifo"));
             comes(limit(Some(rate))).await;
+            // What was put back is looked at.
+            a_while().await;
         }
         // What is taken out as it should stays out.
         network.limit(ONE, limit(None)).await.unwrap();
@@ -194,6 +196,12 @@ fn links_that_are_right_are_not_written() {
             attached.bandwidth = bandwidth;
             live.push((container, attached));
         }
+        let ready = || {
+            [ONE, TWO]
+                .iter()
+                .all(|handle| end(handle).0.contains(" state UP "))
+        };
+        eventually("both are up", ready).await;
         a_while().await;
         // Links, addresses, settings. Of what queues on them the kernel tells when it is asked, too.
         let events = listen(SockProtocol::NetlinkRoute, 1 | 1 << 4 | 1 << 23).unwrap();

@@ -1047,6 +1047,23 @@ fn an_attach_that_fails_leaves_nothing_and_harms_nobody() {
 }
 
 #[test]
+fn a_link_of_a_dead_container_goes_also_where_its_namespace_is_held() {
+    on_host(|| async {
+        let network = open().await;
+        let one = Container::new(&network, ONE).await;
+        let _two = Container::new(&network, TWO).await;
+        network.detach(&attached(ONE, &one.lease, &[])).await;
+        network.release(one.lease.clone());
+        network.see_off(ONE);
+        // Nobody.
+        network.see_off("0000000000c");
+        let there = |handle| ip("link").contains(&format!("os-{handle}"));
+        eventually("it is gone", || !there(ONE)).await;
+        assert!(there(TWO));
+    });
+}
+
+#[test]
 fn links_of_nobody_are_swept() {
     on_host(|| async {
         let network = open().await;
@@ -1350,6 +1367,7 @@ fn a_host_that_gets_its_address_later_is_known_by_it() {
         ip("link add wan type bridge");
         ip("link set wan mtu 1400 up");
         ip("addr add 198.51.100.7/24 dev wan");
+        a_while().await;
         ip("route add default via 198.51.100.1");
         eventually("known by what leads out", is([198, 51, 100, 7])).await;
         assert_eq!(network.mtu(), 1400);
@@ -1357,8 +1375,10 @@ fn a_host_that_gets_its_address_later_is_known_by_it() {
         ip("addr add 198.51.100.8/24 dev wan");
         a_while().await;
         assert_eq!(network.local_ip(), Ipv4Addr::from([198, 51, 100, 7]));
-        ip("addr del 198.51.100.7/24 dev wan");
-        ip("addr replace 198.51.100.8/24 dev wan");
+        ip("addr flush dev wan");
+        a_while().await;
+        assert_eq!(network.local_ip(), Ipv4Addr::from([198, 51, 100, 7]));
+        ip("addr add 198.51.100.8/24 dev wan");
         ip("route replace default via 198.51.100.1");
         eventually("known by the other", is([198, 51, 100, 8])).await;
     });

@@ -7,6 +7,7 @@
 use super::finish::End;
 use super::start::failed;
 use super::{Instance, died};
+use crate::chain;
 use crate::config::Hooks;
 use crate::engine::{Container, Followed};
 use crate::host::blocking;
@@ -148,7 +149,7 @@ impl Run {
                 ..self.request
             };
             let spawned = self.container.spawn(job, &self.user, request).await;
-            spawned.map_err(|error| error.to_string())?;
+            spawned.map_err(|error| chain(&error))?;
         }
         let mut records = self.container.follow(job, Cursor::default());
         let mut said = Vec::new();

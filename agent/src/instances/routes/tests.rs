@@ -5,12 +5,14 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
+const HERE: &str = "192.0.2.1";
+
 fn route(port: u16, uris: &[&str]) -> Route {
     Route {
         dea: "d".into(),
         app: "a".into(),
         uris: list(uris),
-        host: "192.0.2.1".into(),
+        host: HERE.into(),
         port,
         tags: BTreeMap::new(),
         private_instance_id: "p".into(),
@@ -129,21 +131,21 @@ fn heard(heard: &mut Heard) -> bool {
 async fn nothing_is_said_after_it_was_taken_back() {
     let mut bus = Bus::there();
     let routes = Arc::clone(&bus.routes);
-    routes.repeat();
+    routes.repeat(HERE);
     assert!(routes.change(1, &list(&["x"])).is_none());
     assert!(routes.close(1).is_none());
     bus.silence().await;
     routes.open(route(1, &["a", "b"]));
     bus.words([r#"+1 ["a","b"]"#]).await;
-    routes.repeat();
+    routes.repeat(HERE);
     bus.words([r#"+1 ["a","b"]"#]).await;
     routes.change(1, &list(&["b", "c"])).unwrap();
     bus.words([r#"+1 ["c"]"#, r#"-1 ["a"]"#]).await;
     bus.confirm().await;
-    routes.repeat();
+    routes.repeat(HERE);
     bus.words([r#"-1 ["a"]"#, r#"+1 ["b","c"]"#]).await;
     bus.confirm().await;
-    routes.repeat();
+    routes.repeat(HERE);
     // Before it is its turn: what is said then is what is true then.
     let (closed, _) = routes.close(1).unwrap();
     assert_eq!(closed.uris, list(&["b", "c"]));
@@ -167,7 +169,7 @@ async fn what_is_too_large_for_one_message_is_said_in_parts() {
     bus.words([&*format!("+{first}"), &*format!("+{last}")])
         .await;
     bus.silence().await;
-    routes.repeat();
+    routes.repeat(HERE);
     bus.words([&*format!("+{first}"), &*format!("+{last}")])
         .await;
     bus.silence().await;
@@ -182,7 +184,7 @@ async fn what_is_too_large_for_one_message_is_said_in_parts() {
     let closed = of_nobody.try_recv();
     assert_eq!(closed, Err(oneshot::error::TryRecvError::Closed));
     // The parts are said once more, at least that for which somebody waited.
-    routes.repeat();
+    routes.repeat(HERE);
     bus.words([&*format!("-{last}")]).await;
 }
 
@@ -211,14 +213,14 @@ async fn what_was_taken_back_is_said_until_it_was_heard_and_once_more() {
     bus.confirm().await;
     assert!(heard(&mut told));
     // A router may have missed it, also when the repeat is lost again.
-    routes.repeat();
+    routes.repeat(HERE);
     bus.words([r#"-1 ["a"]"#]).await;
     drop(bus.barrier().await);
     bus.lose();
     bus.connect();
     bus.words([r#"-1 ["a"]"#]).await;
     bus.confirm().await;
-    routes.repeat();
+    routes.repeat(HERE);
     bus.silence().await;
 }
 
@@ -245,6 +247,30 @@ async fn what_stands_again_is_no_longer_taken_back() {
     assert!(heard(&mut first) && heard(&mut of_old));
 }
 
+#[tokio::test]
+async fn a_host_that_has_another_address_takes_the_old_one_back() {
+    let mut bus = Bus::there();
+    let routes = Arc::clone(&bus.routes);
+    routes.open(route(1, &["a"]));
+    routes.known(route(2, &[]));
+    bus.words([r#"+1 ["a"]"#]).await;
+    routes.repeat("192.0.2.2");
+    for (sign, host) in [('+', "192.0.2.2"), ('-', HERE)] {
+        let Request::Publish(message) = bus.next().await else {
+            panic!("no word");
+        };
+        let body: serde_json::Value = serde_json::from_slice(&message.body).unwrap();
+        let registers = message.subject == "router.register";
+        assert_eq!((registers, &body["host"]), (sign == '+', &host.into()));
+    }
+    bus.confirm().await;
+    // What was taken back once more, and what stands.
+    routes.repeat("192.0.2.2");
+    bus.words([r#"-1 ["a"]"#, r#"+1 ["a"]"#]).await;
+    let (closed, _) = routes.close(1).unwrap();
+    assert_eq!(closed.host, "192.0.2.2");
+}
+
 /// Taking it back under its old spelling would take it back under the new one, too.
 #[tokio::test]
 async fn another_spelling_is_the_same_route() {
@@ -254,7 +280,7 @@ async fn another_spelling_is_the_same_route() {
     bus.words([r#"+1 ["Foo.x/A","b"]"#]).await;
     assert!(routes.change(1, &list(&["foo.X/a", "b"])).is_none());
     bus.silence().await;
-    routes.repeat();
+    routes.repeat(HERE);
     bus.words([r#"+1 ["foo.X/a","b"]"#]).await;
     let (closed, _) = routes.change(1, &list(&["B"])).unwrap();
     assert_eq!(closed.uris, list(&["foo.X/a"]));
@@ -280,8 +306,8 @@ async fn however_many_there_are_none_is_left_out() {
     });
     bus.connect();
     // A connection is new, and a router as well.
-    routes.repeat();
-    routes.repeat();
+    routes.repeat(HERE);
+    routes.repeat(HERE);
     let mut state: BTreeMap<u16, bool> = ports.map(|port| (port, port % 2 == 0)).collect();
     let mut words = 0;
     loop {

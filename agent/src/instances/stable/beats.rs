@@ -48,7 +48,8 @@ impl Stable {
             self.heartbeats.soon();
         }
         if self.routes.take(now) && self.greeting != Greeting::TooEarly && self.link.up {
-            self.world.routes.repeat();
+            let host = self.world.engine.local_ip().to_string();
+            self.world.routes.repeat(&host);
         }
     }
 

@@ -699,6 +699,11 @@ async fn keep_unread(world: &World, unread: &[Unread]) -> Vec<Container> {
             "a record cannot be used: what runs by it is left alone; start the agent that wrote it, or run `ostler clean`"
         );
         let Some(saved) = &one.container else {
+            error!(
+                handle = one.handle,
+                "nor does it say what its container has: its processes run on, but without a way to the network, and its \
+                 memory, addresses and ports are not reckoned with"
+            );
             continue;
         };
         match world.engine.adopt(saved).await {
