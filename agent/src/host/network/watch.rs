@@ -36,7 +36,6 @@ const NEWCHAIN: u16 = NEWTABLE | 3;
 const DELCHAIN: u16 = NEWTABLE | 5;
 const NEWRULE: u16 = NEWTABLE | 6;
 const DELRULE: u16 = NEWTABLE | 8;
-const NEWSETELEM: u16 = NEWTABLE | 12;
 const DELSETELEM: u16 = NEWTABLE | 14;
 
 /// How long what goes on may go on before it is looked at.
@@ -120,7 +119,8 @@ fn heed(message: Message<'_>) -> Heed {
         NEWRULE | DELRULE => RulePlace::parse(message.body).is_some_and(|rule| {
             rule.is_in(TABLE) || (rule.is_ipv4() && PLACES.contains(&rule.chain.as_str()))
         }),
-        NEWSETELEM | DELSETELEM => decode::set(message.body).is_some_and(|(table, set)| {
+        // What somebody adds, as another table's script that was mistaken, cuts nobody off: it goes with the next look.
+        DELSETELEM => decode::set(message.body).is_some_and(|(table, set)| {
             table == (NFPROTO_INET, TABLE.into()) && SET_NAMES.contains(&set.as_str())
         }),
         _ => false,
