@@ -16,22 +16,19 @@ use super::link::{self, HostEnd, Links, failed};
 use super::rules::{FORWARDING, Rules};
 use super::watch::{AGAIN, PATIENCE, Watch, listen};
 use super::{Lease, NetworkError, sysctl};
-use crate::host::{blocking, watched};
+use crate::host::blocking;
 use nix::errno::Errno;
 use nix::net::if_::if_indextoname;
 use nix::sys::socket::{MsgFlags, SockProtocol, recv, setsockopt, sockopt::RcvBufForce};
 use rtnetlink::Error::RequestFailed;
 use std::collections::BTreeSet;
 use std::error::Error;
-use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tracing::warn;
 
 /// Multicast groups of linux/rtnetlink.h, as bind(2) wants them: LINK, TC, IPV4_IFADDR, IPV4_ROUTE, IPV4_NETCONF.
@@ -53,6 +50,10 @@ const IFF_UP: u32 = 1;
 
 /// Bytes of events that may wait, of which the kernel takes twice as many: those of some hundred links that go at once.
 const EVENTS: usize = 1 << 20;
+
+/// How often it is listened. A start and a stop are some twenty events: whoever woke for each of them would cost the
+/// machine more than what he waits for.
+const LISTEN: Duration = Duration::from_millis(250);
 
 /// How long one look may take.
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -143,7 +144,7 @@ impl Tending {
     ) -> Result<Self, NetworkError> {
         let all = Arc::new(Notify::new());
         let tender = Tender {
-            events: events().map_err(NetworkError::Watch)?,
+            events: events().map_err(|errno| NetworkError::Watch(errno.into()))?,
             buffer: vec![0; 64 * 1024],
             wanted: Wanted::default(),
             all: Arc::clone(&all),
@@ -177,16 +178,16 @@ impl Drop for Tending {
 }
 
 /// Where the kernel tells of links.
-pub(super) fn events() -> io::Result<AsyncFd<OwnedFd>> {
+pub(super) fn events() -> nix::Result<OwnedFd> {
     let socket = listen(SockProtocol::NetlinkRoute, GROUPS)?;
     // Whoever may not has to look at all links the more often.
     let _as_many_as_others = setsockopt(&socket, RcvBufForce, &EVENTS);
-    watched(socket, Interest::READABLE)
+    Ok(socket)
 }
 
 #[derive(Debug)]
 struct Tender {
-    events: AsyncFd<OwnedFd>,
+    events: OwnedFd,
     buffer: Vec<u8>,
     wanted: Wanted,
     all: Arc<Notify>,
@@ -202,6 +203,8 @@ struct Tender {
 impl Tender {
     async fn tend(mut self) {
         let (mut due, mut pause) = (None, AGAIN.0);
+        let mut ticks = interval(LISTEN);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let later = due.unwrap_or_else(Instant::now);
             tokio::select! {
@@ -216,18 +219,14 @@ impl Tender {
                     self.want_all();
                     due = soon(due);
                 }
-                ready = self.events.readable() => {
-                    match ready {
-                        // Before it is read to its end: what comes afterwards is told again.
-                        Ok(mut ready) => ready.clear_ready(),
-                        Err(error) => return gone(&error),
+                _ = ticks.tick() => match self.hear() {
+                    Ok(true) => due = soon(due),
+                    Ok(false) => {}
+                    Err(error) => {
+                        warn!(%error, "changes of containers' links are noticed no longer");
+                        return;
                     }
-                    match self.hear() {
-                        Ok(true) => due = soon(due),
-                        Ok(false) => {}
-                        Err(error) => return gone(&error),
-                    }
-                }
+                },
             }
         }
     }
@@ -242,7 +241,7 @@ impl Tender {
     }
 
     /// Takes all events there are; tells whether one is of interest.
-    fn hear(&mut self) -> io::Result<bool> {
+    fn hear(&mut self) -> nix::Result<bool> {
         let mut news = false;
         loop {
             let length = match recv(self.events.as_raw_fd(), &mut self.buffer, MsgFlags::empty()) {
@@ -255,7 +254,7 @@ impl Tender {
                 }
                 Err(Errno::EINTR) => continue,
                 Err(Errno::EAGAIN) => return Ok(news),
-                Err(error) => return Err(error.into()),
+                Err(error) => return Err(error),
             };
             let events = messages(self.buffer.get(..length).unwrap_or(&[]));
             for touched in events.filter_map(touched) {
@@ -400,8 +399,4 @@ async fn in_time<T>(
 fn soon(due: Option<Instant>) -> Option<Instant> {
     let soon = Instant::now() + PATIENCE;
     Some(due.map_or(soon, |due| due.min(soon)))
-}
-
-fn gone(error: &io::Error) {
-    warn!(%error, "changes of containers' links are noticed no longer");
 }
