@@ -126,9 +126,7 @@ impl Hooks {
         let stop = [&self.before_stop, &self.after_stop];
         start.into_iter().chain(stop).flatten()
     }
-}
 
-impl Hooks {
     /// Longest time that the hooks of a stop may take together.
     #[must_use]
     pub fn longest_stop(&self) -> Duration {

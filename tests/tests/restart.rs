@@ -856,6 +856,23 @@ async fn clean_removes_what_a_killed_agent_left() {
     assert_eq!(host.leftovers(), Vec::<String>::new());
 }
 
+#[tokio::test]
+async fn what_cannot_begin_leaves_nothing() {
+    let mut host = Host::start().await;
+    host.end(Signal::SIGTERM).await;
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+    let config = host.base.with_file_name("agent.toml");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let helpers = text.lines().find(|line| line.starts_with("helpers = "));
+    let lost = text.replace(helpers.unwrap(), "helpers = \"/does/not/exist\"");
+    std::fs::write(&config, lost).unwrap();
+    assert!(!host.clean().await.success());
+    host.logged(0, "helpers cannot be started").await;
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+    std::fs::write(&config, text).unwrap();
+    host.start_agent().await;
+}
+
 /// Prints, waits for USR1, then serves on its port.
 const SLOW: &str = "trap go=1 USR1\necho up\nwhile [ -z \"$go\" ]; do sleep 0.05; done\nexec perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(Listen => 5, LocalPort => $ENV{PORT}) or die; while (1) { $c = $s->accept }'";
 

@@ -169,13 +169,27 @@ impl Engine {
     ///
     /// # Errors
     /// What is missing or refused, and what to do about it.
-    pub async fn open(mut config: EngineConfig) -> Result<Self, EngineError> {
+    pub async fn open(config: EngineConfig) -> Result<Self, EngineError> {
         let (base, parent) = (config.base.clone(), config.cgroup_parent.clone());
         let (depot, cgroups, boot_id) = blocking(move || {
-            let depot = Depot::open(&base)?;
-            Ok::<_, EngineError>((depot, Cgroups::open(&parent)?, depot::boot_id()?))
+            let (depot, boot_id) = (Depot::open(&base)?, depot::boot_id()?);
+            Ok::<_, EngineError>((depot, Cgroups::open(&parent)?, boot_id))
         })
         .await?;
+        let made = cgroups.clone();
+        let opened = Self::open_in(config, depot, cgroups, boot_id).await;
+        if opened.is_err() {
+            blocking(move || made.remove_parent()).await;
+        }
+        opened
+    }
+
+    async fn open_in(
+        mut config: EngineConfig,
+        depot: Depot,
+        cgroups: Cgroups,
+        boot_id: String,
+    ) -> Result<Self, EngineError> {
         let space = Space::new(&config.base, config.output_bytes());
         let helpers = Helpers::start(config.helpers).map_err(EngineError::Helpers)?;
         let disks = disk::open(space, &depot, &helpers, config.disk).await?;

@@ -212,6 +212,8 @@ impl Network {
         let here = Arc::new(Here::new(config.local_ip, config.mtu, &addresses));
         let uplinks = here.uplinks(&addresses).map(str::to_owned).collect();
         let policy = policy(config, uplinks);
+        // Before the host is changed: what may fail.
+        let events = tend::events().map_err(|errno| NetworkError::Watch(errno.into()))?;
         let ranges = config.clone();
         let (rules, watch, pools, standing) = blocking(move || {
             let changes = Changes::open()?;
@@ -227,7 +229,13 @@ impl Network {
         .await?;
         let watch = Arc::new(watch);
         Ok(Self {
-            tending: Tending::start(Arc::clone(&links), Arc::clone(&here), &rules, &watch)?,
+            tending: Tending::start(
+                events,
+                Arc::clone(&links),
+                Arc::clone(&here),
+                &rules,
+                &watch,
+            ),
             links,
             rules,
             watch,

@@ -135,16 +135,17 @@ pub(super) struct Tending {
 }
 
 impl Tending {
-    /// Whatever happens from here on is noticed; in the network namespace of the calling thread.
+    /// With what [`events`] opened, in the same network namespace.
     pub(super) fn start(
+        events: OwnedFd,
         links: Arc<Links>,
         here: Arc<Here>,
         rules: &Arc<Rules>,
         watch: &Arc<Watch>,
-    ) -> Result<Self, NetworkError> {
+    ) -> Self {
         let all = Arc::new(Notify::new());
         let tender = Tender {
-            events: events().map_err(|errno| NetworkError::Watch(errno.into()))?,
+            events,
             buffer: vec![0; 64 * 1024],
             wanted: Wanted::default(),
             all: Arc::clone(&all),
@@ -157,7 +158,7 @@ impl Tending {
         // What changed before anybody listened.
         all.notify_one();
         let task = tokio::spawn(tender.tend());
-        Ok(Self { all, task })
+        Self { all, task }
     }
 
     /// Looks at all links soon.
@@ -177,7 +178,7 @@ impl Drop for Tending {
     }
 }
 
-/// Where the kernel tells of links.
+/// Where the kernel tells of links, in the network namespace of the calling thread. Whatever happens from here on waits there.
 pub(super) fn events() -> nix::Result<OwnedFd> {
     let socket = listen(SockProtocol::NetlinkRoute, GROUPS)?;
     // Whoever may not has to look at all links the more often.
