@@ -189,8 +189,11 @@ impl Cgroups {
     /// [`CgroupError::NoDevices`], [`CgroupError::Occupied`] or [`CgroupError::Refused`].
     pub fn open(parent: &str) -> Result<Self, CgroupError> {
         let cgroups = Self::find(parent)?;
-        cgroups.make_parent()?;
-        Ok(cgroups)
+        let made = cgroups.make_parent();
+        if made.is_err() {
+            cgroups.remove_parent();
+        }
+        made.map(|()| cgroups)
     }
 
     /// What there is, whether or not there is a parent; nothing is made.
