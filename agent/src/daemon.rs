@@ -5,6 +5,7 @@ use crate::cli;
 use crate::config::{self, Config, ConfigError, Overrides};
 use crate::engine::{DiskWay, Engine, EngineConfig, NetworkConfig};
 use crate::host::cgroups::{CgroupError, Cgroups};
+use crate::host::scribe::Scribes;
 use crate::host::{blocking, depot};
 use crate::instances::crashes::Crashes;
 use crate::instances::depth::Depth;
@@ -14,7 +15,7 @@ use crate::instances::outlet::{self, Outlet};
 use crate::instances::record::{Records, make_private, write_durably};
 use crate::instances::routes::Routes;
 use crate::instances::stable::{self, Ask, Duty, Farewell, Stable};
-use crate::instances::world::{SAVES, World};
+use crate::instances::world::World;
 use crate::metrics::{self, Sources};
 use crate::quiet;
 use nix::errno::Errno;
@@ -47,6 +48,9 @@ const LAST_CALLS: Duration = Duration::from_secs(5);
 /// How long the locks of an agent that was killed may still be held, and how often that is looked at.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 const LOCK_PAUSE: Duration = Duration::from_millis(20);
+
+/// The file in the base directory that its agent has locked.
+const LOCK: &str = "lock";
 
 /// The abstract socket that an agent holds.
 const HOST_LOCK: &str = "ostler-agent";
@@ -161,7 +165,7 @@ async fn clear(config: &Config) -> Outcome<()> {
         "trash",
         stable::KEPT,
         metrics::TRIAL,
-        "lock",
+        LOCK,
     ] {
         remove(&config.base.join(name))?;
     }
@@ -232,7 +236,7 @@ fn take(config: &Config) -> Outcome<Locks> {
 }
 
 fn take_base(base: &Path) -> Outcome<Flock<File>> {
-    let path = base.join("lock");
+    let path = base.join(LOCK);
     let file = File::options()
         .create(true)
         .truncate(false)
@@ -303,6 +307,9 @@ async fn run(mut config: Config, access: Access) -> Outcome<()> {
     let (outlet, inlet) = outlet::outlet();
     let (changes, changed) = mpsc::unbounded_channel();
     let world = Arc::new(world(config, id, engine, (outlet, changes))?);
+    let lock = world.config.base.join(LOCK);
+    let scribes = world.scribes.clone();
+    tokio::spawn(async move { scribes.look_after(&lock).await });
     let link = inlet.link.subscribe();
     let (twin, twins) = oneshot::channel();
     let client = bus::open(access, &world.id, inlet, twin).await?;
@@ -333,7 +340,7 @@ async fn run(mut config: Config, access: Access) -> Outcome<()> {
     // The last answers and words reach the server, if there is one.
     drop(timeout(LAST_WORDS, receiver).await);
     if parting.stops().is_some() {
-        leave_nothing(&world).await;
+        world.unless_disk_hangs(leave_nothing(&world)).await;
     }
     drop(timeout(LAST_WORDS, world.outlet.settle()).await);
     Ok(())
@@ -356,7 +363,7 @@ fn world(
         records,
         boot_id: depot::boot_id()?,
         engine,
-        saves: Semaphore::new(SAVES),
+        scribes: Scribes::default(),
         starts: Semaphore::new(config.resources.parallel_starts),
         routes: Routes::new(outlet.clone()),
         outlet,

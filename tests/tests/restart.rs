@@ -1007,62 +1007,6 @@ async fn ask(host: &Host, subject: &str, body: &Value) -> Watch {
     answers
 }
 
-#[tokio::test]
-async fn a_frozen_disk_stops_no_heartbeat() {
-    let host = Host::with(tests::Setup {
-        before: &[Frozen::OWN_DISK],
-        ..Default::default()
-    })
-    .await;
-    let sleeper = Droplet::sample("sleeper");
-    host.run(host.message("old", &sleeper)).await;
-    let frozen = Frozen::base(&host);
-    let start = host.message("new", &sleeper);
-    let mut started = ask(&host, &host.subject("start"), &start).await;
-    // It is here, and can be asked; whoever has nothing to be recorded is answered.
-    let find = json!({"droplet": "new"});
-    let found = host.request("dea.find.droplet", &find).await;
-    assert_eq!(found["state"], "BORN", "{found}");
-    let mut updated = ask(
-        &host,
-        "dea.update",
-        &json!({"droplet": "old", "uris": [], "version": "v2"}),
-    )
-    .await;
-    let mut stopped = ask(&host, "dea.stop", &json!({"droplet": "old"})).await;
-    let stop = json!({"droplet": "nobody"});
-    let answer = host.request("dea.stop", &stop).await;
-    assert_eq!(answer["matched"], 0, "{answer}");
-    let mut beats = host.watch("dea.heartbeat").await;
-    let mut adverts = host.watch("dea.advertise").await;
-    for _ in 0..3 {
-        let beat = beats.next().await;
-        assert_eq!(beat["droplets"][0]["state"], "RUNNING", "{beat}");
-        assert_eq!(adverts.next().await["app_id_to_count"]["new"], 1);
-    }
-    // What it has room for is known, too.
-    let wanted = json!({"droplet": "more", "limits": {"mem": 64, "disk": 64}});
-    assert_eq!(host.request("dea.discover", &wanted).await["id"], host.id);
-    too_large(&host).await;
-    let early = [started.arrived(), updated.arrived(), stopped.arrived()].concat();
-    assert_eq!(early, Vec::<Value>::new(), "nothing is on disk yet");
-    drop(frozen);
-    for answers in [&mut started, &mut updated, &mut stopped] {
-        let answer = answers.next().await;
-        assert_eq!(answer["ok"], true, "{answer}");
-    }
-    let all_gone = |beat: &Value| {
-        let entries = beat["droplets"].as_array().unwrap();
-        entries.len() == 1 && entries[0]["droplet"] == "new" && entries[0]["state"] == "RUNNING"
-    };
-    beats.until("what was asked", all_gone).await;
-    host.stop("new").await;
-    for answers in [started, updated, stopped] {
-        let mut answers = answers;
-        assert_eq!(answers.arrived(), Vec::<Value>::new(), "answered once");
-    }
-}
-
 /// A start that the disk has no room for is refused.
 async fn too_large(host: &Host) {
     let mut large = host.message("large", &Droplet::sample("sleeper"));

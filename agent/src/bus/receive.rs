@@ -28,6 +28,9 @@ use tracing::{Instrument, error, error_span, warn};
 /// How long an answer waits for a bus that is away.
 const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
 
+/// How long an answer waits until it is kept for its repetition.
+const KEEPING: Duration = Duration::from_secs(2);
+
 /// How long the client may be busy with what it was told last.
 const SETTLE: Duration = Duration::from_millis(10);
 
@@ -326,8 +329,8 @@ async fn answer_later(
     if let Some(id) = id {
         let keep = desk.replay.lock().await.answered(&id, &reply);
         if let Some(keep) = keep {
-            let kept = crate::host::blocking(move || keep.write()).await;
-            if let Err(error) = kept {
+            let kept = desk.world.scribes.within(KEEPING, move || keep.write());
+            if let Some(Err(error)) = kept.await {
                 warn!(%error, "a repetition after a restart would act again");
             }
         }

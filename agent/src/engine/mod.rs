@@ -62,6 +62,10 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use tokio::sync::Semaphore;
+
+/// What is removed from the disk at once.
+const REMOVALS: usize = 64;
 
 /// Where the engine works and with what.
 #[derive(Debug, Clone)]
@@ -158,6 +162,7 @@ struct Shared {
     disks: Disks,
     lookout: Lookout,
     kills: KillLog,
+    removals: Arc<Semaphore>,
     boot_id: String,
     spool_bytes: u64,
     /// Shorter where a test waits for it.
@@ -209,6 +214,7 @@ impl Engine {
             disks,
             lookout,
             kills,
+            removals: Arc::new(Semaphore::new(REMOVALS)),
             boot_id,
             spool_bytes,
             launch_patience: launch::DEADLINE,
@@ -375,10 +381,22 @@ impl Engine {
 }
 
 impl Shared {
+    /// Runs what removes something from the disk, and may wait for it: not too many at once, for a disk that hangs must not
+    /// hold every thread that may block.
+    async fn remove<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        // Never closed. It goes with the work, not with whoever waits for that.
+        let turn = Arc::clone(&self.removals).acquire_owned().await;
+        blocking(move || {
+            let _turn = turn;
+            work()
+        })
+        .await
+    }
+
     /// Takes a container's directory out of sight at once and removes it when there is time.
     async fn discard(&self, handle: &str) -> Result<(), EngineError> {
         let (depot, name) = (self.depot.clone(), handle.to_owned());
-        blocking(move || depot.discard(&name)).await?;
+        self.remove(move || depot.discard(&name)).await?;
         let (depot, lookout) = (self.depot.clone(), self.lookout.clone());
         in_background(move || {
             if let Err(error) = depot.empty_trash_beside() {

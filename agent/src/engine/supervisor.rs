@@ -51,7 +51,8 @@ impl Container {
             .first()
             .map(|program| OsStr::from_bytes(program).to_owned());
         let directory = self.inner.directory.clone();
-        let made = blocking(move || Ok((request.to_memfd()?, directory.create_job(job)?))).await;
+        let made = blocking(move || Ok((request.to_memfd()?, directory.create_job(job)?)));
+        let made = timeout(READY, made).await.map_err(|_| overdue())?;
         let (memfd, path) = made.map_err(|error: SysError| match error {
             SysError {
                 call: "mkdir",
@@ -138,10 +139,6 @@ impl Container {
     /// The supervisor closes its output when it listens, and when it ends.
     async fn wait_ready(&self, job: u32, child: &Child, ready: OwnedFd) -> Result<(), EngineError> {
         let mut ready = pipe::Receiver::from_owned_fd(ready).context("epoll_ctl", "supervisor")?;
-        let overdue = || EngineError::Deadline {
-            what: "a job's supervisor",
-            waited: READY,
-        };
         let mut nothing = [0; 1];
         let closed = timeout(READY, ready.read(&mut nothing))
             .await
@@ -166,6 +163,13 @@ impl Container {
                 Err(EngineError::Supervisor { job, ended, said })
             }
         }
+    }
+}
+
+fn overdue() -> EngineError {
+    EngineError::Deadline {
+        what: "a job's supervisor",
+        waited: READY,
     }
 }
 

@@ -9,6 +9,7 @@ pub mod helpers;
 pub mod kmsg;
 pub mod network;
 pub mod probe;
+pub mod scribe;
 
 use std::future::pending;
 use std::io;

@@ -8,6 +8,7 @@
 use super::instance::JOB;
 use super::outlet::{Confirmation, Mark, Message, Outlet, REFUSED_PAUSE};
 use crate::engine::{Container, Followed};
+use crate::host::scribe::{Lateness, Scribe, Scribes};
 use container::frames::Frame;
 use container::spool::{Cursor, Record, Stream};
 use container::status::Status;
@@ -18,7 +19,6 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::pin::pin;
-use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
@@ -32,6 +32,12 @@ const STALLED: Duration = Duration::from_millis(250);
 
 /// Between two tries to follow a job whose linkers end at once.
 const RETRY: Duration = Duration::from_secs(10);
+
+/// Between two questions to an init while the disk is late.
+const ASK: Duration = Duration::from_secs(1);
+
+/// How long output waits until its cursor is kept.
+const PATIENCE: Duration = Duration::from_secs(1);
 
 /// Bytes that headers and subject may take of the server's `max_payload`, generously.
 const HEADROOM: usize = 1024;
@@ -78,8 +84,8 @@ pub struct Source {
 
 /// Where the confirmed cursor is kept between two lives of the agent, together with what is known of
 /// the job: what stands before the cursor is not read again.
-#[derive(Debug, Clone)]
-pub struct CursorFile(Arc<File>);
+#[derive(Debug)]
+pub struct CursorFile(Scribe<String>);
 
 /// The file's text, padded to this many bytes, is one write and so never torn by a kill.
 const KEPT_BYTES: usize = 160;
@@ -89,7 +95,7 @@ impl CursorFile {
     ///
     /// # Errors
     /// As `open(2)`.
-    pub fn open(path: &Path) -> std::io::Result<(Self, Cursor, JobView)> {
+    pub fn open(path: &Path, scribes: &Scribes) -> std::io::Result<(Self, Cursor, JobView)> {
         let file = File::options()
             .read(true)
             .write(true)
@@ -97,7 +103,9 @@ impl CursorFile {
             .truncate(false)
             .open(path)?;
         let (cursor, view) = read(&file)?;
-        Ok((Self(Arc::new(file)), cursor, view))
+        let write = move |text: String| file.write_all_at(text.as_bytes(), 0);
+        let scribe = scribes.scribe(move |text| write(text).map_err(|error| error.to_string()));
+        Ok((Self(scribe), cursor, view))
     }
 
     /// The cursor that is kept in a file; the beginning where there is no file. Blocks.
@@ -112,13 +120,12 @@ impl CursorFile {
         }
     }
 
-    async fn keep(&self, cursor: Cursor, view: &JobView) {
-        let file = Arc::clone(&self.0);
-        let text = write_kept(cursor, view);
-        let kept = crate::host::blocking(move || file.write_all_at(text.as_bytes(), 0)).await;
-        if let Err(error) = kept {
+    /// Output does not wait for a disk that hangs.
+    async fn keep(&mut self, cursor: Cursor, view: &JobView) {
+        let kept = self.0.write(write_kept(cursor, view), PATIENCE).await;
+        if let Some(Err(error)) = kept {
             // Worth a repetition after a restart, not more.
-            warn!(%error, "the output cursor could not be kept");
+            warn!(error, "the output cursor could not be kept");
         }
     }
 }
@@ -174,25 +181,57 @@ pub(crate) fn read_kept(text: &str) -> Option<(Cursor, JobView)> {
     Some((cursor, view))
 }
 
-/// Follows the app of `container` until everything has reached the bus.
+/// Follows the app of `container` until everything has reached the bus. Of an end that cannot be recorded, for its disk is
+/// late, its init is asked.
 pub async fn pump(
-    container: Container,
+    (container, lateness): (Container, Lateness),
     outlet: Outlet,
     source: Source,
-    (file, mut confirmed): (CursorFile, Cursor),
+    cursor: (CursorFile, Cursor),
     view: watch::Sender<JobView>,
+) {
+    tokio::select! {
+        () = deliver(&container, outlet, source, cursor, &view) => {}
+        () = ask_while_late(&container, lateness, &view) => {}
+    }
+}
+
+/// Never returns.
+async fn ask_while_late(container: &Container, mut disk: Lateness, view: &watch::Sender<JobView>) {
+    loop {
+        disk.is_late().await;
+        if view.borrow().exit.is_none() {
+            ask_how_it_ended(container, view).await;
+        }
+        sleep(ASK).await;
+    }
+}
+
+/// Its init knows.
+async fn ask_how_it_ended(container: &Container, view: &watch::Sender<JobView>) {
+    if let Some(status) = container.job_end(JOB).await {
+        view.send_modify(|view| view.exit = view.exit.or(Some(status)));
+    }
+}
+
+async fn deliver(
+    container: &Container,
+    outlet: Outlet,
+    source: Source,
+    (mut file, mut confirmed): (CursorFile, Cursor),
+    view: &watch::Sender<JobView>,
 ) {
     let mut silent_until = None;
     while !view.borrow().delivered {
         let mark = outlet.mark();
         let mut flight = Flight {
-            container: &container,
+            container,
             confirmed,
             sent: confirmed,
             mark,
             silent_until: silent_until.take(),
         };
-        let why = flight.fly(&outlet, &source, &file, &view).await;
+        let why = flight.fly(&outlet, &source, &mut file, view).await;
         confirmed = flight.confirmed;
         match why {
             Landed::Delivered => {
@@ -210,10 +249,8 @@ pub async fn pump(
                     });
                     return;
                 }
-                // Where nothing can be recorded (the disk is dead), its init knows how it ended.
-                if let Some(status) = container.job_end(JOB).await {
-                    view.send_modify(|view| view.exit = view.exit.or(Some(status)));
-                }
+                // Nothing can be recorded: the disk is dead.
+                ask_how_it_ended(container, view).await;
             }
             Landed::LinkChanged => debug!(handle = source.handle, %confirmed, "output rewound"),
             Landed::Refused => {
@@ -256,7 +293,7 @@ impl Flight<'_> {
         &mut self,
         outlet: &Outlet,
         source: &Source,
-        file: &CursorFile,
+        file: &mut CursorFile,
         view: &watch::Sender<JobView>,
     ) -> Landed {
         let mut follow = self.container.follow(JOB, self.confirmed);
@@ -424,13 +461,15 @@ impl Source {
 #[cfg(test)]
 mod tests {
     use super::{CursorFile, JobView};
+    use crate::host::scribe::Scribes;
     use container::spool::Cursor;
     use container::status::Status;
 
     #[tokio::test]
     async fn what_is_kept_is_read_back_and_a_shorter_text_replaces_a_longer() {
         let path = std::env::temp_dir().join(format!("ostler-cursor-{}", std::process::id()));
-        let (file, fresh, unknown) = CursorFile::open(&path).unwrap();
+        let open = || CursorFile::open(&path, &Scribes::default()).unwrap();
+        let (mut file, fresh, unknown) = open();
         assert_eq!((fresh, unknown), (Cursor::default(), JobView::default()));
         let long = Cursor {
             position: u64::MAX,
@@ -451,11 +490,11 @@ mod tests {
         };
         for (cursor, view) in [(long, all), (short, JobView::default())] {
             file.keep(cursor, &view).await;
-            let (_, kept, known) = CursorFile::open(&path).unwrap();
+            let (_, kept, known) = open();
             assert_eq!((kept, known), (cursor, view));
         }
         std::fs::write(&path, b"\xff\xffno cursor").unwrap();
-        assert_eq!(CursorFile::open(&path).unwrap().1, Cursor::default());
+        assert_eq!(open().1, Cursor::default());
         std::fs::remove_file(&path).unwrap();
     }
 }

@@ -215,6 +215,15 @@ pub struct Unread {
     pub container: Option<Saved>,
 }
 
+/// What becomes of a record.
+#[derive(Debug)]
+pub enum Entry {
+    /// It is this one now.
+    Save(Box<Record>),
+    /// There is none of this handle any more.
+    Remove(String),
+}
+
 impl Records {
     /// Makes the directory, readable to root alone.
     ///
@@ -249,6 +258,18 @@ impl Records {
         }
         handles.retain(|name| is_handle(name));
         Ok(handles)
+    }
+
+    /// Makes it so. Blocks.
+    ///
+    /// # Errors
+    /// What the file system says, in words.
+    pub fn enter(&self, entry: Entry) -> Result<(), String> {
+        let entered = match entry {
+            Entry::Save(record) => self.save(&record),
+            Entry::Remove(handle) => self.remove(&handle),
+        };
+        entered.map_err(|error| error.to_string())
     }
 
     /// Writes `record` durably. Blocks.

@@ -9,13 +9,15 @@ use super::record::Records;
 use super::routes::Routes;
 use crate::config::Config;
 use crate::engine::Engine;
+use crate::host::scribe::{Scribes, UNANSWERED};
 use messages::outgoing::{Component, uptime, usage_time};
 use std::net::IpAddr;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Semaphore, mpsc};
+use tracing::error;
 
-/// Records that are written at once: a quarter of tokio's blocking threads.
-pub const SAVES: usize = 128;
+/// For how long a disk that is late is waited for by an agent that leaves.
+const HANGS: Duration = Duration::from_secs(10);
 
 /// What all instances share.
 #[derive(Debug)]
@@ -36,8 +38,8 @@ pub struct World {
     pub records: Records,
     /// How much of the output there waits for the bus.
     pub depth: Depth,
-    /// As many records are written at once; a disk that hangs must not hold every thread that may block.
-    pub saves: Semaphore,
+    /// Who writes there.
+    pub scribes: Scribes,
     /// As many containers are made at once: a thousand starts together would all be too late.
     pub starts: Semaphore,
     /// The way to the bus.
@@ -49,6 +51,16 @@ pub struct World {
 }
 
 impl World {
+    /// Does the last `work`, unless the disk hangs for so long that nobody can know whether it ends.
+    pub async fn unless_disk_hangs(&self, work: impl Future<Output = ()>) {
+        tokio::select! {
+            () = work => {}
+            () = self.scribes.lateness().lasts(HANGS) => {
+                error!("{UNANSWERED}: what the agent keeps there stays, and `ostler clean` removes it once it does");
+            }
+        }
+    }
+
     /// Where this host tells others over HTTP how it is, if it does; `since`: when its agent began, in seconds since the epoch.
     #[must_use]
     pub fn component(&self, since: u64) -> Option<Component> {
@@ -83,7 +95,7 @@ pub fn now() -> f64 {
 /// Whole seconds of a time or a span; 0 for a negative one (a clock that was set back).
 #[must_use]
 pub fn whole_seconds(seconds: f64) -> u64 {
-    std::time::Duration::try_from_secs_f64(seconds)
+    Duration::try_from_secs_f64(seconds)
         .unwrap_or_default()
         .as_secs()
 }

@@ -193,11 +193,16 @@ impl Directory {
     /// As `open(2)`.
     pub fn log(&self) -> Result<fs::File, SysError> {
         let path = self.path.join("log");
-        fs::File::options()
-            .create(true)
-            .append(true)
-            .open(&path)
-            .context("open", path.display())
+        let open = |create| {
+            let mut options = fs::File::options();
+            options.create(create).append(true).open(&path)
+        };
+        // One that is there first: to make one waits for a disk that takes nothing, whether or not it is there.
+        let log = open(false).or_else(|error| match error.kind() {
+            io::ErrorKind::NotFound => open(true),
+            _ => Err(error),
+        });
+        log.context("open", path.display())
     }
 
     /// The end of the log, in one line: it goes with the container.

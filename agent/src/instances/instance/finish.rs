@@ -9,8 +9,9 @@ use super::kills::EndedBy;
 use super::{Event, Instance, events, job_is, start};
 use crate::chain;
 use crate::engine::{Container, EngineError};
+use crate::host::scribe::UNANSWERED;
 use crate::instances::output::JobView;
-use crate::instances::record::{Exit, StopReason};
+use crate::instances::record::{Entry, Exit, StopReason};
 use crate::instances::state::Ask;
 use crate::instances::world::now;
 use container::status::Status;
@@ -315,6 +316,7 @@ impl Instance {
             () = self.unheard.heard() => Event::Heard,
             () = job_is(&mut self.job, |job| job.delivered), if undelivered => Event::Wants,
             Some(query) = self.queries.recv() => Event::Query(query),
+            outcome = self.scribe.landed() => Event::Landed(outcome),
             () = super::save_again(self.unrecorded.as_ref()) => Event::Unrecorded,
         }
     }
@@ -326,6 +328,7 @@ impl Instance {
             Event::Query(query) => self.answer(query).await,
             // An update is for every state.
             Event::Wants => self.apply_wants().await,
+            Event::Landed(outcome) => self.recorded(Some(outcome)),
             Event::Unrecorded => self.keep().await,
             Event::OutOfMemory(_) | Event::Survived | Event::Ended => {}
         }
@@ -369,7 +372,10 @@ impl Instance {
         loop {
             let destroyed = match (self.container.clone(), self.record.container.clone()) {
                 (Some(container), _) => self.hear_while(container.destroy()).await,
-                (None, Some(saved)) => self.world.engine.destroy_handle(&saved).await,
+                (None, Some(saved)) => {
+                    let engine = self.world.engine.clone();
+                    self.hear_while(engine.destroy_handle(&saved)).await
+                }
                 (None, None) => return,
             };
             let Err(error) = destroyed else { break };
@@ -399,11 +405,15 @@ impl Instance {
         while !self.wants.borrow().reap && self.hear_until(deadline).await {}
     }
 
-    /// The record goes last.
-    pub(super) async fn gone(self) {
-        let (records, handle) = (self.world.records.clone(), self.record.handle.clone());
-        if let Err(error) = crate::host::blocking(move || records.remove(&handle)).await {
-            error!(handle = self.record.handle, error = %chain(&error), "the record could not be removed");
+    /// The record goes last; where that takes too long, by itself.
+    pub(super) async fn gone(mut self) {
+        let remove = Entry::Remove(self.record.handle.clone());
+        let removed = self.scribe.write(remove, super::PATIENCE).await;
+        if let Err(error) = removed.unwrap_or_else(|| Err(UNANSWERED.to_owned())) {
+            error!(
+                handle = self.record.handle,
+                error, "the record is not removed yet"
+            );
         }
         drop(
             self.world

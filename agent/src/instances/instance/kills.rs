@@ -133,7 +133,6 @@ impl Instance {
         }
         if self.record.oom_kills != before {
             self.keep().await;
-            self.announcer.say(&self.record.unsent);
         }
     }
 

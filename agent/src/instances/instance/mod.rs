@@ -18,11 +18,12 @@ mod start;
 pub(super) use start::JOB;
 
 use super::output::JobView;
-use super::record::{self, Limits, Record, Stopping};
+use super::record::{self, Entry, Limits, Record, Stopping};
 use super::state::{Act, Ask, admit, is_ending};
 use super::world::{World, now};
 use crate::chain;
 use crate::engine::{Adopted, Container, DiskChange, DiskUsage, EngineError, OomReport, Place};
+use crate::host::scribe::{Scribe, UNANSWERED};
 use messages::start::StartRequest;
 use messages::state::State;
 use std::pin::pin;
@@ -44,6 +45,8 @@ pub enum Change {
     Gone(String),
     /// Of the templates to be kept, all up to this number are on disk.
     Kept(u64),
+    /// The disk does not take the next one in time.
+    Unkept,
 }
 
 /// What the outside may know of an instance.
@@ -158,11 +161,39 @@ enum Event {
     Ended,
     Survived,
     Query(Query),
+    /// The record that was late is on disk, or is not.
+    Landed(Result<(), String>),
     Unrecorded,
 }
 
 /// Before a record that could not be saved is tried again.
 const SAVE_AGAIN: Duration = Duration::from_secs(1);
+
+/// How long an instance waits for its record to be on disk before it goes on without. Whoever asked for something waits
+/// as long: `nats req` gives up after 5 s.
+const PATIENCE: Duration = Duration::from_secs(4);
+
+/// The same for what cannot go on without. A busy disk is slow for a while.
+const MUST: Duration = Duration::from_secs(10);
+
+/// Why the record on disk is not what it should be.
+#[derive(Debug)]
+enum Unrecorded {
+    /// The disk has not answered yet. Until it has, no event is said that is not on it: of an agent that is killed now
+    /// the next one would know nothing of that, and say another.
+    Late,
+    /// It said no, in words, at that time. That it will say yes nobody knows, so nothing waits for it.
+    Failed(String, Instant),
+}
+
+impl Unrecorded {
+    fn why(&self) -> &str {
+        match self {
+            Self::Late => UNANSWERED,
+            Self::Failed(why, _) => why,
+        }
+    }
+}
 
 /// Why a wait ended early.
 #[derive(Debug)]
@@ -193,10 +224,10 @@ pub struct Instance {
     instance_id: watch::Sender<String>,
     unheard: route::Unheard,
     announcer: announce::Announcer,
+    scribe: Scribe<Entry>,
     cpu: Option<(Instant, u64, f64)>,
     applied: u64,
-    /// Why the record could not be saved, and when that was tried last.
-    unrecorded: Option<(String, Instant)>,
+    unrecorded: Option<Unrecorded>,
     refusal: Option<Refusal>,
     /// What does not die, in words.
     stuck: Option<String>,
@@ -251,6 +282,8 @@ pub fn instance(
     let (instance_id, _) = watch::channel(record.instance.clone());
     let mut announcer = announce::Announcer::start(world.outlet.clone(), record.trace.clone());
     announcer.say(&record.unsent);
+    let records = world.records.clone();
+    let scribe = world.scribes.scribe(move |entry| records.enter(entry));
     let mut instance = Instance {
         unheard: route::Unheard::default(),
         world,
@@ -267,6 +300,7 @@ pub fn instance(
         untold: kills::Untold::default(),
         instance_id,
         announcer,
+        scribe,
         cpu: None,
         applied: 0,
         unrecorded: None,
@@ -299,7 +333,7 @@ impl Instance {
     pub async fn live(mut self) {
         // Nothing is known of it before it is on disk, and then it is starting.
         let fresh = self.turn(Ask::Start);
-        if fresh && let Err(error) = self.save().await {
+        if fresh && let Err(error) = self.must_save().await {
             let unrecorded = Change::Unrecorded(self.record.handle.clone(), error);
             drop(self.world.changes.send(unrecorded));
             self.gone().await;
@@ -336,6 +370,7 @@ impl Instance {
                 () = died(container) => Event::Ended,
                 () = self.untold.due() => Event::Survived,
                 Some(query) = self.queries.recv() => Event::Query(query),
+                outcome = self.scribe.landed() => Event::Landed(outcome),
                 () = save_again(self.unrecorded.as_ref()) => Event::Unrecorded,
                 done = &mut work => return Ok(done),
             };
@@ -351,6 +386,7 @@ impl Instance {
                 Event::Confirmed => self.confirmed().await,
                 Event::Heard => self.route_heard().await,
                 Event::Query(query) => self.answer(query).await,
+                Event::Landed(outcome) => self.recorded(Some(outcome)),
                 Event::Unrecorded => self.keep().await,
             }
         }
@@ -363,17 +399,22 @@ impl Instance {
         if let Some(update) = wants.update {
             changed |= self.update(update);
         }
-        let limits = { wants.limits }.filter(|(number, _)| *number > self.applied);
-        if let (Some((_, limits)), false) = (limits, is_ending(self.record.state)) {
-            let taken = self.limit(limits).await;
-            changed |= matches!(taken, Ok(true));
-            self.refusal = taken.err();
-        }
         if let (Some(stop), None) = (wants.stop, &self.record.stopping)
             && let Act::Enter(_) = admit(self.record.state, Ask::Stop)
         {
             self.record.stopping = Some(stop);
             changed = true;
+        }
+        let limits = { wants.limits }.filter(|(number, _)| *number > self.applied);
+        let leaves = is_ending(self.record.state) || self.record.stopping.is_some();
+        if let (Some((_, limits)), false) = (limits, leaves) {
+            let leaving = self.leaving();
+            let taken = tokio::select! {
+                taken = self.limit(limits) => taken,
+                refusal = leaving => Err(refusal),
+            };
+            changed |= matches!(taken, Ok(true));
+            self.refusal = taken.err();
         }
         if wants.evacuate && self.record.stopping.is_none() {
             self.enter(Ask::Evacuate).await;
@@ -403,6 +444,23 @@ impl Instance {
         }
         self.change_route();
         true
+    }
+
+    /// Resolves when it ends or is to be stopped: a disk that hangs may keep its limits for a while.
+    fn leaving(&self) -> impl Future<Output = Refusal> + use<> {
+        let (mut wants, mut job) = (self.wants.clone(), self.job.clone());
+        let container = self.container.clone();
+        async move {
+            tokio::select! {
+                Ok(_) = wants.wait_for(|wants| wants.stop.is_some()) => {}
+                () = job_is(&mut job, JobView::over) => {}
+                () = died(container) => {}
+            }
+            Refusal {
+                message: "the instance ends".into(),
+                smallest_mem: None,
+            }
+        }
     }
 
     /// Takes on new limits, whole or not at all; whether they are others.
@@ -545,7 +603,7 @@ impl Instance {
             index: self.message.index,
             stop_grace: self.message.stop_grace.map(Duration::from_secs),
             applied: self.applied,
-            unrecorded: self.unrecorded.as_ref().map(|(why, _)| why.clone()),
+            unrecorded: self.unrecorded.as_ref().map(|one| one.why().to_owned()),
             refusal: self.refusal.clone(),
             stuck: self.stuck.clone(),
         }
@@ -557,35 +615,44 @@ impl Instance {
         drop(self.world.changes.send(Change::View(Box::new(self.view()))));
     }
 
-    async fn save(&self) -> Result<(), String> {
-        // Never closed.
-        let _turn = self.world.saves.acquire().await;
-        let (records, record) = (self.world.records.clone(), self.record.clone());
-        crate::host::blocking(move || records.save(&record))
-            .await
-            .map_err(|error| error.to_string())
+    /// Saves the record for what must not go on without.
+    async fn must_save(&mut self) -> Result<(), String> {
+        let entry = Entry::Save(Box::new(self.record.clone()));
+        let saved = self.scribe.write(entry, MUST).await;
+        self.recorded(saved.clone());
+        saved.unwrap_or_else(|| Err(UNANSWERED.to_owned()))
     }
 
-    /// Saves the record. A failure is logged, the same one once, and tried again, for the instance itself is as right as
+    /// Saves the record. Where that fails or takes too long it is tried again, for the instance itself is as right as
     /// before.
     async fn keep(&mut self) {
-        let saved = self.save().await;
-        let before = self.unrecorded.take().map(|(why, _)| why);
-        match (saved, before) {
-            (Ok(()), None) => {}
-            (Ok(()), Some(_)) => {
-                info!(handle = self.record.handle, "the record was saved at last");
+        let entry = Entry::Save(Box::new(self.record.clone()));
+        let saved = self.scribe.write(entry, PATIENCE).await;
+        self.recorded(saved);
+    }
+
+    /// What became of the newest record; `None`: that is not known yet. The same trouble is logged once.
+    fn recorded(&mut self, saved: Option<Result<(), String>>) {
+        let unrecorded = match saved {
+            Some(Ok(())) => None,
+            Some(Err(why)) => Some(Unrecorded::Failed(why, Instant::now())),
+            None => Some(Unrecorded::Late),
+        };
+        let before = std::mem::replace(&mut self.unrecorded, unrecorded);
+        let handle = &self.record.handle;
+        match (&self.unrecorded, before) {
+            (None, None) => {}
+            (None, Some(_)) => {
+                info!(handle, "the record was saved at last");
                 self.tell();
             }
-            (Err(error), before) => {
-                if before.as_ref() != Some(&error) {
-                    error!(
-                        handle = self.record.handle,
-                        error, "the record could not be saved"
-                    );
-                }
-                self.unrecorded = Some((error, Instant::now()));
+            (Some(now), before) if before.as_ref().is_none_or(|one| one.why() != now.why()) => {
+                error!(handle, why = now.why(), "the record could not be saved");
             }
+            (Some(_), _) => {}
+        }
+        if !matches!(self.unrecorded, Some(Unrecorded::Late)) {
+            self.announcer.say(&self.record.unsent);
         }
     }
 
@@ -593,7 +660,6 @@ impl Instance {
     async fn announce(&mut self, event: record::Event) {
         self.record.unsent.push(event);
         self.keep().await;
-        self.announcer.say(&self.record.unsent);
     }
 
     /// The bus has the oldest unsent event.
@@ -601,7 +667,6 @@ impl Instance {
         if !self.record.unsent.is_empty() {
             self.record.unsent.remove(0);
             self.keep().await;
-            self.announcer.say(&self.record.unsent);
         }
     }
 }
@@ -634,10 +699,10 @@ async fn next<T>(channel: &mut Option<mpsc::Receiver<T>>) -> Option<T> {
 }
 
 /// Resolves when a record that could not be saved should be tried again; never, if there is none.
-async fn save_again(unrecorded: Option<&(String, Instant)>) {
+async fn save_again(unrecorded: Option<&Unrecorded>) {
     match unrecorded {
-        Some((_, tried)) => sleep_until(*tried + SAVE_AGAIN).await,
-        None => std::future::pending().await,
+        Some(Unrecorded::Failed(_, tried)) => sleep_until(*tried + SAVE_AGAIN).await,
+        Some(Unrecorded::Late) | None => std::future::pending().await,
     }
 }
 

@@ -17,6 +17,7 @@ use crate::instances::startup::{self, environment::AppEnv};
 use crate::instances::state::Ask;
 use crate::instances::world::whole_seconds;
 use container::job::{JobRequest, Rlimit};
+use container::spool::Cursor;
 use messages::state::State;
 use std::error::Error;
 use std::net::SocketAddrV4;
@@ -91,11 +92,11 @@ impl Instance {
             Some(Remains::Unknown(_)) | None => None,
         };
         // Its last output, and perhaps how it ended, are on the disk.
-        if self.record.spawned
-            && self.container.is_some()
-            && let Err(end) = self.follow().await
-        {
-            return end;
+        if self.record.spawned && self.container.is_some() {
+            match self.open_cursor().await {
+                Ok(cursor) => self.follow(cursor),
+                Err(error) => return failed(error),
+            }
         }
         if self.record.exit.is_some() {
             return self.already(End::Known);
@@ -327,18 +328,19 @@ impl Instance {
         self.record.port = Some(port);
         self.record.container = Some(container.saved());
         // Without this record the next agent would take the container for nobody's.
-        self.save().await.map_err(failed)?;
+        self.must_save().await.map_err(failed)?;
         // A hook may take as long as it may: that keeps nobody waiting.
         drop(turn);
         self.start_hook(Hook::BeforeStart).await?;
         let turn = self.attend(world.starts.acquire()).await?;
+        let cursor = self.attend(self.open_cursor()).await?.map_err(failed)?;
         let request = self.job_request(port)?;
         let user = self.world.config.instance.user.clone();
         self.open_files = Some(self.record.limits.fds);
         container.spawn(JOB, &user, request).await.map_err(failed)?;
         self.record.spawned = true;
         self.keep().await;
-        self.follow().await?;
+        self.follow(cursor);
         self.until_started().await?;
         // So may its app.
         drop(turn);
@@ -458,13 +460,10 @@ impl Instance {
     }
 
     /// Starts the pump; the job's end is seen by [`Instance::attend`] from now on.
-    async fn follow(&mut self) -> Result<(), End> {
+    fn follow(&mut self, (file, cursor, known): (CursorFile, Cursor, JobView)) {
         let Some(container) = self.container.clone() else {
-            return Ok(());
+            return;
         };
-        let path = self.cursor_path();
-        let opened = blocking(move || CursorFile::open(&path)).await;
-        let (file, cursor, known) = opened.map_err(failed)?;
         let source = Source {
             subject: messages::subjects::output(
                 &self.message.droplet,
@@ -479,14 +478,21 @@ impl Instance {
         self.followed = true;
         self.ooms = Some(container.oom(self.record.oom_kills));
         let pump = output::pump(
-            container,
+            (container, self.world.scribes.lateness()),
             self.world.outlet.clone(),
             source,
             (file, cursor),
             view,
         );
         tokio::spawn(pump.in_current_span());
-        Ok(())
+    }
+
+    /// How far its output has got, and what is known of the job.
+    fn open_cursor(
+        &self,
+    ) -> impl Future<Output = std::io::Result<(CursorFile, Cursor, JobView)>> + use<> {
+        let (path, scribes) = (self.cursor_path(), self.world.scribes.clone());
+        blocking(move || CursorFile::open(&path, &scribes))
     }
 
     fn cursor_path(&self) -> PathBuf {

@@ -511,6 +511,7 @@ impl Stable {
                 self.templates.note(number);
                 self.tell_waiting(waiting::TEMPLATE);
             }
+            Change::Unkept => self.tell_unkept(),
         }
     }
 
@@ -673,13 +674,17 @@ impl Stable {
         }
         self.dismiss_waiting();
         self.tasks.shutdown().await;
-        self.world.engine.sweep(&HashSet::new()).await;
-        for handle in self.stalls.into_keys() {
-            let records = self.world.records.clone();
-            if let Err(error) = blocking(move || records.remove(&handle)).await {
-                error!(error = %chain(&error), "a record stays");
+        let (world, stalls) = (&self.world, self.stalls);
+        let removed = async {
+            world.engine.sweep(&HashSet::new()).await;
+            for handle in stalls.into_keys() {
+                let records = world.records.clone();
+                if let Err(error) = blocking(move || records.remove(&handle)).await {
+                    error!(error = %chain(&error), "a record stays");
+                }
             }
-        }
+        };
+        world.unless_disk_hangs(removed).await;
     }
 
     /// Never waits: what the host says on its own, it says again. Nothing is said before it can be

@@ -12,11 +12,17 @@ use std::error::Error;
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use tracing::warn;
 
 /// Apps that are remembered, those that have instances here not counted.
 const MOST: usize = 1000;
+
+/// How long a message may take to get to the disk until whoever waits for that hears that it does not.
+const PATIENCE: Duration = Duration::from_secs(4);
 
 /// Messages that are looked at together.
 const BATCH: usize = 1024;
@@ -143,7 +149,14 @@ async fn write(
             .collect();
         for (droplet, message) in newest {
             let (dir, name) = (dir.clone(), format!("{droplet}.json"));
-            let done = blocking(move || replace(&dir, &name, message.as_deref())).await;
+            let mut done = pin!(blocking(move || replace(&dir, &name, message.as_deref())));
+            let done = loop {
+                match timeout(PATIENCE, &mut done).await {
+                    Ok(done) => break done,
+                    // Whoever waits hears it; who comes later waits as long.
+                    Err(_late) => drop(told.send(Change::Unkept)),
+                }
+            };
             if let Err(error) = done {
                 warn!(droplet, %error, "after a restart this app cannot be scaled from 0");
             }

@@ -2,6 +2,7 @@
 
 use super::Stable;
 use super::commands::Asked;
+use crate::host::scribe::UNANSWERED;
 use crate::instances::instance::Refusal;
 use crate::instances::record::{Limits, Record};
 use messages::reply::{ErrorCode, Reply};
@@ -225,6 +226,16 @@ impl Stable {
         self.waiting = waitings;
     }
 
+    /// Templates are not on disk in time: who waits for one is told.
+    pub(super) fn tell_unkept(&mut self) {
+        for number in self.waiting.of.remove(TEMPLATE).unwrap_or_default() {
+            if let Some(waiting) = self.waiting.remove(number) {
+                let unkept = Reply::error(ErrorCode::Internal, unrecorded(UNANSWERED));
+                drop(waiting.answer.send(unkept));
+            }
+        }
+    }
+
     /// A start could not be recorded, so it leaves nothing: who asked for it hears why, and who only listens.
     /// Who asked for something else meanwhile is answered when it is gone.
     pub(super) fn tell_unrecorded(&mut self, handle: &str, why: &str) {
@@ -306,17 +317,15 @@ impl Stable {
         // Its processes are dead once its exit is recorded.
         let over = record.state == State::Stopped
             || record.state == State::Crashed && record.exit.is_some();
+        let done = || match &view.unrecorded {
+            None => Progress::There,
+            Some(why) => Progress::Never(ErrorCode::Internal, unrecorded(why)),
+        };
         match until {
-            Until::Recorded | Until::Applied if view.applied >= number => match &view.unrecorded {
-                None => Progress::There,
-                Some(why) => Progress::Never(ErrorCode::Internal, unrecorded(why)),
-            },
-            Until::Recorded if over => Progress::There,
-            // On its way out already: the way out is recorded.
-            Until::Recorded if matches!(record.state, State::Stopping | State::Crashed) => {
-                Progress::There
-            }
-            Until::Stopped if over => Progress::There,
+            Until::Recorded | Until::Applied if view.applied >= number => done(),
+            Until::Recorded | Until::Stopped if over => done(),
+            // On its way out already.
+            Until::Recorded if matches!(record.state, State::Stopping | State::Crashed) => done(),
             // Nothing of it is left that could be updated.
             Until::Applied if record.state == State::Stopped => Progress::There,
             Until::Recorded | Until::Applied | Until::Kept => Progress::OnTheWay,

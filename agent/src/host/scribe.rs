@@ -1,0 +1,277 @@
+//! What is written to the disk, by threads that a disk which hangs may hold: nobody else waits for it longer than he likes.
+//!
+//! A call that waits in the kernel cannot be given up, only left behind. So each thing has one [`Scribe`], with one write
+//! under way and the newest of what came since behind it: of a disk that hangs it holds one thread, and nothing old
+//! overtakes what is newer.
+
+use super::blocking;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use std::{fmt, fs, io};
+use tokio::sync::{Semaphore, watch};
+use tokio::time::{sleep, timeout};
+use tracing::{Instrument, info, warn};
+
+/// Writes that are under way at once: a quarter of tokio's blocking threads. A disk that hangs must not hold every thread
+/// that may block.
+const TURNS: usize = 128;
+
+/// How long one write may take until the disk is called late. It takes milliseconds; what follows is only that others are
+/// asked what the disk would have told.
+const LATE: Duration = Duration::from_secs(2);
+
+/// Between two looks whether the disk answers.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// What may be said of something that is not written in time.
+pub const UNANSWERED: &str = "the disk does not answer";
+
+/// All writers of this host. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Scribes {
+    turns: Arc<Semaphore>,
+    /// How many writes are late.
+    late: Arc<watch::Sender<usize>>,
+}
+
+impl Default for Scribes {
+    fn default() -> Self {
+        Self {
+            turns: Arc::new(Semaphore::new(TURNS)),
+            late: Arc::new(watch::Sender::new(0)),
+        }
+    }
+}
+
+impl Scribes {
+    /// One that writes by `write`, which may block.
+    pub fn scribe<T: Send + 'static>(
+        &self,
+        write: impl Fn(T) -> Result<(), String> + Send + Sync + 'static,
+    ) -> Scribe<T> {
+        Scribe {
+            desk: Arc::new(Desk {
+                scribes: self.clone(),
+                write: Box::new(write),
+                next: Mutex::new(Next {
+                    number: 0,
+                    what: None,
+                    busy: false,
+                }),
+                written: watch::Sender::new(Written {
+                    number: 0,
+                    outcome: Ok(()),
+                }),
+            }),
+            late: false,
+        }
+    }
+
+    /// Runs `work`, which may block on the disk, when it is its turn. What it returns; `None`: not within `patience`. It
+    /// goes on then.
+    pub async fn within<T: Send + 'static>(
+        &self,
+        patience: Duration,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Option<T> {
+        let scribes = self.clone();
+        let work = async move { scribes.turn(work).await };
+        let owned = tokio::spawn(work.in_current_span());
+        timeout(patience, owned).await.ok()?.ok()
+    }
+
+    /// Whoever calls this waits as long as the disk lets him, and must not be given up: his turn would be another's.
+    async fn turn<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        // Never closed.
+        let _turn = self.turns.acquire().await;
+        let mut work = std::pin::pin!(blocking(work));
+        if let Ok(done) = timeout(LATE, &mut work).await {
+            return done;
+        }
+        let _overdue = Overdue::of(&self.late);
+        work.await
+    }
+
+    /// Whether the disk is late, now and whenever that changes.
+    #[must_use]
+    pub fn lateness(&self) -> Lateness {
+        Lateness(self.late.subscribe())
+    }
+
+    /// Finds out again and again whether a file is still written to the disk, for nobody else may be writing.
+    pub async fn look_after(self, file: &Path) {
+        loop {
+            let path = file.to_owned();
+            // What it says is for those to hear who have something to write.
+            drop(self.turn(move || touch(&path)).await);
+            sleep(LOOK).await;
+        }
+    }
+}
+
+/// Blocks.
+fn touch(file: &Path) -> io::Result<()> {
+    let mut file = fs::File::options().write(true).open(file)?;
+    io::Write::write_all(&mut file, b"\n")?;
+    file.sync_data()
+}
+
+/// Whether the disk is late.
+#[derive(Debug, Clone)]
+pub struct Lateness(watch::Receiver<usize>);
+
+impl Lateness {
+    /// Resolves while it is.
+    pub async fn is_late(&mut self) {
+        // An error: the runtime is shutting down.
+        if self.0.wait_for(|late| *late > 0).await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    /// Resolves when it has been late for `time`.
+    pub async fn lasts(mut self, time: Duration) {
+        loop {
+            self.is_late().await;
+            if timeout(time, self.0.wait_for(|late| *late == 0))
+                .await
+                .is_err()
+            {
+                return;
+            }
+        }
+    }
+}
+
+/// One write that is late, until this is dropped.
+struct Overdue<'a>(&'a watch::Sender<usize>);
+
+impl<'a> Overdue<'a> {
+    fn of(late: &'a watch::Sender<usize>) -> Self {
+        late.send_modify(|late| *late += 1);
+        if *late.borrow() == 1 {
+            warn!("the disk does not answer: what has to be written waits");
+        }
+        Self(late)
+    }
+}
+
+impl Drop for Overdue<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|late| *late -= 1);
+        if *self.0.borrow() == 0 {
+            info!("the disk answers again");
+        }
+    }
+}
+
+/// Writes one thing again and again; of what waits for its turn only the newest.
+pub struct Scribe<T> {
+    desk: Arc<Desk<T>>,
+    /// What was given last is not written, as far as its giver knows.
+    late: bool,
+}
+
+impl<T> fmt::Debug for Scribe<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Scribe")
+            .field("late", &self.late)
+            .finish_non_exhaustive()
+    }
+}
+
+struct Desk<T> {
+    scribes: Scribes,
+    write: Box<dyn Fn(T) -> Result<(), String> + Send + Sync>,
+    next: Mutex<Next<T>>,
+    written: watch::Sender<Written>,
+}
+
+struct Next<T> {
+    /// Of what was given last.
+    number: u64,
+    /// That, unless it is being written or is written.
+    what: Option<T>,
+    /// Somebody writes.
+    busy: bool,
+}
+
+/// What became of the newest that was tried.
+#[derive(Debug, Clone)]
+struct Written {
+    number: u64,
+    outcome: Result<(), String>,
+}
+
+impl<T: Send + 'static> Scribe<T> {
+    /// Writes `what`, and what has been given before is not written any more if it was not begun. What became of it, or
+    /// `None` where that is not known within `patience`, or where it waits behind something of which it is not: it is
+    /// written as soon as the disk takes it, see [`Self::landed`].
+    pub async fn write(&mut self, what: T, patience: Duration) -> Option<Result<(), String>> {
+        let behind = self.late && self.desk.next().busy;
+        let patience = if behind { Duration::ZERO } else { patience };
+        let number = self.desk.give(what);
+        // Also where whoever waits here is given up.
+        self.late = true;
+        let outcome = timeout(patience, self.desk.written(number)).await.ok()?;
+        self.late = false;
+        Some(outcome)
+    }
+
+    /// What became of what was late, once that is known. Never where nothing is.
+    pub async fn landed(&mut self) -> Result<(), String> {
+        if !self.late {
+            std::future::pending::<()>().await;
+        }
+        let newest = self.desk.next().number;
+        let outcome = self.desk.written(newest).await;
+        self.late = false;
+        outcome
+    }
+}
+
+impl<T: Send + 'static> Desk<T> {
+    fn next(&self) -> MutexGuard<'_, Next<T>> {
+        self.next.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn give(self: &Arc<Self>, what: T) -> u64 {
+        let mut next = self.next();
+        next.number += 1;
+        next.what = Some(what);
+        if !next.busy {
+            next.busy = true;
+            let desk = Arc::clone(self);
+            tokio::spawn(async move { desk.write_all().await }.in_current_span());
+        }
+        next.number
+    }
+
+    async fn write_all(self: Arc<Self>) {
+        while let Some((number, what)) = self.take() {
+            let desk = Arc::clone(&self);
+            let outcome = self.scribes.turn(move || (desk.write)(what)).await;
+            self.written.send_replace(Written { number, outcome });
+        }
+    }
+
+    fn take(&self) -> Option<(u64, T)> {
+        let mut next = self.next();
+        let what = next.what.take();
+        next.busy = what.is_some();
+        what.map(|what| (next.number, what))
+    }
+
+    /// What became of `number`, or of what took its place.
+    async fn written(&self, number: u64) -> Result<(), String> {
+        let mut written = self.written.subscribe();
+        let newest = written.wait_for(|written| written.number >= number).await;
+        let outcome = newest.map(|written| written.outcome.clone());
+        match outcome {
+            Ok(outcome) => outcome,
+            // The runtime is shutting down.
+            Err(_) => std::future::pending().await,
+        }
+    }
+}

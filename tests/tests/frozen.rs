@@ -1,0 +1,232 @@
+//! A disk that hangs without an error: whoever writes to it waits in the kernel. Whatever can be done without it is done
+//! and answered, and what it must know is said once it does.
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+use tests::{Droplet, Frozen, Host, Output, Setup, Tree};
+
+/// A host whose base directory can be frozen.
+async fn host() -> Host {
+    Host::with(Setup {
+        config: &[("[network]", "[instance]\nstop_grace = 5\n[network]")],
+        before: &[Frozen::OWN_DISK],
+        ..Default::default()
+    })
+    .await
+}
+
+/// Whether a heartbeat has this app in this state; `None`: whether it does not have it.
+fn tells(beat: &Value, droplet: &str, state: Option<&str>) -> bool {
+    let entries = beat["droplets"].as_array().unwrap();
+    let of_it = entries.iter().find(|entry| entry["droplet"] == droplet);
+    of_it.map(|entry| entry["state"].as_str().unwrap()) == state
+}
+
+/// An answer that owns to what is not on disk.
+fn is_unrecorded(answer: &Value) -> bool {
+    let error = &answer["error"];
+    let words = error["message"].as_str().unwrap_or_default();
+    error["code"] == "internal"
+        && error["retryable"] == true
+        && words.contains("could not be recorded: the disk does not answer")
+}
+
+/// Nothing is kept of any instance.
+async fn no_records(host: &Host) {
+    let instances = host.base.join("instances");
+    let empty = |_: &Tree| std::fs::read_dir(&instances).unwrap().next().is_none();
+    host.tree_until("no record", empty).await;
+}
+
+#[tokio::test]
+async fn stops_are_done_and_answered_and_their_exits_said_once_they_are_recorded() {
+    let mut host = host().await;
+    let sleeper = Droplet::sample("sleeper");
+    for app in ["one", "two"] {
+        host.run(host.message(app, &sleeper)).await;
+    }
+    let mut exits = host.watch("droplet.exited").await;
+    let mut beats = host.watch("dea.heartbeat").await;
+    let frozen = Frozen::base(&host);
+    let waits = json!({"droplet": "two", "wait": "stopped", "request_id": "two"});
+    let nobody = json!({"droplet": "nobody", "request_id": "nobody"});
+    let answers = host
+        .burst(&[
+            ("dea.stop", json!({"droplet": "one"})),
+            ("dea.stop", waits),
+            ("dea.stop", nobody),
+        ])
+        .await;
+    assert!(is_unrecorded(&answers[0]), "{answers:?}");
+    assert!(is_unrecorded(&answers[1]), "{answers:?}");
+    assert_eq!(answers[2]["matched"], 0, "{answers:?}");
+    host.tree_until("no container", |tree| tree.named("wshd").is_empty())
+        .await;
+    let gone = |beat: &Value| tells(beat, "one", None) && tells(beat, "two", None);
+    beats.until("neither", gone).await;
+    // An agent that died now would know of none of it.
+    assert_eq!(exits.arrived(), Vec::<Value>::new());
+    drop(frozen);
+    for _ in 0..2 {
+        let exit = exits.next().await;
+        assert_eq!(exit["reason"], "STOPPED", "{exit}");
+    }
+    no_records(&host).await;
+    host.restart().await;
+    beats.next().await;
+    assert_eq!(exits.arrived(), Vec::<Value>::new(), "each is said once");
+}
+
+#[tokio::test]
+async fn what_would_have_to_be_recorded_is_answered_and_everything_else_goes_on() {
+    let host = host().await;
+    let sleeper = Droplet::sample("sleeper");
+    host.run(host.message("old", &sleeper)).await;
+    let mut exits = host.watch("droplet.exited").await;
+    let mut beats = host.watch("dea.heartbeat").await;
+    let mut adverts = host.watch("dea.advertise").await;
+    let frozen = Frozen::base(&host);
+    let start = host.message("new", &sleeper);
+    let update = json!({"droplet": "old", "uris": [], "version": "v2"});
+    let scale = json!({"droplet": "old", "instances": 1, "limits": {"fds": 500}});
+    let (started, scaled) = (host.subject("start"), host.subject("scale"));
+    let asked = [
+        (&*started, start.clone()),
+        ("dea.update", update),
+        (&*scaled, scale),
+        ("dea.find.droplet", json!({"droplet": "new"})),
+    ];
+    let answers = host.burst(&asked).await;
+    // It was here, and could be asked.
+    assert_eq!(answers[3]["state"], "BORN", "{answers:?}");
+    assert!(answers[..3].iter().all(is_unrecorded), "{answers:?}");
+    let refused = exits.next().await;
+    assert_eq!(
+        (&refused["droplet"], &refused["exit_status"]),
+        (&json!("new"), &json!(-1))
+    );
+    for _ in 0..3 {
+        let beat = beats.next().await;
+        assert!(tells(&beat, "old", Some("RUNNING")), "{beat}");
+        adverts.next().await;
+    }
+    // What it has room for is known, too.
+    let wanted = json!({"droplet": "more", "limits": {"mem": 64, "disk": 64}});
+    assert_eq!(host.request("dea.discover", &wanted).await["id"], host.id);
+    let mut large = start.clone();
+    large["limits"]["disk"] = json!(8192);
+    let answer = host.request(&started, &large).await;
+    assert_eq!(answer["error"]["code"], "not_enough_disk", "{answer}");
+    drop(frozen);
+    // Nothing of the refused start is left to come back.
+    let found = host
+        .request("dea.find.droplet", &json!({"droplet": "old"}))
+        .await;
+    assert_eq!(found["version"], "v2", "{found}");
+    host.run(start).await;
+    host.stop("new").await;
+    host.stop("old").await;
+    no_records(&host).await;
+}
+
+/// Tells `app`'s process to do what it does on USR1.
+async fn poke(host: &Host, app: &str) {
+    let tree = host
+        .tree_until(app, |tree| tree.named(app).len() == 1)
+        .await;
+    tree.one(app).signal(Signal::SIGUSR1);
+}
+
+/// An app that is called `name`, does `then` on USR1, and `meanwhile` again and again.
+fn app(name: &str, then: &str, meanwhile: &str) -> Droplet {
+    Droplet::shell(&format!(
+        "exec perl -e '$0 = \"{name}\"; $| = 1; $SIG{{USR1}} = sub {{ {then} }}; print \"ready\\n\"; \
+         while (1) {{ {meanwhile}; select undef, undef, undef, 0.05 }}'"
+    ))
+}
+
+#[tokio::test]
+async fn apps_that_end_are_crashes_at_once_and_their_ends_said_once_with_their_own_status() {
+    let host = host().await;
+    for (name, then, meanwhile) in [
+        ("silent", "exit 3", "1"),
+        ("chatty", "print \"bye\n\"; exit 4", "print \"on\n\""),
+    ] {
+        let message = host.message(name, &app(name, then, meanwhile));
+        let answer = host.run(message).await;
+        host.confirmed(answer["handle"].as_str().unwrap()).await;
+    }
+    let mut output = host.output("chatty").await;
+    let speaks = |output: &Output| output.text(0, "stdout").contains("on");
+    output.until("a word", speaks).await;
+    let mut exits = host.watch("droplet.exited").await;
+    let mut beats = host.watch("dea.heartbeat").await;
+    let frozen = Frozen::base(&host);
+    poke(&host, "silent").await;
+    poke(&host, "chatty").await;
+    let crashed = |beat: &Value, name| tells(beat, name, Some("CRASHED"));
+    let both = |beat: &Value| crashed(beat, "silent") && crashed(beat, "chatty");
+    beats.until("two crashes", both).await;
+    assert_eq!(exits.arrived(), Vec::<Value>::new());
+    drop(frozen);
+    let ends = [exits.next().await, exits.next().await];
+    for (name, status) in [("silent", 3), ("chatty", 4)] {
+        let of_it = |exit: &&Value| exit["droplet"] == name;
+        let exit = ends.iter().find(of_it).unwrap();
+        assert_eq!(exit["reason"], "CRASHED", "{exit}");
+        assert_eq!(exit["exit_status"], status, "{exit}");
+        assert_eq!(exit["exit_description"], "app instance exited", "{exit}");
+    }
+    let all = |output: &Output| output.text(0, "stdout").ends_with("bye\n");
+    output.until("its last word", all).await;
+    assert_eq!(output.stream(0, "stdout").holes.len(), 0);
+    host.tree_until("no container", |tree| tree.named("wshd").is_empty())
+        .await;
+    assert_eq!(exits.arrived(), Vec::<Value>::new(), "each is said once");
+}
+
+#[tokio::test]
+async fn a_kill_for_memory_is_a_crash_at_once_and_said_once_before_its_exit() {
+    // The kernel waits for what an image has still to write before it kills anybody.
+    let unlimited = "[instance]\ndisk = \"unlimited\"\n[network]";
+    let host = Host::with(Setup {
+        config: &[("[network]", unlimited)],
+        before: &[Frozen::OWN_DISK],
+        ..Default::default()
+    })
+    .await;
+    let greedy = app("greedy", "my $n = 1 << 30; my $x = \"x\" x $n", "1");
+    host.run(host.message("greedy", &greedy)).await;
+    let mut told = host.watch("droplet.*").await;
+    let mut beats = host.watch("dea.heartbeat").await;
+    let frozen = Frozen::base(&host);
+    poke(&host, "greedy").await;
+    let crashed = |beat: &Value| tells(beat, "greedy", Some("CRASHED"));
+    beats.until("a crash", crashed).await;
+    assert_eq!(told.arrived(), Vec::<Value>::new());
+    drop(frozen);
+    let (oom, exit) = (told.next().await, told.next().await);
+    assert_eq!(oom["level"], "instance", "{oom}");
+    assert_eq!(oom["survived"], false, "{oom}");
+    assert_eq!(exit["exit_description"], "out of memory", "{exit}");
+    host.tree_until("no container", |tree| tree.named("wshd").is_empty())
+        .await;
+    assert_eq!(told.arrived(), Vec::<Value>::new(), "each is said once");
+}
+
+#[tokio::test]
+async fn an_agent_that_shall_end_ends_its_apps_and_says_what_stays() {
+    let mut host = host().await;
+    host.run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
+    let mut goodbyes = host.watch("dea.shutdown").await;
+    let frozen = Frozen::base(&host);
+    host.agent().signal(Signal::SIGTERM);
+    goodbyes.next().await;
+    host.tree_until("no container", |tree| tree.named("wshd").is_empty())
+        .await;
+    host.logged(0, "what the agent keeps there stays").await;
+    drop(frozen);
+    assert!(host.ended().await.success());
+    assert!(host.clean().await.success());
+}
