@@ -3,6 +3,7 @@
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
+use std::time::Duration;
 use tests::{Droplet, Frozen, Host, Output, Setup, Tree};
 
 /// A host whose base directory can be frozen.
@@ -29,6 +30,17 @@ fn is_unrecorded(answer: &Value) -> bool {
     error["code"] == "internal"
         && error["retryable"] == true
         && words.contains("could not be recorded: the disk does not answer")
+}
+
+/// What is kept of all instances.
+fn records(host: &Host) -> Vec<Value> {
+    let instances = std::fs::read_dir(host.base.join("instances")).unwrap();
+    // One may be going.
+    let read = instances.filter_map(|entry| {
+        let bytes = std::fs::read(entry.unwrap().path().join("record.json")).ok()?;
+        Some(serde_json::from_slice(&bytes).unwrap())
+    });
+    read.collect()
 }
 
 /// Nothing is kept of any instance.
@@ -148,6 +160,7 @@ fn app(name: &str, then: &str, meanwhile: &str) -> Droplet {
 #[tokio::test]
 async fn apps_that_end_are_crashes_at_once_and_their_ends_said_once_with_their_own_status() {
     let host = host().await;
+    let mut output = host.output("chatty").await;
     for (name, then, meanwhile) in [
         ("silent", "exit 3", "1"),
         ("chatty", "print \"bye\n\"; exit 4", "print \"on\n\""),
@@ -156,7 +169,6 @@ async fn apps_that_end_are_crashes_at_once_and_their_ends_said_once_with_their_o
         let answer = host.run(message).await;
         host.confirmed(answer["handle"].as_str().unwrap()).await;
     }
-    let mut output = host.output("chatty").await;
     let speaks = |output: &Output| output.text(0, "stdout").contains("on");
     output.until("a word", speaks).await;
     let mut exits = host.watch("droplet.exited").await;
@@ -229,4 +241,34 @@ async fn an_agent_that_shall_end_ends_its_apps_and_says_what_stays() {
     drop(frozen);
     assert!(host.ended().await.success());
     assert!(host.clean().await.success());
+}
+
+#[tokio::test]
+async fn an_agent_that_is_killed_meanwhile_leaves_a_stop_undone_or_one_exit() {
+    let mut host = host().await;
+    let mut exits = host.watch("droplet.exited").await;
+    // Before its TERM, at about that time, and when it is dead for certain.
+    for (app, seconds) in [("first", 1), ("second", 4), ("third", 9)] {
+        host.run(host.message(app, &Droplet::sample("sleeper")))
+            .await;
+        let frozen = Frozen::base(&host);
+        host.publish("dea.stop", &json!({"droplet": app})).await;
+        tokio::time::sleep(Duration::from_secs(seconds)).await;
+        host.agent().signal(Signal::SIGKILL);
+        assert_eq!(exits.arrived(), Vec::<Value>::new());
+        drop(frozen);
+        host.ended().await;
+        let lived = host.tree().named("wshd").len() == 1;
+        host.start_agent().await;
+        if lived {
+            host.stop(app).await;
+        }
+        let exit = exits.next().await;
+        assert_eq!(exit["droplet"], app, "{exit}");
+        // The one that tells of a crash has it until it is old.
+        let told = |_: &Tree| records(&host).iter().all(|one| one["unsent"] == json!([]));
+        host.tree_until("its being known to be told", told).await;
+    }
+    host.restart().await;
+    assert_eq!(exits.arrived(), Vec::<Value>::new(), "each is said once");
 }
