@@ -275,3 +275,102 @@ impl<T: Send + 'static> Desk<T> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{LATE, Lateness, Scribe, Scribes, TURNS};
+    use crate::host::blocking;
+    use std::sync::mpsc::{Receiver, Sender, channel};
+    use std::sync::{Arc, Mutex};
+    use std::time::Duration;
+    use tokio::time::timeout;
+
+    const LONG: Duration = Duration::from_secs(60);
+
+    /// One that writes a number when it is told what comes of that, and what it has written.
+    fn gated(scribes: &Scribes) -> (Scribe<u32>, Sender<Result<(), String>>, Receiver<u32>) {
+        let (go, gone) = channel();
+        let (told, written) = channel();
+        let both = Mutex::new((gone, told));
+        let scribe = scribes.scribe(move |number| {
+            let (gone, told) = &*both.lock().unwrap();
+            // Its test is over.
+            let outcome = gone.recv().unwrap_or(Ok(()));
+            let _ = told.send(number);
+            outcome
+        });
+        (scribe, go, written)
+    }
+
+    async fn is_late(lateness: &Lateness) -> bool {
+        let mut lateness = lateness.clone();
+        timeout(Duration::ZERO, lateness.is_late()).await.is_ok()
+    }
+
+    #[tokio::test]
+    async fn of_what_waits_for_a_disk_that_hangs_the_newest_is_written_and_nobody_waits_twice() {
+        let scribes = Scribes::default();
+        let lateness = scribes.lateness();
+        let (mut scribe, go, written) = gated(&scribes);
+        go.send(Ok(())).unwrap();
+        assert_eq!(scribe.write(1, LONG).await, Some(Ok(())));
+        assert!(!is_late(&lateness).await);
+        assert_eq!(scribe.write(2, LATE * 2).await, None);
+        assert!(is_late(&lateness).await);
+        // However long they would wait.
+        for number in 3..6 {
+            assert_eq!(scribe.write(number, LONG).await, None);
+        }
+        // Whoever is given up has given it all the same.
+        assert!(timeout(Duration::ZERO, scribe.landed()).await.is_err());
+        go.send(Ok(())).unwrap();
+        go.send(Err("it is full".into())).unwrap();
+        assert_eq!(scribe.landed().await, Err("it is full".into()));
+        assert!(
+            timeout(Duration::from_millis(10), scribe.landed())
+                .await
+                .is_err()
+        );
+        go.send(Ok(())).unwrap();
+        assert_eq!(scribe.write(6, LONG).await, Some(Ok(())));
+        drop((scribe, go));
+        assert_eq!(written.iter().collect::<Vec<_>>(), [1, 2, 5, 6]);
+        assert!(!is_late(&lateness).await);
+    }
+
+    #[tokio::test]
+    async fn what_was_late_and_has_landed_keeps_the_next_one_from_nothing() {
+        let (mut scribe, go, written) = gated(&Scribes::default());
+        assert_eq!(scribe.write(1, Duration::ZERO).await, None);
+        go.send(Ok(())).unwrap();
+        assert_eq!(blocking(move || written.recv()).await, Ok(1));
+        while scribe.desk.next().busy {
+            tokio::task::yield_now().await;
+        }
+        // Nobody has asked what became of it.
+        go.send(Ok(())).unwrap();
+        assert_eq!(scribe.write(2, LONG).await, Some(Ok(())));
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_hangs_leaves_threads_to_others() {
+        let scribes = Scribes::default();
+        let (held, gate) = channel::<()>();
+        let gate = Arc::new(Mutex::new(gate));
+        let all: Vec<_> = (0..TURNS * 8)
+            .map(|_| {
+                let (scribes, gate) = (scribes.clone(), Arc::clone(&gate));
+                let wait = move || gate.lock().unwrap().recv().is_err();
+                tokio::spawn(async move { scribes.within(LONG, wait).await })
+            })
+            .collect();
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(timeout(LONG, blocking(|| 1)).await, Ok(1));
+        drop(held);
+        for one in all {
+            assert_eq!(one.await.unwrap(), Some(true));
+        }
+    }
+}

@@ -198,10 +198,10 @@ impl Directory {
             options.create(create).append(true).open(&path)
         };
         // One that is there first: to make one waits for a disk that takes nothing, whether or not it is there.
-        let log = open(false).or_else(|error| match error.kind() {
-            io::ErrorKind::NotFound => open(true),
-            _ => Err(error),
-        });
+        let mut log = open(false);
+        if matches!(&log, Err(error) if error.kind() == io::ErrorKind::NotFound) {
+            log = open(true);
+        }
         log.context("open", path.display())
     }
 
