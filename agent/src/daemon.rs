@@ -341,6 +341,9 @@ async fn run(mut config: Config, access: Access) -> Outcome<()> {
     drop(timeout(LAST_WORDS, receiver).await);
     if parting.stops().is_some() {
         world.unless_disk_hangs(leave_nothing(&world)).await;
+    } else {
+        // What is under way gets to the disk: the next agent shall not find what is gone.
+        drop(timeout(LAST_WORDS, world.scribes.close()).await);
     }
     drop(timeout(LAST_WORDS, world.outlet.settle()).await);
     Ok(())

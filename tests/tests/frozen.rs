@@ -3,18 +3,28 @@
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
-use std::time::Duration;
-use tests::{Droplet, Frozen, Host, Output, Setup, Tree};
+use std::time::{Duration, Instant};
+use tests::{Droplet, Frozen, Host, Output, Setup, Tree, patience};
+use tokio::time::timeout;
 
 /// A host whose base directory can be frozen.
 async fn host() -> Host {
+    host_with("").await
+}
+
+/// The same, with more in its configuration.
+async fn host_with(more: &str) -> Host {
+    let config = format!("[instance]\nstop_grace = 5\n{more}[network]");
     Host::with(Setup {
-        config: &[("[network]", "[instance]\nstop_grace = 5\n[network]")],
+        config: &[("[network]", &config)],
         before: &[Frozen::OWN_DISK],
         ..Default::default()
     })
     .await
 }
+
+/// Nobody waits longer for an answer. No figure of speed: a disk that hangs never answers.
+const ANSWERED: Duration = Duration::from_secs(20);
 
 /// Whether a heartbeat has this app in this state; `None`: whether it does not have it.
 fn tells(beat: &Value, droplet: &str, state: Option<&str>) -> bool {
@@ -52,7 +62,10 @@ async fn no_records(host: &Host) {
 
 #[tokio::test]
 async fn stops_are_done_and_answered_and_their_exits_said_once_they_are_recorded() {
-    let mut host = host().await;
+    // Any text is a hook: these are not begun.
+    let hook = "/etc/debian_version";
+    let hooks = format!("[hooks]\nbefore_stop = \"{hook}\"\nafter_stop = \"{hook}\"\n");
+    let mut host = host_with(&hooks).await;
     let sleeper = Droplet::sample("sleeper");
     for app in ["one", "two"] {
         host.run(host.message(app, &sleeper)).await;
@@ -62,13 +75,12 @@ async fn stops_are_done_and_answered_and_their_exits_said_once_they_are_recorded
     let frozen = Frozen::base(&host);
     let waits = json!({"droplet": "two", "wait": "stopped", "request_id": "two"});
     let nobody = json!({"droplet": "nobody", "request_id": "nobody"});
-    let answers = host
-        .burst(&[
-            ("dea.stop", json!({"droplet": "one"})),
-            ("dea.stop", waits),
-            ("dea.stop", nobody),
-        ])
-        .await;
+    let asked = [
+        ("dea.stop", json!({"droplet": "one"})),
+        ("dea.stop", waits),
+        ("dea.stop", nobody),
+    ];
+    let answers = timeout(ANSWERED, host.burst(&asked)).await.unwrap();
     assert!(is_unrecorded(&answers[0]), "{answers:?}");
     assert!(is_unrecorded(&answers[1]), "{answers:?}");
     assert_eq!(answers[2]["matched"], 0, "{answers:?}");
@@ -76,6 +88,7 @@ async fn stops_are_done_and_answered_and_their_exits_said_once_they_are_recorded
         .await;
     let gone = |beat: &Value| tells(beat, "one", None) && tells(beat, "two", None);
     beats.until("neither", gone).await;
+    assert!(host.log().contains("a hook is left out"));
     // An agent that died now would know of none of it.
     assert_eq!(exits.arrived(), Vec::<Value>::new());
     drop(frozen);
@@ -94,6 +107,7 @@ async fn what_would_have_to_be_recorded_is_answered_and_everything_else_goes_on(
     let host = host().await;
     let sleeper = Droplet::sample("sleeper");
     host.run(host.message("old", &sleeper)).await;
+    let large = host.run(host.message("large", &sleeper)).await;
     let mut exits = host.watch("droplet.exited").await;
     let mut beats = host.watch("dea.heartbeat").await;
     let mut adverts = host.watch("dea.advertise").await;
@@ -101,17 +115,29 @@ async fn what_would_have_to_be_recorded_is_answered_and_everything_else_goes_on(
     let start = host.message("new", &sleeper);
     let update = json!({"droplet": "old", "uris": [], "version": "v2"});
     let scale = json!({"droplet": "old", "instances": 1, "limits": {"fds": 500}});
+    let enlarge = json!({"droplet": "large", "instances": 1, "limits": {"disk": 320}});
     let (started, scaled) = (host.subject("start"), host.subject("scale"));
     let asked = [
-        (&*started, start.clone()),
         ("dea.update", update),
         (&*scaled, scale),
+        (&*started, start.clone()),
+        (&*scaled, enlarge.clone()),
         ("dea.find.droplet", json!({"droplet": "new"})),
     ];
-    let answers = host.burst(&asked).await;
+    let answers = timeout(ANSWERED, host.burst(&asked)).await.unwrap();
     // It was here, and could be asked.
-    assert_eq!(answers[3]["state"], "BORN", "{answers:?}");
-    assert!(answers[..3].iter().all(is_unrecorded), "{answers:?}");
+    assert_eq!(answers[4]["state"], "BORN", "{answers:?}");
+    for answer in &answers[..3] {
+        assert!(is_unrecorded(answer), "{answers:?}");
+    }
+    let words = |answer: &Value| answer["error"]["message"].as_str().unwrap().to_owned();
+    assert!(words(&answers[0]).starts_with("done"), "{answers:?}");
+    assert!(words(&answers[2]).starts_with("the start"), "{answers:?}");
+    assert_eq!(
+        answers[3]["refused"],
+        json!([large["handle"]]),
+        "{answers:?}"
+    );
     let refused = exits.next().await;
     assert_eq!(
         (&refused["droplet"], &refused["exit_status"]),
@@ -125,9 +151,9 @@ async fn what_would_have_to_be_recorded_is_answered_and_everything_else_goes_on(
     // What it has room for is known, too.
     let wanted = json!({"droplet": "more", "limits": {"mem": 64, "disk": 64}});
     assert_eq!(host.request("dea.discover", &wanted).await["id"], host.id);
-    let mut large = start.clone();
-    large["limits"]["disk"] = json!(8192);
-    let answer = host.request(&started, &large).await;
+    let mut too_large = start.clone();
+    too_large["limits"]["disk"] = json!(8192);
+    let answer = host.request(&started, &too_large).await;
     assert_eq!(answer["error"]["code"], "not_enough_disk", "{answer}");
     drop(frozen);
     // Nothing of the refused start is left to come back.
@@ -136,8 +162,20 @@ async fn what_would_have_to_be_recorded_is_answered_and_everything_else_goes_on(
         .await;
     assert_eq!(found["version"], "v2", "{found}");
     host.run(start).await;
-    host.stop("new").await;
-    host.stop("old").await;
+    // The change that was refused is taken back, and can be had.
+    let end = Instant::now() + patience();
+    while host
+        .request(&scaled, &enlarge)
+        .await
+        .get("refused")
+        .is_some()
+    {
+        assert!(Instant::now() < end, "it is refused still");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    for app in ["new", "old", "large"] {
+        host.stop(app).await;
+    }
     no_records(&host).await;
 }
 
@@ -200,13 +238,7 @@ async fn apps_that_end_are_crashes_at_once_and_their_ends_said_once_with_their_o
 #[tokio::test]
 async fn a_kill_for_memory_is_a_crash_at_once_and_said_once_before_its_exit() {
     // The kernel waits for what an image has still to write before it kills anybody.
-    let unlimited = "[instance]\ndisk = \"unlimited\"\n[network]";
-    let host = Host::with(Setup {
-        config: &[("[network]", unlimited)],
-        before: &[Frozen::OWN_DISK],
-        ..Default::default()
-    })
-    .await;
+    let host = host_with("disk = \"unlimited\"\n").await;
     let greedy = app("greedy", "my $n = 1 << 30; my $x = \"x\" x $n", "1");
     host.run(host.message("greedy", &greedy)).await;
     let mut told = host.watch("droplet.*").await;
@@ -237,6 +269,8 @@ async fn an_agent_that_shall_end_ends_its_apps_and_says_what_stays() {
     goodbyes.next().await;
     host.tree_until("no container", |tree| tree.named("wshd").is_empty())
         .await;
+    // Not at once: the disk may answer again.
+    tokio::time::sleep(Duration::from_secs(15)).await;
     host.logged(0, "what the agent keeps there stays").await;
     drop(frozen);
     assert!(host.ended().await.success());

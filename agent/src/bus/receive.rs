@@ -6,6 +6,7 @@
 use super::arrivals::{Arrival, Arrivals};
 use super::replay::{Replay, Seen};
 use super::tally::{self, Call, Tally};
+use crate::host::scribe::{Scribes, UNANSWERED};
 use crate::instances::instance::events;
 use crate::instances::outlet::{Message as Outgoing, Unsent};
 use crate::instances::record::RecordError;
@@ -53,6 +54,8 @@ const CATCH_UP: Duration = Duration::from_millis(10);
 struct Desk {
     world: Arc<World>,
     replay: Mutex<Replay>,
+    /// Write answers. Records do not wait behind those.
+    keepers: Scribes,
     identity: Identity,
     tally: Arc<Tally>,
     unsent: Unsent,
@@ -85,6 +88,7 @@ pub async fn receive(
         identity: tally::identity(&world),
         world,
         replay: Mutex::new(replay),
+        keepers: Scribes::default(),
         tally,
         unsent: Unsent::default(),
         _owing: owing,
@@ -329,9 +333,13 @@ async fn answer_later(
     if let Some(id) = id {
         let keep = desk.replay.lock().await.answered(&id, &reply);
         if let Some(keep) = keep {
-            let kept = desk.world.scribes.within(KEEPING, move || keep.write());
-            if let Some(Err(error)) = kept.await {
-                warn!(%error, "a repetition after a restart would act again");
+            let kept = desk.keepers.within(KEEPING, move || keep.write()).await;
+            let error = match kept {
+                Some(kept) => kept.err().map(|error| error.to_string()),
+                None => Some(UNANSWERED.to_owned()),
+            };
+            if let Some(error) = error {
+                warn!(error, "a repetition after a restart would act again");
             }
         }
     }

@@ -293,9 +293,10 @@ impl Container {
             return Err(EngineError::Destroyed(self.inner.handle.clone()));
         };
         let disks = self.inner.shared.disks.clone();
-        blocking(move || disk.limit(&disks, change)).await?;
+        let shared = &self.inner.shared;
+        shared.on_disk(move || disk.limit(&disks, change)).await?;
         // Whoever hears of it can have what this gave back.
-        self.inner.shared.lookout.glance().await;
+        shared.lookout.glance().await;
         Ok(())
     }
 

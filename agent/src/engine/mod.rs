@@ -64,8 +64,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 
-/// What is removed from the disk at once.
-const REMOVALS: usize = 64;
+/// What is changed on the disk at once.
+const CHANGES: usize = 64;
 
 /// Where the engine works and with what.
 #[derive(Debug, Clone)]
@@ -162,7 +162,7 @@ struct Shared {
     disks: Disks,
     lookout: Lookout,
     kills: KillLog,
-    removals: Arc<Semaphore>,
+    changes: Arc<Semaphore>,
     boot_id: String,
     spool_bytes: u64,
     /// Shorter where a test waits for it.
@@ -214,7 +214,7 @@ impl Engine {
             disks,
             lookout,
             kills,
-            removals: Arc::new(Semaphore::new(REMOVALS)),
+            changes: Arc::new(Semaphore::new(CHANGES)),
             boot_id,
             spool_bytes,
             launch_patience: launch::DEADLINE,
@@ -381,11 +381,11 @@ impl Engine {
 }
 
 impl Shared {
-    /// Runs what removes something from the disk, and may wait for it: not too many at once, for a disk that hangs must not
+    /// Runs what changes something on the disk, and may wait for it: not too many at once, for a disk that hangs must not
     /// hold every thread that may block.
-    async fn remove<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+    async fn on_disk<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
         // Never closed. It goes with the work, not with whoever waits for that.
-        let turn = Arc::clone(&self.removals).acquire_owned().await;
+        let turn = Arc::clone(&self.changes).acquire_owned().await;
         blocking(move || {
             let _turn = turn;
             work()
@@ -396,7 +396,7 @@ impl Shared {
     /// Takes a container's directory out of sight at once and removes it when there is time.
     async fn discard(&self, handle: &str) -> Result<(), EngineError> {
         let (depot, name) = (self.depot.clone(), handle.to_owned());
-        self.remove(move || depot.discard(&name)).await?;
+        self.on_disk(move || depot.discard(&name)).await?;
         let (depot, lookout) = (self.depot.clone(), self.lookout.clone());
         in_background(move || {
             if let Err(error) = depot.empty_trash_beside() {

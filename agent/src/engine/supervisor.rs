@@ -51,7 +51,8 @@ impl Container {
             .first()
             .map(|program| OsStr::from_bytes(program).to_owned());
         let directory = self.inner.directory.clone();
-        let made = blocking(move || Ok((request.to_memfd()?, directory.create_job(job)?)));
+        let make = move || Ok((request.to_memfd()?, directory.create_job(job)?));
+        let made = self.inner.shared.on_disk(make);
         let made = timeout(READY, made).await.map_err(|_| overdue())?;
         let (memfd, path) = made.map_err(|error: SysError| match error {
             SysError {

@@ -103,9 +103,18 @@ pub(super) async fn clear(shared: &Shared, strays: Strays) -> Swept {
         left: strays.trouble,
         resisting: BTreeSet::new(),
     };
+    // All processes first: a directory in use is not to be pulled away, and a disk may hang.
+    let mut ended = Vec::new();
     for handle in strays.handles {
-        // Its processes first: a directory in use is not to be pulled away.
-        match clear_one(shared, &handle).await {
+        let dead = destroy::end_processes(shared, &handle).await;
+        ended.push((handle, dead));
+    }
+    for (handle, dead) in ended {
+        let removed = match dead {
+            Ok(()) => destroy::remains(shared, &handle).await,
+            Err(error) => Err(error),
+        };
+        match removed {
             Ok(()) => {
                 swept.cleared += 1;
                 tracing::info!(handle, "leftover container removed");
@@ -144,9 +153,4 @@ pub(super) async fn empty_trash(shared: &Shared) -> Result<(), String> {
     let emptied = blocking(move || depot.empty_trash()).await;
     shared.lookout.ask();
     emptied.map_err(|error| format!("trash: {error}"))
-}
-
-async fn clear_one(shared: &Shared, handle: &str) -> Result<(), EngineError> {
-    destroy::end_processes(shared, handle).await?;
-    destroy::remains(shared, handle).await
 }

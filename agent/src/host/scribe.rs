@@ -5,12 +5,13 @@
 //! overtakes what is newer.
 
 use super::blocking;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use std::{fmt, fs, io};
 use tokio::sync::{Semaphore, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{Instrument, info, warn};
 
 /// Writes that are under way at once: a quarter of tokio's blocking threads. A disk that hangs must not hold every thread
@@ -31,15 +32,15 @@ pub const UNANSWERED: &str = "the disk does not answer";
 #[derive(Debug, Clone)]
 pub struct Scribes {
     turns: Arc<Semaphore>,
-    /// How many writes are late.
-    late: Arc<watch::Sender<usize>>,
+    /// The writes that are late: when each was begun, and its number.
+    late: Arc<watch::Sender<BTreeSet<(Instant, u64)>>>,
 }
 
 impl Default for Scribes {
     fn default() -> Self {
         Self {
             turns: Arc::new(Semaphore::new(TURNS)),
-            late: Arc::new(watch::Sender::new(0)),
+            late: Arc::new(watch::Sender::new(BTreeSet::new())),
         }
     }
 }
@@ -85,12 +86,25 @@ impl Scribes {
     async fn turn<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
         // Never closed.
         let _turn = self.turns.acquire().await;
+        self.watched(work).await
+    }
+
+    async fn watched<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        let begun = Instant::now();
         let mut work = std::pin::pin!(blocking(work));
         if let Ok(done) = timeout(LATE, &mut work).await {
             return done;
         }
-        let _overdue = Overdue::of(&self.late);
+        let _overdue = Overdue::since(begun, &self.late);
         work.await
+    }
+
+    /// Waits until nobody writes, and lets nobody write any more.
+    pub async fn close(&self) {
+        let all = u32::try_from(TURNS).unwrap_or(u32::MAX);
+        if let Ok(turns) = self.turns.acquire_many(all).await {
+            turns.forget();
+        }
     }
 
     /// Whether the disk is late, now and whenever that changes.
@@ -119,48 +133,75 @@ fn touch(file: &Path) -> io::Result<()> {
 
 /// Whether the disk is late.
 #[derive(Debug, Clone)]
-pub struct Lateness(watch::Receiver<usize>);
+pub struct Lateness(watch::Receiver<BTreeSet<(Instant, u64)>>);
 
 impl Lateness {
+    /// Whether it is now.
+    #[must_use]
+    pub fn is(&self) -> bool {
+        !self.0.borrow().is_empty()
+    }
+
     /// Resolves while it is.
-    pub async fn is_late(&mut self) {
-        // An error: the runtime is shutting down.
-        if self.0.wait_for(|late| *late > 0).await.is_err() {
-            std::future::pending().await
+    pub async fn begins(&mut self) {
+        self.until(|late| !late.is_empty()).await;
+    }
+
+    /// Resolves while it is not.
+    pub async fn ends(&mut self) {
+        self.until(BTreeSet::is_empty).await;
+    }
+
+    /// Resolves when one and the same write has taken so long.
+    pub async fn lasts(mut self, time: Duration) {
+        loop {
+            self.begins().await;
+            let Some(oldest) = self.0.borrow().first().copied() else {
+                continue;
+            };
+            tokio::select! {
+                () = sleep_until(oldest.0 + time) => return,
+                () = self.until(|late| !late.contains(&oldest)) => {}
+            }
         }
     }
 
-    /// Resolves when it has been late for `time`.
-    pub async fn lasts(mut self, time: Duration) {
-        loop {
-            self.is_late().await;
-            if timeout(time, self.0.wait_for(|late| *late == 0))
-                .await
-                .is_err()
-            {
-                return;
-            }
+    async fn until(&mut self, so: impl FnMut(&BTreeSet<(Instant, u64)>) -> bool) {
+        let known = self.0.wait_for(so).await.is_ok();
+        if !known {
+            // The runtime is shutting down.
+            std::future::pending().await
         }
     }
 }
 
 /// One write that is late, until this is dropped.
-struct Overdue<'a>(&'a watch::Sender<usize>);
+struct Overdue<'a> {
+    this: (Instant, u64),
+    late: &'a watch::Sender<BTreeSet<(Instant, u64)>>,
+}
 
 impl<'a> Overdue<'a> {
-    fn of(late: &'a watch::Sender<usize>) -> Self {
-        late.send_modify(|late| *late += 1);
-        if *late.borrow() == 1 {
+    fn since(begun: Instant, late: &'a watch::Sender<BTreeSet<(Instant, u64)>>) -> Self {
+        let mut this = (begun, 0);
+        late.send_modify(|late| {
+            while !late.insert(this) {
+                this.1 += 1;
+            }
+        });
+        if late.borrow().len() == 1 {
             warn!("the disk does not answer: what has to be written waits");
         }
-        Self(late)
+        Self { this, late }
     }
 }
 
 impl Drop for Overdue<'_> {
     fn drop(&mut self) {
-        self.0.send_modify(|late| *late -= 1);
-        if *self.0.borrow() == 0 {
+        self.late.send_modify(|late| {
+            late.remove(&self.this);
+        });
+        if self.late.borrow().is_empty() {
             info!("the disk answers again");
         }
     }
@@ -206,17 +247,35 @@ struct Written {
 
 impl<T: Send + 'static> Scribe<T> {
     /// Writes `what`, and what has been given before is not written any more if it was not begun. What became of it, or
-    /// `None` where that is not known within `patience`, or where it waits behind something of which it is not: it is
-    /// written as soon as the disk takes it, see [`Self::landed`].
+    /// `None` where that is not known within `patience`, and the disk is late: it is written as soon as the disk takes
+    /// it, see [`Self::landed`]. A disk that is only busy is waited for.
     pub async fn write(&mut self, what: T, patience: Duration) -> Option<Result<(), String>> {
-        let behind = self.late && self.desk.next().busy;
-        let patience = if behind { Duration::ZERO } else { patience };
         let number = self.desk.give(what);
         // Also where whoever waits here is given up.
         self.late = true;
-        let outcome = timeout(patience, self.desk.written(number)).await.ok()?;
+        let mut disk = self.desk.scribes.lateness();
+        let given_up = async {
+            sleep(patience).await;
+            disk.begins().await;
+        };
+        let outcome = tokio::select! {
+            biased;
+            outcome = self.desk.written(number) => outcome,
+            () = given_up => return None,
+        };
         self.late = false;
         Some(outcome)
+    }
+
+    /// The same; but whoever has waited once does not wait again as long as that is not written.
+    pub async fn write_or_leave(
+        &mut self,
+        what: T,
+        patience: Duration,
+    ) -> Option<Result<(), String>> {
+        let behind = self.late && self.desk.next().busy;
+        let patience = if behind { Duration::ZERO } else { patience };
+        self.write(what, patience).await
     }
 
     /// What became of what was late, once that is known. Never where nothing is.
@@ -249,9 +308,11 @@ impl<T: Send + 'static> Desk<T> {
     }
 
     async fn write_all(self: Arc<Self>) {
+        // First: what is replaced while it waits for its turn is never written. Never closed.
+        let _turn = self.scribes.turns.acquire().await;
         while let Some((number, what)) = self.take() {
             let desk = Arc::clone(&self);
-            let outcome = self.scribes.turn(move || (desk.write)(what)).await;
+            let outcome = self.scribes.watched(move || (desk.write)(what)).await;
             self.written.send_replace(Written { number, outcome });
         }
     }
@@ -278,7 +339,7 @@ impl<T: Send + 'static> Desk<T> {
 
 #[cfg(test)]
 mod tests {
-    use super::{LATE, Lateness, Scribe, Scribes, TURNS};
+    use super::{LATE, Scribe, Scribes, TURNS};
     use crate::host::blocking;
     use std::sync::mpsc::{Receiver, Sender, channel};
     use std::sync::{Arc, Mutex};
@@ -302,11 +363,6 @@ mod tests {
         (scribe, go, written)
     }
 
-    async fn is_late(lateness: &Lateness) -> bool {
-        let mut lateness = lateness.clone();
-        timeout(Duration::ZERO, lateness.is_late()).await.is_ok()
-    }
-
     #[tokio::test]
     async fn of_what_waits_for_a_disk_that_hangs_the_newest_is_written_and_nobody_waits_twice() {
         let scribes = Scribes::default();
@@ -314,12 +370,12 @@ mod tests {
         let (mut scribe, go, written) = gated(&scribes);
         go.send(Ok(())).unwrap();
         assert_eq!(scribe.write(1, LONG).await, Some(Ok(())));
-        assert!(!is_late(&lateness).await);
-        assert_eq!(scribe.write(2, LATE * 2).await, None);
-        assert!(is_late(&lateness).await);
+        assert!(!lateness.is());
+        assert_eq!(scribe.write(2, LATE / 2).await, None);
+        assert!(lateness.is());
         // However long they would wait.
         for number in 3..6 {
-            assert_eq!(scribe.write(number, LONG).await, None);
+            assert_eq!(scribe.write_or_leave(number, LONG).await, None);
         }
         // Whoever is given up has given it all the same.
         assert!(timeout(Duration::ZERO, scribe.landed()).await.is_err());
@@ -332,16 +388,21 @@ mod tests {
                 .is_err()
         );
         go.send(Ok(())).unwrap();
-        assert_eq!(scribe.write(6, LONG).await, Some(Ok(())));
+        assert_eq!(scribe.write_or_leave(6, LONG).await, Some(Ok(())));
         drop((scribe, go));
         assert_eq!(written.iter().collect::<Vec<_>>(), [1, 2, 5, 6]);
-        assert!(!is_late(&lateness).await);
+        assert!(!lateness.is());
     }
 
     #[tokio::test]
     async fn what_was_late_and_has_landed_keeps_the_next_one_from_nothing() {
         let (mut scribe, go, written) = gated(&Scribes::default());
-        assert_eq!(scribe.write(1, Duration::ZERO).await, None);
+        // Nobody waits for it.
+        assert!(
+            timeout(Duration::ZERO, scribe.write(1, LONG))
+                .await
+                .is_err()
+        );
         go.send(Ok(())).unwrap();
         assert_eq!(blocking(move || written.recv()).await, Ok(1));
         while scribe.desk.next().busy {
@@ -349,7 +410,7 @@ mod tests {
         }
         // Nobody has asked what became of it.
         go.send(Ok(())).unwrap();
-        assert_eq!(scribe.write(2, LONG).await, Some(Ok(())));
+        assert_eq!(scribe.write_or_leave(2, LONG).await, Some(Ok(())));
     }
 
     #[tokio::test]

@@ -16,6 +16,7 @@ use futures_util::FutureExt;
 use futures_util::future::{Fuse, FusedFuture};
 use messages::output::{DROPPED, INSTANCE, OFFSET, TIME};
 use std::fs::File;
+use std::io::ErrorKind;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::pin::pin;
@@ -96,12 +97,16 @@ impl CursorFile {
     /// # Errors
     /// As `open(2)`.
     pub fn open(path: &Path, scribes: &Scribes) -> std::io::Result<(Self, Cursor, JobView)> {
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path)?;
+        let open = |create| {
+            let mut options = File::options();
+            options.read(true).write(true).create(create).open(path)
+        };
+        let mut file = open(false);
+        // To make one waits for a disk that takes nothing, whether or not it is there.
+        if matches!(&file, Err(error) if error.kind() == ErrorKind::NotFound) {
+            file = open(true);
+        }
+        let file = file?;
         let (cursor, view) = read(&file)?;
         let write = move |text: String| file.write_all_at(text.as_bytes(), 0);
         let scribe = scribes.scribe(move |text| write(text).map_err(|error| error.to_string()));
@@ -115,14 +120,15 @@ impl CursorFile {
     pub fn kept(path: &Path) -> std::io::Result<Cursor> {
         match File::open(path) {
             Ok(file) => Ok(read(&file)?.0),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Cursor::default()),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Cursor::default()),
             Err(error) => Err(error),
         }
     }
 
     /// Output does not wait for a disk that hangs.
     async fn keep(&mut self, cursor: Cursor, view: &JobView) {
-        let kept = self.0.write(write_kept(cursor, view), PATIENCE).await;
+        let text = write_kept(cursor, view);
+        let kept = self.0.write_or_leave(text, PATIENCE).await;
         if let Some(Err(error)) = kept {
             // Worth a repetition after a restart, not more.
             warn!(error, "the output cursor could not be kept");
@@ -199,7 +205,7 @@ pub async fn pump(
 /// Never returns.
 async fn ask_while_late(container: &Container, mut disk: Lateness, view: &watch::Sender<JobView>) {
     loop {
-        disk.is_late().await;
+        disk.begins().await;
         if view.borrow().exit.is_none() {
             ask_how_it_ended(container, view).await;
         }

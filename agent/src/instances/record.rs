@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use tracing::error;
 
 /// The format that this agent writes and reads.
 pub const FORMAT: u32 = 1;
@@ -267,7 +268,9 @@ impl Records {
     pub fn enter(&self, entry: Entry) -> Result<(), String> {
         let entered = match entry {
             Entry::Save(record) => self.save(&record),
-            Entry::Remove(handle) => self.remove(&handle),
+            Entry::Remove(handle) => self.remove(&handle).inspect_err(|error| {
+                error!(handle, %error, "a record stays, and the next agent will find it");
+            }),
         };
         entered.map_err(|error| error.to_string())
     }

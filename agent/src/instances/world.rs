@@ -16,8 +16,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Semaphore, mpsc};
 use tracing::error;
 
-/// For how long a disk that is late is waited for by an agent that leaves.
-const HANGS: Duration = Duration::from_secs(10);
+/// How long one and the same write may take until an agent that leaves gives the disk up.
+const HANGS: Duration = Duration::from_secs(30);
 
 /// What all instances share.
 #[derive(Debug)]

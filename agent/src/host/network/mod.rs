@@ -546,13 +546,14 @@ impl Network {
             pools.ports.release_all(Instant::now());
             pools.kept(self.pool, self.first_port)
         };
+        self.with(Rules::close).await;
+        let watch = Arc::clone(&self.watch);
+        blocking(move || watch.end()).await;
+        // Last: it may wait for the disk.
         let standing = Arc::clone(&self.standing);
         if let Err(error) = blocking(move || standing.finish(&kept)).await {
             warn!(%error, "where the pools stand was not kept, or left");
         }
-        self.with(Rules::close).await;
-        let watch = Arc::clone(&self.watch);
-        blocking(move || watch.end()).await;
     }
 
     /// Keeps for the next agent what was given out last and what rests, in the background.

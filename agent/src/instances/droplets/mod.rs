@@ -112,6 +112,8 @@ struct Inner {
     running: Mutex<HashMap<Wanted, Running>>,
     /// When each droplet was last asked for: an instance may just be about to use it.
     asked: Mutex<HashMap<Digest, Instant>>,
+    /// The names of those that are being moved out of the way, by a disk that may take its time.
+    leaving: watch::Sender<HashSet<String>>,
     slots: Arc<Semaphore>,
     /// Tells two tries for one droplet apart.
     tries: AtomicU64,
@@ -160,6 +162,7 @@ impl Droplets {
                 options,
                 running,
                 asked: Mutex::default(),
+                leaving: watch::Sender::default(),
                 slots,
                 tries: AtomicU64::new(0),
             }),
@@ -284,7 +287,10 @@ impl Droplets {
         wanted: Wanted,
         stop: Stop,
     ) -> Result<PathBuf, DropletError> {
-        let layer = self.inner.layer(wanted);
+        let (layer, name) = (self.inner.layer(wanted), wanted.digest.to_string());
+        let mut leaving = self.inner.leaving.subscribe();
+        // An error: the agent is ending.
+        drop(leaving.wait_for(|leaving| !leaving.contains(&name)).await);
         if tokio::fs::metadata(&layer).await.is_ok() {
             return Ok(layer);
         }
@@ -321,18 +327,33 @@ impl Droplets {
         let trash = self.inner.dir.join(format!(".trash-{name}"));
         // Left by a removal that failed.
         logged(remove_tree(&trash))?;
+        if !self.leaves(name) {
+            return None;
+        }
+        let path = self.inner.dir.join(name);
+        let moved = fs::rename(&path, &trash).map_err(|e| DropletError::disk("rename", &path, e));
+        self.inner.leaving.send_modify(|leaving| {
+            leaving.remove(name);
+        });
+        logged(moved)?;
+        Some(trash)
+    }
+
+    /// Whether nobody works on a droplet. Whoever wants to from now on waits until it has been moved out of the way.
+    fn leaves(&self, name: &str) -> bool {
         let running = lock(&self.inner.running);
         let asked = lock(&self.inner.asked);
         let mut used = running
             .keys()
             .map(|wanted| &wanted.digest)
             .chain(asked.keys());
-        if used.any(|digest| digest.to_string() == name) {
-            return None;
+        let is_used = used.any(|digest| digest.to_string() == name);
+        if !is_used {
+            self.inner.leaving.send_modify(|leaving| {
+                leaving.insert(name.to_owned());
+            });
         }
-        let path = self.inner.dir.join(name);
-        logged(fs::rename(&path, &trash).map_err(|e| DropletError::disk("rename", &path, e)))?;
-        Some(trash)
+        !is_used
     }
 }
 

@@ -24,6 +24,9 @@ use tracing::{error, info, warn};
 /// How long the dead may take to close their pipes and their supervisor to write the end.
 const LAST_BYTES: Duration = Duration::from_secs(5);
 
+/// How long an init may take to say how its job ended. One that is frozen does not.
+const INIT_ANSWERS: Duration = Duration::from_secs(1);
+
 /// How long a killed job may take to be reported, before its container is killed.
 const LAST_STATUS: Duration = Duration::from_secs(2);
 
@@ -160,12 +163,15 @@ impl Instance {
 
     /// Ends every process, learns the job's status and offsets, records and announces the exit.
     async fn bury(&mut self, words: Option<String>, by: EndedBy) {
+        let mut known = None;
         if let Some(container) = self.container.clone() {
+            known = self.known_to_init(&container).await;
             self.kill_all(&container).await;
             self.last_bytes().await;
         }
         self.tell_last_kills(by).await;
-        let job = self.job.borrow().clone();
+        let mut job = self.job.borrow().clone();
+        job.exit = job.exit.or(known);
         // What ended by itself meanwhile was not killed for it.
         let of_looks = |words: &String| [DEAF, UNHEALTHY].contains(&words.as_str());
         let words = words.filter(|words| !of_looks(words) || !ended_by_itself(&job));
@@ -174,6 +180,16 @@ impl Instance {
         let event = events::exited(&self.view(), job.end);
         self.announce(event).await;
         self.tell();
+    }
+
+    /// How its job ended, if that is not known otherwise yet: its init takes that with it.
+    async fn known_to_init(&mut self, container: &Container) -> Option<Status> {
+        if !self.record.spawned || self.job.borrow().exit.is_some() {
+            return None;
+        }
+        timeout(INIT_ANSWERS, container.job_end(start::JOB))
+            .await
+            .ok()?
     }
 
     /// Stays until every process is dead: nothing may be called stopped before.
@@ -408,12 +424,10 @@ impl Instance {
     /// The record goes last; where that takes too long, by itself.
     pub(super) async fn gone(mut self) {
         let remove = Entry::Remove(self.record.handle.clone());
-        let removed = self.scribe.write(remove, super::PATIENCE).await;
-        if let Err(error) = removed.unwrap_or_else(|| Err(UNANSWERED.to_owned())) {
-            error!(
-                handle = self.record.handle,
-                error, "the record is not removed yet"
-            );
+        let removed = self.scribe.write_or_leave(remove, super::PATIENCE).await;
+        if removed.is_none() {
+            let handle = &self.record.handle;
+            warn!(handle, why = UNANSWERED, "a record is not removed yet");
         }
         drop(
             self.world

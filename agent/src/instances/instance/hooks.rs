@@ -11,6 +11,7 @@ use crate::chain;
 use crate::config::Hooks;
 use crate::engine::{Container, Followed};
 use crate::host::blocking;
+use crate::host::scribe::UNANSWERED;
 use container::job::JobRequest;
 use container::spool::{Cursor, Record};
 use container::status::Status;
@@ -71,6 +72,9 @@ impl Instance {
         let Some(run) = self.prepare(hook)? else {
             return Ok(());
         };
+        // It is not to fail for a disk that hangs.
+        let mut disk = self.world.scribes.lateness();
+        self.attend(disk.ends()).await?;
         let done = self.attend(run.within()).await?;
         done.map_err(|why| failed(format!("{} {why}", hook.name())))
     }
@@ -80,6 +84,11 @@ impl Instance {
         let Ok(Some(run)) = self.prepare(hook) else {
             return;
         };
+        if self.world.scribes.lateness().is() {
+            let (handle, hook) = (&self.record.handle, hook.name());
+            warn!(handle, hook, why = UNANSWERED, "a hook is left out");
+            return;
+        }
         let dead = died(self.container.clone());
         let ended = async {
             tokio::select! {

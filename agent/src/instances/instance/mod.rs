@@ -30,8 +30,9 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
-use tracing::{Span, error, error_span, info, warn};
+use tracing::{Instrument, Span, error, error_span, info, warn};
 
 /// What the stable is told. Unbounded in type, bounded in fact: each instance tells one change for
 /// each state it enters or want it has applied.
@@ -43,10 +44,8 @@ pub enum Change {
     Unrecorded(String, String),
     /// It has no processes, no port, no record any more.
     Gone(String),
-    /// Of the templates to be kept, all up to this number are on disk.
+    /// Of the templates to be kept, all up to this number are on disk, or the disk does not answer.
     Kept(u64),
-    /// The disk does not take the next one in time.
-    Unkept,
 }
 
 /// What the outside may know of an instance.
@@ -225,6 +224,8 @@ pub struct Instance {
     unheard: route::Unheard,
     announcer: announce::Announcer,
     scribe: Scribe<Entry>,
+    /// Sees to a change of the disk's limit that the disk has not answered to in time.
+    late_limit: Option<JoinHandle<()>>,
     cpu: Option<(Instant, u64, f64)>,
     applied: u64,
     unrecorded: Option<Unrecorded>,
@@ -301,6 +302,7 @@ pub fn instance(
         instance_id,
         announcer,
         scribe,
+        late_limit: None,
         cpu: None,
         applied: 0,
         unrecorded: None,
@@ -406,13 +408,8 @@ impl Instance {
             changed = true;
         }
         let limits = { wants.limits }.filter(|(number, _)| *number > self.applied);
-        let leaves = is_ending(self.record.state) || self.record.stopping.is_some();
-        if let (Some((_, limits)), false) = (limits, leaves) {
-            let leaving = self.leaving();
-            let taken = tokio::select! {
-                taken = self.limit(limits) => taken,
-                refusal = leaving => Err(refusal),
-            };
+        if let Some((_, limits)) = limits {
+            let taken = self.limit(limits).await;
             changed |= matches!(taken, Ok(true));
             self.refusal = taken.err();
         }
@@ -446,8 +443,8 @@ impl Instance {
         true
     }
 
-    /// Resolves when it ends or is to be stopped: a disk that hangs may keep its limits for a while.
-    fn leaving(&self) -> impl Future<Output = Refusal> + use<> {
+    /// Resolves when it ends or is to be stopped.
+    fn leaves(&self) -> impl Future<Output = ()> + use<> {
         let (mut wants, mut job) = (self.wants.clone(), self.job.clone());
         let container = self.container.clone();
         async move {
@@ -455,10 +452,6 @@ impl Instance {
                 Ok(_) = wants.wait_for(|wants| wants.stop.is_some()) => {}
                 () = job_is(&mut job, JobView::over) => {}
                 () = died(container) => {}
-            }
-            Refusal {
-                message: "the instance ends".into(),
-                smallest_mem: None,
             }
         }
     }
@@ -469,14 +462,26 @@ impl Instance {
         if limits == old {
             return Ok(false);
         }
-        if let Some(container) = self.container.clone()
-            && let Err(error) = self.limit_container(&container, old, limits).await
-        {
-            warn!(handle = self.record.handle, error = %chain(&error), "new limits were refused");
-            return Err(Refusal {
-                smallest_mem: error.smallest_memory().map(|bytes| bytes >> 20),
-                message: error.to_string(),
-            });
+        let ends = || Refusal {
+            message: "the instance ends".into(),
+            smallest_mem: None,
+        };
+        if is_ending(self.record.state) || self.record.stopping.is_some() {
+            return Err(ends());
+        }
+        if let Some(container) = self.container.clone() {
+            let leaves = self.leaves();
+            let limited = tokio::select! {
+                limited = self.limit_container(&container, old, limits) => limited,
+                () = leaves => return Err(ends()),
+            };
+            if let Err(error) = limited {
+                warn!(handle = self.record.handle, error = %chain(&error), "new limits were refused");
+                return Err(Refusal {
+                    smallest_mem: error.smallest_memory().map(|bytes| bytes >> 20),
+                    message: error.to_string(),
+                });
+            }
         }
         self.record.limits = limits;
         Ok(true)
@@ -491,7 +496,7 @@ impl Instance {
         let limited = self.limit_each(container, old, new).await;
         if limited.is_err() {
             // What was given before the refusal is taken back; of the rest this changes nothing.
-            let disk = limit_disk(container, new.disk, old.disk).await;
+            let disk = self.limit_disk(container, new.disk, old.disk).await;
             let wanted = start::engine_limits(&self.world.config, old);
             let rest = container.limit(wanted).await;
             for error in [disk.err(), rest.err()].into_iter().flatten() {
@@ -508,7 +513,7 @@ impl Instance {
         old: Limits,
         new: Limits,
     ) -> Result<(), EngineError> {
-        limit_disk(container, old.disk, new.disk).await?;
+        self.limit_disk(container, old.disk, new.disk).await?;
         let wanted = start::engine_limits(&self.world.config, new);
         container.limit(wanted).await?;
         // As long as it is not executed yet, `until_started` sees to it.
@@ -518,6 +523,45 @@ impl Instance {
             self.open_files = Some(new.fds);
         }
         Ok(())
+    }
+
+    /// MB of disk, from `old` to `new`. What a disk that hangs does not answer to is refused, and taken back if it comes to be
+    /// all the same.
+    async fn limit_disk(
+        &mut self,
+        container: &Container,
+        old: u64,
+        new: u64,
+    ) -> Result<(), EngineError> {
+        let late = || EngineError::Deadline {
+            what: "a change of the disk's limit",
+            waited: PATIENCE,
+        };
+        if old == new {
+            return Ok(());
+        }
+        if { self.late_limit.as_ref() }.is_some_and(|late| !late.is_finished()) {
+            return Err(late());
+        }
+        let mut change = tokio::spawn(change_disk(container.clone(), new).in_current_span());
+        let hangs = self.world.scribes.lateness().lasts(PATIENCE);
+        tokio::select! {
+            biased;
+            // An error: the runtime is shutting down.
+            done = &mut change => done.unwrap_or_else(|_| Err(late())),
+            () = hangs => {
+                let container = container.clone();
+                let undone = async move {
+                    if matches!(change.await, Ok(Ok(())))
+                        && let Err(error) = change_disk(container, old).await
+                    {
+                        warn!(error = %chain(&error), "a limit was not taken back");
+                    }
+                };
+                self.late_limit = Some(tokio::spawn(undone.in_current_span()));
+                Err(late())
+            }
+        }
     }
 
     async fn answer(&mut self, query: Query) {
@@ -627,7 +671,7 @@ impl Instance {
     /// before.
     async fn keep(&mut self) {
         let entry = Entry::Save(Box::new(self.record.clone()));
-        let saved = self.scribe.write(entry, PATIENCE).await;
+        let saved = self.scribe.write_or_leave(entry, PATIENCE).await;
         self.recorded(saved);
     }
 
@@ -671,15 +715,12 @@ impl Instance {
     }
 }
 
-/// MB of disk, from `old` to `new`.
-async fn limit_disk(container: &Container, old: u64, new: u64) -> Result<(), EngineError> {
+/// To so many MB.
+async fn change_disk(container: Container, disk: u64) -> Result<(), EngineError> {
     let change = DiskChange {
-        bytes: Some(new << 20),
+        bytes: Some(disk << 20),
         inodes: None,
     };
-    if old == new {
-        return Ok(());
-    }
     container.limit_disk(change).await
 }
 

@@ -3,7 +3,7 @@
 use super::finish::{DEAF, End, UNHEALTHY};
 use super::health::{self, Check};
 use super::hooks::Hook;
-use super::{Instance, Interrupt, Remains, job_is, limit_disk};
+use super::{Instance, Interrupt, Remains, job_is};
 use crate::chain;
 use crate::config::Config;
 use crate::engine::{Container, DiskLimit, EgressRule, REBOOTED, Spec, Traffic};
@@ -176,6 +176,7 @@ impl Instance {
             tokio::select! {
                 Ok(()) = self.wants.changed() => {}
                 Some(query) = self.queries.recv() => self.answer(query).await,
+                outcome = self.scribe.landed() => self.recorded(Some(outcome)),
                 () = sleep_until(until) => return,
             }
         }
@@ -319,7 +320,7 @@ impl Instance {
         if self.record.limits != made_with {
             // They changed while it was made.
             let disk = self.record.limits.disk;
-            let changed = limit_disk(&container, made_with.disk, disk).await;
+            let changed = self.limit_disk(&container, made_with.disk, disk).await;
             changed.map_err(failed)?;
             let limits = engine_limits(&self.world.config, self.record.limits);
             container.limit(limits).await.map_err(failed)?;
@@ -334,6 +335,9 @@ impl Instance {
         self.start_hook(Hook::BeforeStart).await?;
         let turn = self.attend(world.starts.acquire()).await?;
         let cursor = self.attend(self.open_cursor()).await?.map_err(failed)?;
+        // What it begins with it must be able to write.
+        let mut disk = self.world.scribes.lateness();
+        self.attend(disk.ends()).await?;
         let request = self.job_request(port)?;
         let user = self.world.config.instance.user.clone();
         self.open_files = Some(self.record.limits.fds);

@@ -511,7 +511,6 @@ impl Stable {
                 self.templates.note(number);
                 self.tell_waiting(waiting::TEMPLATE);
             }
-            Change::Unkept => self.tell_unkept(),
         }
     }
 
@@ -676,6 +675,8 @@ impl Stable {
         self.tasks.shutdown().await;
         let (world, stalls) = (&self.world, self.stalls);
         let removed = async {
+            // What was to be saved is not to come back.
+            world.scribes.close().await;
             world.engine.sweep(&HashSet::new()).await;
             for handle in stalls.into_keys() {
                 let records = world.records.clone();

@@ -21,7 +21,7 @@ use tracing::warn;
 /// Apps that are remembered, those that have instances here not counted.
 const MOST: usize = 1000;
 
-/// How long a message may take to get to the disk until whoever waits for that hears that it does not.
+/// How long a message may take to get to the disk until nobody waits for that any more.
 const PATIENCE: Duration = Duration::from_secs(4);
 
 /// Messages that are looked at together.
@@ -35,7 +35,7 @@ pub(super) struct Templates {
     order: VecDeque<String>,
     /// The number that was given last.
     asked: u64,
-    /// All up to this number are on disk.
+    /// All up to this number are on disk, or are not waited for any more.
     kept: u64,
     /// Unbounded in type; each holds a start message that was accepted a moment ago.
     changes: mpsc::UnboundedSender<Written>,
@@ -118,7 +118,7 @@ impl Templates {
 
     /// All up to this number are on disk.
     pub(super) fn note(&mut self, kept: u64) {
-        self.kept = kept;
+        self.kept = self.kept.max(kept);
     }
 
     /// Whether what has this number is on disk, or a newer one of its app.
@@ -138,8 +138,8 @@ async fn write(
     mut written: mpsc::UnboundedReceiver<Written>,
     told: mpsc::UnboundedSender<Change>,
 ) {
-    let mut batch = Vec::new();
-    while written.recv_many(&mut batch, BATCH).await > 0 {
+    let mut batch: Vec<Written> = Vec::new();
+    while !batch.is_empty() || written.recv_many(&mut batch, BATCH).await > 0 {
         let Some(last) = batch.last().map(|written| written.number) else {
             continue;
         };
@@ -151,10 +151,14 @@ async fn write(
             let (dir, name) = (dir.clone(), format!("{droplet}.json"));
             let mut done = pin!(blocking(move || replace(&dir, &name, message.as_deref())));
             let done = loop {
-                match timeout(PATIENCE, &mut done).await {
-                    Ok(done) => break done,
-                    // Whoever waits hears it; who comes later waits as long.
-                    Err(_late) => drop(told.send(Change::Unkept)),
+                if let Ok(done) = timeout(PATIENCE, &mut done).await {
+                    break done;
+                }
+                // Who came since the last time has waited long enough the next time.
+                let waited = batch.last().map_or(last, |written| written.number);
+                drop(told.send(Change::Kept(waited)));
+                while let Ok(later) = written.try_recv() {
+                    batch.push(later);
                 }
             };
             if let Err(error) = done {

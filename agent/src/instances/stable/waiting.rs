@@ -2,7 +2,6 @@
 
 use super::Stable;
 use super::commands::Asked;
-use crate::host::scribe::UNANSWERED;
 use crate::instances::instance::Refusal;
 use crate::instances::record::{Limits, Record};
 use messages::reply::{ErrorCode, Reply};
@@ -224,16 +223,6 @@ impl Stable {
             waitings.of.insert(handle.to_owned(), left);
         }
         self.waiting = waitings;
-    }
-
-    /// Templates are not on disk in time: who waits for one is told.
-    pub(super) fn tell_unkept(&mut self) {
-        for number in self.waiting.of.remove(TEMPLATE).unwrap_or_default() {
-            if let Some(waiting) = self.waiting.remove(number) {
-                let unkept = Reply::error(ErrorCode::Internal, unrecorded(UNANSWERED));
-                drop(waiting.answer.send(unkept));
-            }
-        }
     }
 
     /// A start could not be recorded, so it leaves nothing: who asked for it hears why, and who only listens.
