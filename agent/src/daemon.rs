@@ -343,7 +343,7 @@ async fn run(mut config: Config, access: Access) -> Outcome<()> {
         world.unless_disk_hangs(leave_nothing(&world)).await;
     } else {
         // What is under way gets to the disk: the next agent shall not find what is gone.
-        drop(timeout(LAST_WORDS, world.scribes.close()).await);
+        drop(timeout(LAST_WORDS, world.scribes.rest()).await);
     }
     drop(timeout(LAST_WORDS, world.outlet.settle()).await);
     Ok(())

@@ -294,7 +294,7 @@ impl Container {
         };
         let disks = self.inner.shared.disks.clone();
         let shared = &self.inner.shared;
-        shared.on_disk(move || disk.limit(&disks, change)).await?;
+        shared.change(move || disk.limit(&disks, change)).await?;
         // Whoever hears of it can have what this gave back.
         shared.lookout.glance().await;
         Ok(())

@@ -64,8 +64,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 
-/// What is changed on the disk at once.
-const CHANGES: usize = 64;
+/// What is removed from the disk at once, and what is changed there.
+const TURNS: usize = 64;
 
 /// Where the engine works and with what.
 #[derive(Debug, Clone)]
@@ -162,6 +162,7 @@ struct Shared {
     disks: Disks,
     lookout: Lookout,
     kills: KillLog,
+    removals: Arc<Semaphore>,
     changes: Arc<Semaphore>,
     boot_id: String,
     spool_bytes: u64,
@@ -214,7 +215,8 @@ impl Engine {
             disks,
             lookout,
             kills,
-            changes: Arc::new(Semaphore::new(CHANGES)),
+            removals: Arc::new(Semaphore::new(TURNS)),
+            changes: Arc::new(Semaphore::new(TURNS)),
             boot_id,
             spool_bytes,
             launch_patience: launch::DEADLINE,
@@ -381,22 +383,20 @@ impl Engine {
 }
 
 impl Shared {
-    /// Runs what changes something on the disk, and may wait for it: not too many at once, for a disk that hangs must not
-    /// hold every thread that may block.
-    async fn on_disk<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        // Never closed. It goes with the work, not with whoever waits for that.
-        let turn = Arc::clone(&self.changes).acquire_owned().await;
-        blocking(move || {
-            let _turn = turn;
-            work()
-        })
-        .await
+    /// Runs what removes something from the disk, and may wait for it.
+    async fn remove<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        in_turn(&self.removals, work).await
+    }
+
+    /// Runs what changes something on the disk, and may wait for it. Whoever begins something does not wait for removals.
+    async fn change<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        in_turn(&self.changes, work).await
     }
 
     /// Takes a container's directory out of sight at once and removes it when there is time.
     async fn discard(&self, handle: &str) -> Result<(), EngineError> {
         let (depot, name) = (self.depot.clone(), handle.to_owned());
-        self.on_disk(move || depot.discard(&name)).await?;
+        self.remove(move || depot.discard(&name)).await?;
         let (depot, lookout) = (self.depot.clone(), self.lookout.clone());
         in_background(move || {
             if let Err(error) = depot.empty_trash_beside() {
@@ -407,6 +407,20 @@ impl Shared {
         self.lookout.ask();
         Ok(())
     }
+}
+
+/// Not too many at once: a disk that hangs must not hold every thread that may block.
+async fn in_turn<T: Send + 'static>(
+    turns: &Arc<Semaphore>,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> T {
+    // Never closed. It goes with the work, not with whoever waits for that.
+    let turn = Arc::clone(turns).acquire_owned().await;
+    blocking(move || {
+        let _turn = turn;
+        work()
+    })
+    .await
 }
 
 /// Runs to its end what must not stop half-way when the caller goes away.

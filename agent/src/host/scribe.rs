@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use std::{fmt, fs, io};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, SemaphorePermit, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tracing::{Instrument, info, warn};
 
@@ -99,12 +99,22 @@ impl Scribes {
         work.await
     }
 
-    /// Waits until nobody writes, and lets nobody write any more.
+    /// Waits until all is written that has been given.
+    pub async fn rest(&self) {
+        drop(self.all_turns().await);
+    }
+
+    /// The same, and nothing is written any more: who still gives something gets no word.
     pub async fn close(&self) {
-        let all = u32::try_from(TURNS).unwrap_or(u32::MAX);
-        if let Ok(turns) = self.turns.acquire_many(all).await {
+        if let Some(turns) = self.all_turns().await {
             turns.forget();
         }
+    }
+
+    /// Turns come in the order in which they are asked for.
+    async fn all_turns(&self) -> Option<SemaphorePermit<'_>> {
+        let all = u32::try_from(TURNS).unwrap_or(u32::MAX);
+        self.turns.acquire_many(all).await.ok()
     }
 
     /// Whether the disk is late, now and whenever that changes.
@@ -118,7 +128,7 @@ impl Scribes {
         loop {
             let path = file.to_owned();
             // What it says is for those to hear who have something to write.
-            drop(self.turn(move || touch(&path)).await);
+            drop(self.watched(move || touch(&path)).await);
             sleep(LOOK).await;
         }
     }
@@ -136,20 +146,16 @@ fn touch(file: &Path) -> io::Result<()> {
 pub struct Lateness(watch::Receiver<BTreeSet<(Instant, u64)>>);
 
 impl Lateness {
-    /// Whether it is now.
-    #[must_use]
-    pub fn is(&self) -> bool {
-        !self.0.borrow().is_empty()
-    }
-
     /// Resolves while it is.
     pub async fn begins(&mut self) {
         self.until(|late| !late.is_empty()).await;
     }
 
-    /// Resolves while it is not.
-    pub async fn ends(&mut self) {
-        self.until(BTreeSet::is_empty).await;
+    /// Resolves when what is late now is written.
+    pub async fn passes(&mut self) {
+        let newest = self.0.borrow().last().copied();
+        self.until(|late| late.first().copied() > newest || late.is_empty())
+            .await;
     }
 
     /// Resolves when one and the same write has taken so long.
@@ -370,9 +376,9 @@ mod tests {
         let (mut scribe, go, written) = gated(&scribes);
         go.send(Ok(())).unwrap();
         assert_eq!(scribe.write(1, LONG).await, Some(Ok(())));
-        assert!(!lateness.is());
+        assert!(lateness.0.borrow().is_empty());
         assert_eq!(scribe.write(2, LATE / 2).await, None);
-        assert!(lateness.is());
+        assert!(!lateness.0.borrow().is_empty());
         // However long they would wait.
         for number in 3..6 {
             assert_eq!(scribe.write_or_leave(number, LONG).await, None);
@@ -391,7 +397,7 @@ mod tests {
         assert_eq!(scribe.write_or_leave(6, LONG).await, Some(Ok(())));
         drop((scribe, go));
         assert_eq!(written.iter().collect::<Vec<_>>(), [1, 2, 5, 6]);
-        assert!(!lateness.is());
+        assert!(lateness.0.borrow().is_empty());
     }
 
     #[tokio::test]

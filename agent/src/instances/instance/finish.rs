@@ -169,9 +169,9 @@ impl Instance {
             self.kill_all(&container).await;
             self.last_bytes().await;
         }
-        self.tell_last_kills(by).await;
         let mut job = self.job.borrow().clone();
         job.exit = job.exit.or(known);
+        self.tell_last_kills(by, &job).await;
         // What ended by itself meanwhile was not killed for it.
         let of_looks = |words: &String| [DEAF, UNHEALTHY].contains(&words.as_str());
         let words = words.filter(|words| !of_looks(words) || !ended_by_itself(&job));
@@ -187,9 +187,8 @@ impl Instance {
         if !self.record.spawned || self.job.borrow().exit.is_some() {
             return None;
         }
-        timeout(INIT_ANSWERS, container.job_end(start::JOB))
-            .await
-            .ok()?
+        let asked = timeout(INIT_ANSWERS, container.job_end(start::JOB));
+        self.hear_while(asked).await.ok()?
     }
 
     /// Stays until every process is dead: nothing may be called stopped before.

@@ -6,7 +6,7 @@
 
 use super::finish::End;
 use super::start::failed;
-use super::{Instance, died};
+use super::{Instance, PATIENCE, died};
 use crate::chain;
 use crate::config::Hooks;
 use crate::engine::{Container, Followed};
@@ -74,7 +74,7 @@ impl Instance {
         };
         // It is not to fail for a disk that hangs.
         let mut disk = self.world.scribes.lateness();
-        self.attend(disk.ends()).await?;
+        self.attend(disk.passes()).await?;
         let done = self.attend(run.within()).await?;
         done.map_err(|why| failed(format!("{} {why}", hook.name())))
     }
@@ -84,7 +84,16 @@ impl Instance {
         let Ok(Some(run)) = self.prepare(hook) else {
             return;
         };
-        if self.world.scribes.lateness().is() {
+        let disk = self.world.scribes.lateness();
+        let mut passing = disk.clone();
+        let answers = async {
+            tokio::select! {
+                biased;
+                () = passing.passes() => true,
+                () = disk.lasts(PATIENCE) => false,
+            }
+        };
+        if !self.hear_while(answers).await {
             let (handle, hook) = (&self.record.handle, hook.name());
             warn!(handle, hook, why = UNANSWERED, "a hook is left out");
             return;

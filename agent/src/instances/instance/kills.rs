@@ -98,7 +98,7 @@ impl Instance {
     }
 
     /// Reports what was not told yet, before the end that follows it.
-    pub(super) async fn tell_last_kills(&mut self, by: EndedBy) {
+    pub(super) async fn tell_last_kills(&mut self, by: EndedBy, job: &JobView) {
         if let Some(container) = self.container.clone() {
             let newest = self.untold.reports.last().map(|(_, report)| report.count);
             let known = newest.unwrap_or_default().max(self.record.oom_kills);
@@ -110,8 +110,7 @@ impl Instance {
             return;
         }
         let by_itself = by == EndedBy::Itself;
-        self.record.out_of_memory |=
-            self.a_kill_ends_it() || by_itself && may_be_killed(&self.job.borrow());
+        self.record.out_of_memory |= self.a_kill_ends_it() || by_itself && may_be_killed(job);
         let kills = self.untold.all();
         self.tell_kills(kills, !self.a_kill_ends_it() && !by_itself)
             .await;

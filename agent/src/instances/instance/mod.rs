@@ -31,7 +31,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{Instrument, Span, error, error_span, info, warn};
 
 /// What the stable is told. Unbounded in type, bounded in fact: each instance tells one change for
@@ -44,8 +44,10 @@ pub enum Change {
     Unrecorded(String, String),
     /// It has no processes, no port, no record any more.
     Gone(String),
-    /// Of the templates to be kept, all up to this number are on disk, or the disk does not answer.
+    /// Of the templates to be kept, all up to this number are on disk.
     Kept(u64),
+    /// The disk takes so long for those up to this number that nobody waits for them any more.
+    Waited(u64),
 }
 
 /// What the outside may know of an instance.
@@ -496,7 +498,10 @@ impl Instance {
         let limited = self.limit_each(container, old, new).await;
         if limited.is_err() {
             // What was given before the refusal is taken back; of the rest this changes nothing.
-            let disk = self.limit_disk(container, new.disk, old.disk).await;
+            let disk = match self.is_limit_late() {
+                true => Ok(()),
+                false => self.limit_disk(container, new.disk, old.disk).await,
+            };
             let wanted = start::engine_limits(&self.world.config, old);
             let rest = container.limit(wanted).await;
             for error in [disk.err(), rest.err()].into_iter().flatten() {
@@ -540,11 +545,15 @@ impl Instance {
         if old == new {
             return Ok(());
         }
-        if { self.late_limit.as_ref() }.is_some_and(|late| !late.is_finished()) {
+        if self.is_limit_late() {
             return Err(late());
         }
         let mut change = tokio::spawn(change_disk(container.clone(), new).in_current_span());
-        let hangs = self.world.scribes.lateness().lasts(PATIENCE);
+        let disk = self.world.scribes.lateness();
+        let hangs = async {
+            sleep(PATIENCE).await;
+            disk.lasts(PATIENCE).await;
+        };
         tokio::select! {
             biased;
             // An error: the runtime is shutting down.
@@ -562,6 +571,11 @@ impl Instance {
                 Err(late())
             }
         }
+    }
+
+    /// Whether a change of the disk's limit is under way that was given up, and will be taken back.
+    fn is_limit_late(&self) -> bool {
+        { self.late_limit.as_ref() }.is_some_and(|late| !late.is_finished())
     }
 
     async fn answer(&mut self, query: Query) {

@@ -333,11 +333,11 @@ impl Instance {
         // A hook may take as long as it may: that keeps nobody waiting.
         drop(turn);
         self.start_hook(Hook::BeforeStart).await?;
-        let turn = self.attend(world.starts.acquire()).await?;
-        let cursor = self.attend(self.open_cursor()).await?.map_err(failed)?;
         // What it begins with it must be able to write.
         let mut disk = self.world.scribes.lateness();
-        self.attend(disk.ends()).await?;
+        self.attend(disk.passes()).await?;
+        let turn = self.attend(world.starts.acquire()).await?;
+        let cursor = self.attend(self.open_cursor()).await?.map_err(failed)?;
         let request = self.job_request(port)?;
         let user = self.world.config.instance.user.clone();
         self.open_files = Some(self.record.limits.fds);

@@ -511,6 +511,10 @@ impl Stable {
                 self.templates.note(number);
                 self.tell_waiting(waiting::TEMPLATE);
             }
+            Change::Waited(number) => {
+                self.templates.note_waited(number);
+                self.tell_waiting(waiting::TEMPLATE);
+            }
         }
     }
 

@@ -4,6 +4,7 @@
 //! written once. Nobody waits for the disk but the answers that say so ([`Until::Kept`](super::waiting::Until)).
 
 use crate::host::blocking;
+use crate::host::scribe::UNANSWERED;
 use crate::instances::instance::Change;
 use crate::instances::record::{make_private, write_durably};
 use serde_json::Value;
@@ -35,8 +36,10 @@ pub(super) struct Templates {
     order: VecDeque<String>,
     /// The number that was given last.
     asked: u64,
-    /// All up to this number are on disk, or are not waited for any more.
+    /// All up to this number are on disk.
     kept: u64,
+    /// Nobody waits for those up to this number any more.
+    waited: u64,
     /// Unbounded in type; each holds a start message that was accepted a moment ago.
     changes: mpsc::UnboundedSender<Written>,
 }
@@ -65,6 +68,7 @@ impl Templates {
             order,
             asked: 0,
             kept: 0,
+            waited: 0,
             changes,
         };
         (templates, write(dir, written, told))
@@ -118,17 +122,22 @@ impl Templates {
 
     /// All up to this number are on disk.
     pub(super) fn note(&mut self, kept: u64) {
-        self.kept = self.kept.max(kept);
+        self.kept = kept;
     }
 
-    /// Whether what has this number is on disk, or a newer one of its app.
-    pub(super) fn is_kept(&self, number: u64) -> bool {
-        number <= self.kept
+    /// Those up to this number have been waited for long enough.
+    pub(super) fn note_waited(&mut self, waited: u64) {
+        self.waited = waited;
+    }
+
+    /// Whether what has this number is on disk, or a newer one of its app, or is not waited for any more.
+    pub(super) fn is_settled(&self, number: u64) -> bool {
+        number <= self.kept.max(self.waited)
     }
 
     /// Whether all that was asked for is on disk.
     pub(super) fn are_kept(&self) -> bool {
-        self.is_kept(self.asked)
+        self.asked <= self.kept
     }
 }
 
@@ -150,13 +159,21 @@ async fn write(
         for (droplet, message) in newest {
             let (dir, name) = (dir.clone(), format!("{droplet}.json"));
             let mut done = pin!(blocking(move || replace(&dir, &name, message.as_deref())));
+            let mut is_told = false;
             let done = loop {
                 if let Ok(done) = timeout(PATIENCE, &mut done).await {
                     break done;
                 }
                 // Who came since the last time has waited long enough the next time.
                 let waited = batch.last().map_or(last, |written| written.number);
-                drop(told.send(Change::Kept(waited)));
+                drop(told.send(Change::Waited(waited)));
+                if !is_told {
+                    is_told = true;
+                    warn!(
+                        droplet,
+                        "{UNANSWERED}: after a restart this app cannot be scaled from 0"
+                    );
+                }
                 while let Ok(later) = written.try_recv() {
                     batch.push(later);
                 }

@@ -123,7 +123,7 @@ pub(super) enum Until {
     Recorded,
     /// So it is, also by what is on its way out or has crashed.
     Applied,
-    /// The template of this number is on disk.
+    /// The template of this number is on disk, or the disk takes too long.
     Kept,
     /// RUNNING, with what was asked.
     Running,
@@ -288,7 +288,7 @@ impl Stable {
     fn progress(&self, owed: &Owed) -> Progress {
         let (number, until) = (owed.number, owed.until);
         if until == Until::Kept {
-            return match self.templates.is_kept(number) {
+            return match self.templates.is_settled(number) {
                 true => Progress::There,
                 false => Progress::OnTheWay,
             };
