@@ -233,16 +233,21 @@ async fn apps_that_end_are_crashes_at_once_and_their_ends_said_once_with_their_o
 
 #[tokio::test]
 async fn a_kill_for_memory_is_a_crash_at_once_and_said_once_before_its_exit() {
-    // The kernel waits for what an image has still to write before it kills anybody.
+    // The kernel may wait for what is still to be written before it kills anybody: in an image it always does.
     let host = host_with("disk = \"unlimited\"\n").await;
     let greedy = app("greedy", "my $n = 1 << 30; my $x = \"x\" x $n", "1");
     host.run(host.message("greedy", &greedy)).await;
     let mut told = host.watch("droplet.*").await;
     let mut beats = host.watch("dea.heartbeat").await;
     let frozen = Frozen::base(&host);
+    let tree = host.tree();
+    let victim = tree.one("greedy");
     poke(&host, "greedy").await;
-    let crashed = |beat: &Value| tells(beat, "greedy", Some("CRASHED"));
-    beats.until("a crash", crashed).await;
+    let mut waited = 0;
+    while !tells(&beats.next().await, "greedy", Some("CRASHED")) && waited < 10 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", victim.pid));
+        waited += u32::from(stat.is_ok_and(|stat| stat.contains(") D ")));
+    }
     assert_eq!(told.arrived(), Vec::<Value>::new());
     drop(frozen);
     let (oom, exit) = (told.next().await, told.next().await);
