@@ -4,7 +4,7 @@
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
-use tests::{Droplet, Frozen, Host, Output, Setup, Tree, patience};
+use tests::{Droplet, Frozen, Host, Output, Process, Setup, Tree, patience};
 
 /// A host whose base directory can be frozen.
 async fn host() -> Host {
@@ -175,12 +175,13 @@ async fn what_would_have_to_be_recorded_is_answered_and_everything_else_goes_on(
     no_records(&host).await;
 }
 
-/// Tells `app`'s process to do what it does on USR1.
-async fn poke(host: &Host, app: &str) {
+/// Tells `app`'s process to do what it does on USR1; that process.
+async fn poke(host: &Host, app: &str) -> Process {
     let tree = host
         .tree_until(app, |tree| tree.named(app).len() == 1)
         .await;
     tree.one(app).signal(Signal::SIGUSR1);
+    tree.one(app).clone()
 }
 
 /// An app that is called `name`, does `then` on USR1, and `meanwhile` again and again.
@@ -240,9 +241,7 @@ async fn a_kill_for_memory_is_a_crash_at_once_and_said_once_before_its_exit() {
     let mut told = host.watch("droplet.*").await;
     let mut beats = host.watch("dea.heartbeat").await;
     let frozen = Frozen::base(&host);
-    let tree = host.tree();
-    let victim = tree.one("greedy");
-    poke(&host, "greedy").await;
+    let victim = poke(&host, "greedy").await;
     let mut waited = 0;
     while !tells(&beats.next().await, "greedy", Some("CRASHED")) && waited < 10 {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", victim.pid));
