@@ -125,8 +125,11 @@ pub fn agent(path: &Path, overrides: Overrides) -> Outcome<()> {
         cli::refuse_weaker(&config)?;
     }
     within_runtime(async {
-        let _locks = prepare(&config).await?;
-        run(config, access).await
+        let locks = prepare(&config).await?;
+        let outcome = run(config, access).await;
+        // They go with the process and the last of its threads: one that waits for the disk may still write.
+        std::mem::forget(locks);
+        outcome
     })
 }
 
@@ -308,8 +311,7 @@ async fn run(mut config: Config, access: Access) -> Outcome<()> {
     let (changes, changed) = mpsc::unbounded_channel();
     let world = Arc::new(world(config, id, engine, (outlet, changes))?);
     let lock = world.config.base.join(LOCK);
-    let scribes = world.scribes.clone();
-    tokio::spawn(async move { scribes.look_after(&lock).await });
+    tokio::spawn(world.scribes.clone().look_after(lock));
     let link = inlet.link.subscribe();
     let (twin, twins) = oneshot::channel();
     let client = bus::open(access, &world.id, inlet, twin).await?;

@@ -246,6 +246,30 @@ async fn what_a_crash_left_is_read_over_the_bus_also_after_a_restart() {
 }
 
 #[tokio::test]
+async fn a_crash_is_found_by_the_ids_that_its_host_tells() {
+    let host = Host::start().await;
+    let crash = crash(&host, "app", "exit 3").await;
+    let update = json!({"droplet": "app", "uris": [], "version": "newer"});
+    assert_eq!(host.request("dea.update", &update).await["matched"], 1);
+    let find = json!({"droplet": "app"});
+    let found = host.request(&host.subject("find"), &find).await;
+    let id = &found["instances"][0]["instance"];
+    assert_ne!(*id, crash["instance"], "{found}");
+    for filter in [
+        json!({"droplet": "app", "instances": [id]}),
+        json!({"droplet": "app", "version": "newer"}),
+        json!({"droplet": "app", "instances": [crash["instance"]]}),
+    ] {
+        let answer = host.request(&host.subject("logs"), &filter).await;
+        assert_eq!(answer["matched"], 1, "{filter} {answer}");
+        assert_eq!(answer["crashes"][0]["handle"], crash["handle"], "{answer}");
+    }
+    let other = json!({"droplet": "app", "version": "other"});
+    let answer = host.request(&host.subject("logs"), &other).await;
+    assert_eq!(answer["matched"], 0, "{answer}");
+}
+
+#[tokio::test]
 async fn the_newest_crashes_of_each_app_stay_until_they_are_old_whatever_became_of_it() {
     let mut host = Host::with(Setup {
         config: &[ANY_DISK],

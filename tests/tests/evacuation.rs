@@ -310,6 +310,30 @@ async fn a_host_that_is_booted_during_its_evacuation_serves_again() {
 }
 
 #[tokio::test]
+async fn a_drain_ends_with_its_agent() {
+    let mut host = Host::start().await;
+    let mut goodbyes = host.watch("dea.shutdown").await;
+    let mut adverts = host.watch("dea.advertise").await;
+    for kills in [false, true] {
+        host.agent().signal(Signal::SIGUSR1);
+        goodbyes.next().await;
+        takes_no_starts(&host, &mut adverts).await;
+        if kills {
+            host.kill9().await;
+        } else {
+            let status = host.end(Signal::SIGHUP).await;
+            assert!(status.success(), "{status}");
+        }
+        adverts.arrived();
+        host.start_agent().await;
+        adverts.next().await;
+        let sleeper = host.message("app", &Droplet::sample("sleeper"));
+        host.run(sleeper).await;
+        host.stop("app").await;
+    }
+}
+
+#[tokio::test]
 async fn a_drained_host_offers_itself_to_nobody_and_runs_on() {
     let mut host = Host::start().await;
     let mut goodbyes = host.watch("dea.shutdown").await;

@@ -389,6 +389,30 @@ async fn what_was_updated_before_it_ran_comes_up_with_the_new_routes() {
 }
 
 #[tokio::test]
+async fn an_app_that_loses_its_uris_while_it_starts_need_not_listen_any_more() {
+    let host = quiet().await;
+    let mut heartbeats = host.watch("dea.heartbeat").await;
+    let mut exits = host.watch("droplet.exited").await;
+    let mut registered = host.watch("router.register").await;
+    let mute = app(&host, "mute", "exec sleep 1000", &["mute.example.net"]);
+    host.publish(&host.subject("start"), &mute).await;
+    host.tree_until("its app", |tree| tree.named("sleep").len() == 1)
+        .await;
+    let one = json!({"droplet": "mute", "uris": ["other.example.net"]});
+    assert_eq!(host.request("dea.update", &one).await["matched"], 1);
+    assert_eq!(the_one(&host, "mute").await["state"], "STARTING");
+    let none = json!({"droplet": "mute", "uris": []});
+    assert_eq!(host.request("dea.update", &none).await["matched"], 1);
+    heartbeats
+        .until("RUNNING", |beat| has(beat, "mute", "RUNNING"))
+        .await;
+    host.stop("mute").await;
+    assert_eq!(exits.next().await["reason"], "STOPPED");
+    registered.next().await;
+    assert_eq!(uris(registered.all(), "mute"), Vec::<String>::new());
+}
+
+#[tokio::test]
 async fn an_answered_update_is_never_lost() {
     let mut host = quiet().await;
     let mut exits = host.watch("droplet.exited").await;
@@ -560,6 +584,10 @@ async fn a_stop_reaches_every_state_and_nothing_comes_after_it() {
         (&json!("born"), &json!("STOPPED"))
     );
 
+    if exit["exit_status"] == -1 {
+        assert_eq!(exit["exit_description"], "stopped before it ran", "{exit}");
+    }
+
     // With a health check that goes on for 90 s.
     let mut output = host.output("starting").await;
     let starting = app(&host, "starting", "echo up; exec sleep 1000", &["a"]);
@@ -681,6 +709,8 @@ async fn an_old_droplet_starts_itself_and_says_by_a_file_that_it_runs() {
     let mut message = host.message("old", &Droplet::of_files(OLD));
     // It never opens its port, and the command is for droplets that were staged.
     (message["uris"], message["start_command"]) = (json!(["old.example.net"]), json!("exit 9"));
+    // Nor is this meant for it: a file has five minutes.
+    message["health_check_timeout"] = json!(1);
     host.publish(&host.subject("start"), &message).await;
     output
         .until("its own words", |output| {
@@ -691,6 +721,7 @@ async fn an_old_droplet_starts_itself_and_says_by_a_file_that_it_runs() {
     heartbeats
         .until("STARTING", |beat| has(beat, "old", "STARTING"))
         .await;
+    tokio::time::sleep(std::time::Duration::from_millis(1500)).await;
     let tree = host
         .tree_until("script alone", |tree| tree.named("startup").len() == 1)
         .await;

@@ -1,7 +1,7 @@
 //! `dea.<id>.scale`: this host converges an app to so many instances of its own.
 
 use serde_json::{Value, json};
-use tests::{Droplet, Host, Process, Setup, get};
+use tests::{Droplet, Host, Output, Process, Setup, get};
 
 async fn scale(host: &Host, droplet: &str, instances: u32) -> Value {
     let message = json!({"droplet": droplet, "instances": instances, "wait": "running"});
@@ -394,6 +394,36 @@ async fn what_a_scale_leaves_out_stays() {
         .request(&host.subject("find"), &json!({"droplet": "app"}))
         .await;
     assert_eq!(find["matched"], 2, "{find}");
+    host.stop("app").await;
+}
+
+#[tokio::test]
+async fn an_app_reads_in_its_environment_what_it_was_told_to_be() {
+    let host = Host::start().await;
+    let mut output = host.output("app").await;
+    let script = Droplet::shell("echo \"$VCAP_APPLICATION\"; exec sleep 1000");
+    host.run(host.message("app", &script)).await;
+    let update = json!({"droplet": "app", "uris": ["new.example.net"], "version": "newer"});
+    assert_eq!(host.request("dea.update", &update).await["ok"], true);
+    let scale = json!({"droplet": "app", "instances": 2, "limits": {"mem": 96}});
+    let scaled = host.request(&host.subject("scale"), &scale).await;
+    assert_eq!(scaled["ok"], true, "{scaled}");
+    let said = |output: &Output| output.text(1, "stdout").ends_with('\n');
+    output.until("the second one's words", said).await;
+    let words = output.text(1, "stdout");
+    let told: Value = serde_json::from_str(&words).unwrap();
+    // What the message did not tell it is not told.
+    assert_eq!(
+        told["limits"],
+        json!({"disk": 1024, "fds": 16384, "mem": 96})
+    );
+    for key in ["uris", "application_uris"] {
+        assert_eq!(told[key], json!(["new.example.net"]), "{told}");
+    }
+    for key in ["version", "application_version"] {
+        assert_eq!(told[key], "newer", "{told}");
+    }
+    assert_eq!(told["space_name"], "prod", "{told}");
     host.stop("app").await;
 }
 

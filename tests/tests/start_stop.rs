@@ -7,7 +7,7 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
-use tests::{Droplet, Host, Network, Process, Setup, get, patience, rounds};
+use tests::{Body, Droplet, Host, Network, Process, Setup, get, patience, rounds};
 
 /// The keys of a JSON object, sorted.
 fn keys(value: &Value) -> Vec<&str> {
@@ -197,6 +197,19 @@ async fn a_port_that_never_opens_is_a_crash() {
     host.tree_until("end of the container", |tree| tree.named("wshd").is_empty())
         .await;
     assert_eq!(exits.arrived(), Vec::<Value>::new());
+}
+
+#[tokio::test]
+async fn a_slow_download_is_no_part_of_the_time_that_a_port_may_take() {
+    let host = Host::start().await;
+    let droplet = Droplet::sample("sinatra");
+    let mut message = host.message("slow", &droplet);
+    message["uris"] = json!(["slow.example.net"]);
+    message["health_check_timeout"] = json!(5);
+    let slow = Body::Slow(droplet.0, Duration::from_secs(8));
+    message["executableUri"] = json!(host.files.put("slow.tgz", slow));
+    host.run(message).await;
+    host.stop("slow").await;
 }
 
 #[tokio::test]
@@ -769,7 +782,25 @@ async fn find_droplet_tells_one_answer_per_instance() {
             .await;
         assert_eq!(found.len(), expected, "{filter}");
     }
+    // Stats for whoever asks for them, of what runs; a path is for a DEA's file server.
+    let mut mute = host.message("mute", &Droplet::shell("sleep infinity"));
+    mute["uris"] = json!(["mute.example.net"]);
+    host.request(&host.subject("start"), &mute).await;
+    for find in [
+        json!({"droplet": "sleeper", "indices": [0]}),
+        json!({"droplet": "sleeper", "indices": [0], "include_stats": false}),
+        json!({"droplet": "sleeper", "indices": [0], "path": "logs/"}),
+        json!({"droplet": "sleeper", "indices": [0], "path": null}),
+        json!({"droplet": "mute", "include_stats": true}),
+    ] {
+        let found = host.request("dea.find.droplet", &find).await;
+        assert!(found["state"].is_string(), "{find}: {found}");
+        for key in ["stats", "file_uri_v2"] {
+            assert!(found.get(key).is_none(), "{find}: {found}");
+        }
+    }
     host.stop("sleeper").await;
+    host.stop("mute").await;
 }
 
 #[tokio::test]

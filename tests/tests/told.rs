@@ -106,6 +106,33 @@ async fn a_new_connection_hears_every_route() {
 }
 
 #[tokio::test]
+async fn a_new_version_is_the_same_process_at_the_same_place() {
+    let host = Host::start().await;
+    let mut registered = host.watch("router.register").await;
+    let mut taken_back = host.watch("router.unregister").await;
+    host.run(web(&host)).await;
+    let route = registered.next().await;
+    let init = host.tree().one("wshd").pid;
+    let update = json!({"droplet": "web", "uris": ["two.example.net"], "version": "v2"});
+    host.request("dea.update", &update).await;
+    let is_new = |route: &Value| route["uris"] == json!(["two.example.net"]);
+    let added = registered.until("its new route", is_new).await;
+    let gone = taken_back.next().await;
+    for one in [added, gone] {
+        for key in [
+            "host",
+            "port",
+            "private_instance_id",
+            "private_instance_index",
+        ] {
+            assert_eq!(one[key], route[key], "{key} of {one}");
+        }
+    }
+    assert_eq!(host.tree().one("wshd").pid, init);
+    host.stop("web").await;
+}
+
+#[tokio::test]
 async fn a_port_rests_also_after_a_shutdown() {
     let mut host = Host::with(Setup {
         config: &[("[network]", "[network]\nports = \"61001-61001\"")],

@@ -6,7 +6,8 @@
 use super::arrivals::{Arrival, Arrivals};
 use super::replay::{Replay, Seen};
 use super::tally::{self, Call, Tally};
-use crate::host::scribe::{Scribes, UNANSWERED};
+use crate::host::Turns;
+use crate::host::scribe::UNANSWERED;
 use crate::instances::instance::events;
 use crate::instances::outlet::{Message as Outgoing, Unsent};
 use crate::instances::record::RecordError;
@@ -32,6 +33,9 @@ const ANSWER_PATIENCE: Duration = Duration::from_secs(60);
 /// How long an answer waits until it is kept for its repetition.
 const KEEPING: Duration = Duration::from_secs(2);
 
+/// Answers that are written at once.
+const KEEPERS: usize = 64;
+
 /// How long the client may be busy with what it was told last.
 const SETTLE: Duration = Duration::from_millis(10);
 
@@ -54,8 +58,8 @@ const CATCH_UP: Duration = Duration::from_millis(10);
 struct Desk {
     world: Arc<World>,
     replay: Mutex<Replay>,
-    /// Write answers. Records do not wait behind those.
-    keepers: Scribes,
+    /// Of whoever writes an answer. Records do not wait behind those.
+    keepers: Turns,
     identity: Identity,
     tally: Arc<Tally>,
     unsent: Unsent,
@@ -88,7 +92,7 @@ pub async fn receive(
         identity: tally::identity(&world),
         world,
         replay: Mutex::new(replay),
-        keepers: Scribes::default(),
+        keepers: Turns::of(KEEPERS),
         tally,
         unsent: Unsent::default(),
         _owing: owing,
@@ -333,10 +337,10 @@ async fn answer_later(
     if let Some(id) = id {
         let keep = desk.replay.lock().await.answered(&id, &reply);
         if let Some(keep) = keep {
-            let kept = desk.keepers.within(KEEPING, move || keep.write()).await;
+            let kept = timeout(KEEPING, desk.keepers.run(move || keep.write())).await;
             let error = match kept {
-                Some(kept) => kept.err().map(|error| error.to_string()),
-                None => Some(UNANSWERED.to_owned()),
+                Ok(kept) => kept.err().map(|error| error.to_string()),
+                Err(_late) => Some(UNANSWERED.to_owned()),
             };
             if let Some(error) = error {
                 warn!(error, "a repetition after a restart would act again");

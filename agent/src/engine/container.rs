@@ -294,7 +294,8 @@ impl Container {
         };
         let disks = self.inner.shared.disks.clone();
         let shared = &self.inner.shared;
-        shared.change(move || disk.limit(&disks, change)).await?;
+        let work = move || disk.limit(&disks, change);
+        shared.changes.run(work).await?;
         // Whoever hears of it can have what this gave back.
         shared.lookout.glance().await;
         Ok(())

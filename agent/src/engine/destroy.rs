@@ -80,7 +80,7 @@ pub(super) async fn container(container: &Container) -> Result<(), EngineError> 
     let disk = lock(&inner.disk).take();
     // The last one who has it takes it off the machine, which may wait for the disk.
     let abandon = move || drop(disk.inspect(|disk| disk.abandon()));
-    inner.shared.remove(abandon).await;
+    inner.shared.removals.run(abandon).await;
     remains(&inner.shared, &inner.handle).await?;
     give_back(&inner.shared, &container.saved());
     inner.shared.network.see_off(&inner.handle);

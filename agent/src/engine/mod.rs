@@ -53,7 +53,7 @@ use crate::host::depot::disk::{DiskError, Disks, Space};
 use crate::host::depot::{self, Depot};
 use crate::host::helpers::{Command, Ended, HelperError, Helpers, Leash};
 use crate::host::network::{Attached, Network};
-use crate::host::{blocking, in_background};
+use crate::host::{Turns, blocking, in_background};
 use lookout::Lookout;
 use oom::KillLog;
 use serde::{Deserialize, Serialize};
@@ -62,7 +62,6 @@ use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::sync::Semaphore;
 
 /// What is removed from the disk at once, and what is changed there.
 const TURNS: usize = 64;
@@ -162,8 +161,10 @@ struct Shared {
     disks: Disks,
     lookout: Lookout,
     kills: KillLog,
-    removals: Arc<Semaphore>,
-    changes: Arc<Semaphore>,
+    /// What is taken off the disk.
+    removals: Turns,
+    /// What is changed there. Whoever begins something does not wait for removals.
+    changes: Turns,
     boot_id: String,
     spool_bytes: u64,
     /// Shorter where a test waits for it.
@@ -215,8 +216,8 @@ impl Engine {
             disks,
             lookout,
             kills,
-            removals: Arc::new(Semaphore::new(TURNS)),
-            changes: Arc::new(Semaphore::new(TURNS)),
+            removals: Turns::of(TURNS),
+            changes: Turns::of(TURNS),
             boot_id,
             spool_bytes,
             launch_patience: launch::DEADLINE,
@@ -383,20 +384,10 @@ impl Engine {
 }
 
 impl Shared {
-    /// Runs what removes something from the disk, and may wait for it.
-    async fn remove<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        in_turn(&self.removals, work).await
-    }
-
-    /// Runs what changes something on the disk, and may wait for it. Whoever begins something does not wait for removals.
-    async fn change<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        in_turn(&self.changes, work).await
-    }
-
     /// Takes a container's directory out of sight at once and removes it when there is time.
     async fn discard(&self, handle: &str) -> Result<(), EngineError> {
         let (depot, name) = (self.depot.clone(), handle.to_owned());
-        self.remove(move || depot.discard(&name)).await?;
+        self.removals.run(move || depot.discard(&name)).await?;
         let (depot, lookout) = (self.depot.clone(), self.lookout.clone());
         in_background(move || {
             if let Err(error) = depot.empty_trash_beside() {
@@ -407,20 +398,6 @@ impl Shared {
         self.lookout.ask();
         Ok(())
     }
-}
-
-/// Not too many at once: a disk that hangs must not hold every thread that may block.
-async fn in_turn<T: Send + 'static>(
-    turns: &Arc<Semaphore>,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> T {
-    // Never closed. It goes with the work, not with whoever waits for that.
-    let turn = Arc::clone(turns).acquire_owned().await;
-    blocking(move || {
-        let _turn = turn;
-        work()
-    })
-    .await
 }
 
 /// Runs to its end what must not stop half-way when the caller goes away.

@@ -52,7 +52,7 @@ impl Container {
             .map(|program| OsStr::from_bytes(program).to_owned());
         let directory = self.inner.directory.clone();
         let make = move || Ok((request.to_memfd()?, directory.create_job(job)?));
-        let made = self.inner.shared.change(make);
+        let made = self.inner.shared.changes.run(make);
         let made = timeout(READY, made).await.map_err(|_| overdue())?;
         let (memfd, path) = made.map_err(|error: SysError| match error {
             SysError {

@@ -6,7 +6,7 @@
 
 use super::blocking;
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use std::{fmt, fs, io};
@@ -18,8 +18,8 @@ use tracing::{Instrument, info, warn};
 /// that may block.
 const TURNS: usize = 128;
 
-/// How long one write may take until the disk is called late. It takes milliseconds; what follows is only that others are
-/// asked what the disk would have told.
+/// How long one write may take until the disk is called late. It takes milliseconds. Nobody gives up before, and others are asked
+/// from then on what the disk would have told.
 const LATE: Duration = Duration::from_secs(2);
 
 /// Between two looks whether the disk answers.
@@ -28,7 +28,7 @@ const LOOK: Duration = Duration::from_secs(5);
 /// What may be said of something that is not written in time.
 pub const UNANSWERED: &str = "the disk does not answer";
 
-/// All writers of this host. Cheap to clone.
+/// The writers of records and cursors, and what is known from them of the disk. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Scribes {
     turns: Arc<Semaphore>,
@@ -69,26 +69,6 @@ impl Scribes {
         }
     }
 
-    /// Runs `work`, which may block on the disk, when it is its turn. What it returns; `None`: not within `patience`. It
-    /// goes on then.
-    pub async fn within<T: Send + 'static>(
-        &self,
-        patience: Duration,
-        work: impl FnOnce() -> T + Send + 'static,
-    ) -> Option<T> {
-        let scribes = self.clone();
-        let work = async move { scribes.turn(work).await };
-        let owned = tokio::spawn(work.in_current_span());
-        timeout(patience, owned).await.ok()?.ok()
-    }
-
-    /// Whoever calls this waits as long as the disk lets him, and must not be given up: his turn would be another's.
-    async fn turn<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        // Never closed.
-        let _turn = self.turns.acquire().await;
-        self.watched(work).await
-    }
-
     async fn watched<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
         let begun = Instant::now();
         let mut work = std::pin::pin!(blocking(work));
@@ -124,9 +104,9 @@ impl Scribes {
     }
 
     /// Finds out again and again whether a file is still written to the disk, for nobody else may be writing.
-    pub async fn look_after(self, file: &Path) {
+    pub async fn look_after(self, file: PathBuf) {
         loop {
-            let path = file.to_owned();
+            let path = file.clone();
             // What it says is for those to hear who have something to write.
             drop(self.watched(move || touch(&path)).await);
             sleep(LOOK).await;
@@ -172,6 +152,12 @@ impl Lateness {
         }
     }
 
+    /// The same, but not before so much time has passed from now on.
+    pub async fn hangs(self, time: Duration) {
+        sleep(time).await;
+        self.lasts(time).await;
+    }
+
     async fn until(&mut self, so: impl FnMut(&BTreeSet<(Instant, u64)>) -> bool) {
         let known = self.0.wait_for(so).await.is_ok();
         if !known {
@@ -191,13 +177,13 @@ impl<'a> Overdue<'a> {
     fn since(begun: Instant, late: &'a watch::Sender<BTreeSet<(Instant, u64)>>) -> Self {
         let mut this = (begun, 0);
         late.send_modify(|late| {
+            if late.is_empty() {
+                warn!("the disk does not answer: what has to be written waits");
+            }
             while !late.insert(this) {
                 this.1 += 1;
             }
         });
-        if late.borrow().len() == 1 {
-            warn!("the disk does not answer: what has to be written waits");
-        }
         Self { this, late }
     }
 }
@@ -206,10 +192,10 @@ impl Drop for Overdue<'_> {
     fn drop(&mut self) {
         self.late.send_modify(|late| {
             late.remove(&self.this);
+            if late.is_empty() {
+                info!("the disk answers again");
+            }
         });
-        if self.late.borrow().is_empty() {
-            info!("the disk answers again");
-        }
     }
 }
 
@@ -346,7 +332,7 @@ impl<T: Send + 'static> Desk<T> {
 #[cfg(test)]
 mod tests {
     use super::{LATE, Scribe, Scribes, TURNS};
-    use crate::host::blocking;
+    use crate::host::{Turns, blocking};
     use std::sync::mpsc::{Receiver, Sender, channel};
     use std::sync::{Arc, Mutex};
     use std::time::Duration;
@@ -421,14 +407,23 @@ mod tests {
 
     #[tokio::test]
     async fn a_disk_that_hangs_leaves_threads_to_others() {
-        let scribes = Scribes::default();
+        let (scribes, turns) = (Scribes::default(), Turns::of(TURNS / 2));
         let (held, gate) = channel::<()>();
         let gate = Arc::new(Mutex::new(gate));
-        let all: Vec<_> = (0..TURNS * 8)
+        for _ in 0..TURNS * 4 {
+            let gate = Arc::clone(&gate);
+            let wait = move |_| {
+                let _over = gate.lock().unwrap().recv();
+                Ok(())
+            };
+            let mut scribe = scribes.scribe(wait);
+            tokio::spawn(async move { scribe.write(0, LONG).await });
+        }
+        let all: Vec<_> = (0..TURNS * 4)
             .map(|_| {
-                let (scribes, gate) = (scribes.clone(), Arc::clone(&gate));
+                let (turns, gate) = (turns.clone(), Arc::clone(&gate));
                 let wait = move || gate.lock().unwrap().recv().is_err();
-                tokio::spawn(async move { scribes.within(LONG, wait).await })
+                tokio::spawn(async move { turns.run(wait).await })
             })
             .collect();
         for _ in 0..100 {
@@ -437,7 +432,7 @@ mod tests {
         assert_eq!(timeout(LONG, blocking(|| 1)).await, Ok(1));
         drop(held);
         for one in all {
-            assert_eq!(one.await.unwrap(), Some(true));
+            assert!(one.await.unwrap());
         }
     }
 }

@@ -8,6 +8,7 @@
 use super::instance::JOB;
 use super::outlet::{Confirmation, Mark, Message, Outlet, REFUSED_PAUSE};
 use crate::engine::{Container, Followed};
+use crate::host::open_or_make;
 use crate::host::scribe::{Lateness, Scribe, Scribes};
 use container::frames::Frame;
 use container::spool::{Cursor, Record, Stream};
@@ -97,16 +98,9 @@ impl CursorFile {
     /// # Errors
     /// As `open(2)`.
     pub fn open(path: &Path, scribes: &Scribes) -> std::io::Result<(Self, Cursor, JobView)> {
-        let open = |create| {
-            let mut options = File::options();
-            options.read(true).write(true).create(create).open(path)
-        };
-        let mut file = open(false);
-        // To make one waits for a disk that takes nothing, whether or not it is there.
-        if matches!(&file, Err(error) if error.kind() == ErrorKind::NotFound) {
-            file = open(true);
-        }
-        let file = file?;
+        let mut options = File::options();
+        options.read(true).write(true);
+        let file = open_or_make(options, path)?;
         let (cursor, view) = read(&file)?;
         let write = move |text: String| file.write_all_at(text.as_bytes(), 0);
         let scribe = scribes.scribe(move |text| write(text).map_err(|error| error.to_string()));

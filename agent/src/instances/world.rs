@@ -16,8 +16,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Semaphore, mpsc};
 use tracing::error;
 
-/// How long one and the same write may take until an agent that leaves gives the disk up.
-const HANGS: Duration = Duration::from_secs(30);
+/// How long one and the same write may take until an agent that leaves gives the disk up, and how long it waits at least.
+const HANGS: Duration = Duration::from_secs(20);
 
 /// What all instances share.
 #[derive(Debug)]
@@ -38,7 +38,7 @@ pub struct World {
     pub records: Records,
     /// How much of the output there waits for the bus.
     pub depth: Depth,
-    /// Who writes there.
+    /// Who writes that.
     pub scribes: Scribes,
     /// As many containers are made at once: a thousand starts together would all be too late.
     pub starts: Semaphore,
@@ -54,9 +54,10 @@ impl World {
     /// Does the last `work`, unless the disk hangs for so long that nobody can know whether it ends.
     pub async fn unless_disk_hangs(&self, work: impl Future<Output = ()>) {
         tokio::select! {
+            biased;
             () = work => {}
-            () = self.scribes.lateness().lasts(HANGS) => {
-                error!("{UNANSWERED}: what the agent keeps there stays, and `ostler clean` removes it once it does");
+            () = self.scribes.lateness().hangs(HANGS) => {
+                error!("{UNANSWERED}: some of what the agent keeps there stays, and `ostler clean` removes it once it does");
             }
         }
     }

@@ -18,6 +18,7 @@ mod seed;
 
 pub use seed::SeedFile;
 
+use crate::host::open_or_make;
 use container::fault::{Context, SysError};
 use container::launch::Ids;
 use container::sys::quota;
@@ -193,15 +194,9 @@ impl Directory {
     /// As `open(2)`.
     pub fn log(&self) -> Result<fs::File, SysError> {
         let path = self.path.join("log");
-        let open = |create| {
-            let mut options = fs::File::options();
-            options.create(create).append(true).open(&path)
-        };
-        // One that is there first: to make one waits for a disk that takes nothing, whether or not it is there.
-        let mut log = open(false);
-        if matches!(&log, Err(error) if error.kind() == io::ErrorKind::NotFound) {
-            log = open(true);
-        }
+        let mut options = fs::File::options();
+        options.append(true);
+        let log = open_or_make(options, &path);
         log.context("open", path.display())
     }
 

@@ -28,7 +28,7 @@ use messages::state::State;
 use nix::sys::statvfs::{Statvfs, statvfs};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
@@ -152,8 +152,15 @@ impl Crashes {
     }
 
     /// The answer to `dea.<id>.logs`, small enough for `max_payload` if it holds bytes of a file.
-    pub async fn answer(&self, request: &LogsRequest, host: &str, max_payload: usize) -> Reply {
-        let mut crashes = self.matching(request);
+    /// `here` are the handles of instances that match it.
+    pub async fn answer(
+        &self,
+        request: &LogsRequest,
+        here: &HashSet<String>,
+        host: &str,
+        max_payload: usize,
+    ) -> Reply {
+        let mut crashes = self.matching(request, here);
         crashes.sort_by(|one, other| other.time.total_cmp(&one.time));
         let Some((name, offset)) = &request.file else {
             let matched = crashes.len();
@@ -186,7 +193,7 @@ impl Crashes {
         }
     }
 
-    fn matching(&self, request: &LogsRequest) -> Vec<Crash> {
+    fn matching(&self, request: &LogsRequest, here: &HashSet<String>) -> Vec<Crash> {
         let wanted = |crash: &&Crash| {
             let candidate = Candidate {
                 droplet: &crash.droplet,
@@ -196,7 +203,7 @@ impl Crashes {
                 state: State::Crashed,
             };
             let handle = request.handle.as_ref();
-            request.filter.matches(&candidate)
+            (request.filter.matches(&candidate) || here.contains(&crash.handle))
                 && handle.is_none_or(|handle| *handle == crash.handle)
         };
         self.kept().values().filter(wanted).cloned().collect()

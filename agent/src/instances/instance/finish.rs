@@ -52,6 +52,9 @@ pub(super) const UNHEALTHY: &str = "failed to accept connections within health c
 /// Why an app is killed that opened its port and listens there no longer.
 pub(super) const DEAF: &str = "stopped listening on its port";
 
+/// How an app ends that is stopped before it runs.
+const NEVER_RAN: &str = "stopped before it ran";
+
 /// What ended it.
 #[derive(Debug)]
 pub(super) enum End {
@@ -120,7 +123,8 @@ impl Instance {
             }
             self.stop_hook(Hook::AfterStop).await;
         }
-        self.bury(None, EndedBy::Us).await;
+        let words = (!self.record.spawned).then(|| NEVER_RAN.to_owned());
+        self.bury(words, EndedBy::Us).await;
         self.enter(Ask::Gone).await;
     }
 

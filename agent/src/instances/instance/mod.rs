@@ -31,14 +31,14 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 use tracing::{Instrument, Span, error, error_span, info, warn};
 
 /// What the stable is told. Unbounded in type, bounded in fact: each instance tells one change for
 /// each state it enters or want it has applied.
 #[derive(Debug)]
 pub enum Change {
-    /// An instance as it is now; its record is on disk.
+    /// An instance as it is now. The first one is told when its record is on disk; later ones say if theirs is not.
     View(Box<View>),
     /// A new one whose record could not be written, and why: it ends at once.
     Unrecorded(String, String),
@@ -498,9 +498,9 @@ impl Instance {
         let limited = self.limit_each(container, old, new).await;
         if limited.is_err() {
             // What was given before the refusal is taken back; of the rest this changes nothing.
-            let disk = match self.is_limit_late() {
+            let disk = match old.disk == new.disk || self.is_limit_late() {
                 true => Ok(()),
-                false => self.limit_disk(container, new.disk, old.disk).await,
+                false => self.give_back(container, old.disk).await,
             };
             let wanted = start::engine_limits(&self.world.config, old);
             let rest = container.limit(wanted).await;
@@ -549,11 +549,7 @@ impl Instance {
             return Err(late());
         }
         let mut change = tokio::spawn(change_disk(container.clone(), new).in_current_span());
-        let disk = self.world.scribes.lateness();
-        let hangs = async {
-            sleep(PATIENCE).await;
-            disk.lasts(PATIENCE).await;
-        };
+        let hangs = self.world.scribes.lateness().hangs(PATIENCE);
         tokio::select! {
             biased;
             // An error: the runtime is shutting down.
@@ -569,6 +565,21 @@ impl Instance {
                 };
                 self.late_limit = Some(tokio::spawn(undone.in_current_span()));
                 Err(late())
+            }
+        }
+    }
+
+    /// Back to so many MB of disk, however long that takes.
+    async fn give_back(&mut self, container: &Container, old: u64) -> Result<(), EngineError> {
+        let mut change = tokio::spawn(change_disk(container.clone(), old).in_current_span());
+        let hangs = self.world.scribes.lateness().hangs(PATIENCE);
+        tokio::select! {
+            biased;
+            done = &mut change => done.unwrap_or(Ok(())),
+            () = hangs => {
+                let done = async move { drop(change.await) };
+                self.late_limit = Some(tokio::spawn(done));
+                Ok(())
             }
         }
     }

@@ -3,7 +3,7 @@
 use super::finish::{DEAF, End, UNHEALTHY};
 use super::health::{self, Check};
 use super::hooks::Hook;
-use super::{Instance, Interrupt, Remains, job_is};
+use super::{Instance, Interrupt, Remains, Wants, job_is};
 use crate::chain;
 use crate::config::Config;
 use crate::engine::{Container, DiskLimit, EgressRule, REBOOTED, Spec, Traffic};
@@ -59,8 +59,17 @@ pub(super) fn engine_limits(config: &Config, limits: Limits) -> cgroups::Limits 
 impl Instance {
     /// A new instance: until something ends it.
     pub(super) async fn begin(&mut self) -> End {
+        self.start_and_run().await
+    }
+
+    /// A stop that was wanted meanwhile is one, also where the start has just failed.
+    async fn start_and_run(&mut self) -> End {
         match self.start().await {
             Ok(()) => self.run().await,
+            Err(end @ End::Failed(_)) => {
+                self.apply_wants().await;
+                self.already(end)
+            }
             Err(end) => end,
         }
     }
@@ -79,11 +88,11 @@ impl Instance {
         }
         let died = match remains {
             Some(Remains::Alive(container)) => {
-                self.found(container);
+                self.found(container).await;
                 None
             }
             Some(Remains::Dead(reason, container)) => {
-                self.found(container);
+                self.found(container).await;
                 Some(reason)
             }
             Some(Remains::Unknown(_)) | None if self.record.boot_id != self.world.boot_id => {
@@ -121,9 +130,10 @@ impl Instance {
     }
 
     /// Takes up the container of an earlier life.
-    fn found(&mut self, container: Container) {
+    async fn found(&mut self, container: Container) {
         // Killed just after the job was handed over: it ran all the same.
-        self.record.spawned |= container.path().join(format!("jobs/{JOB}")).exists();
+        let job = container.job(JOB);
+        self.record.spawned |= blocking(move || job.exists()).await;
         self.container = Some(container);
     }
 
@@ -216,10 +226,7 @@ impl Instance {
         if self.record.stopping.is_some() {
             return End::Stop;
         }
-        match self.start().await {
-            Ok(()) => self.run().await,
-            Err(end) => end,
-        }
+        self.start_and_run().await
     }
 
     /// What is to be done with an end that came before this life: a stop stays a stop.
@@ -544,11 +551,26 @@ impl Instance {
     }
 
     async fn become_healthy(&mut self, layer: &Path) -> Result<(), End> {
-        let (check, limit) = self.check(layer).await?;
-        let listens = matches!(check, Check::Port(_));
-        if !self.attend(health::healthy(check, limit)).await? {
-            return Err(End::Unhealthy);
-        }
+        let begun = Instant::now();
+        let listens = loop {
+            let (check, limit) = self.check(layer).await?;
+            let listens = matches!(check, Check::Port(_));
+            let healthy = health::healthy(check, limit.saturating_sub(begun.elapsed()));
+            let loses_uris = self.loses_uris();
+            let either = async {
+                tokio::select! {
+                    biased;
+                    healthy = healthy => Some(healthy),
+                    () = loses_uris, if listens => None,
+                }
+            };
+            match self.attend(either).await? {
+                Some(true) => break listens,
+                Some(false) => return Err(End::Unhealthy),
+                // By now its record says so: it need not listen any more.
+                None => {}
+            }
+        };
         (self.record.healthy, self.record.listens) = (true, listens);
         self.record.after_start = self.world.config.hooks.after_start.is_some();
         if !self.enter(Ask::Healthy).await {
@@ -558,6 +580,18 @@ impl Instance {
         }
         self.open_route();
         Ok(())
+    }
+
+    /// Resolves when it is told to have none.
+    fn loses_uris(&self) -> impl Future<Output = ()> + use<> {
+        let mut wants = self.wants.clone();
+        async move {
+            let none =
+                |wants: &Wants| { wants.update.as_ref() }.is_some_and(|it| it.uris.is_empty());
+            if wants.wait_for(none).await.is_err() {
+                std::future::pending().await
+            }
+        }
     }
 
     async fn check(&self, layer: &Path) -> Result<(Check, Duration), End> {

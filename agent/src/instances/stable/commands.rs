@@ -419,8 +419,18 @@ impl Stable {
         let mut owed = Owed::all(asked, Until::Applied);
         if let Some(mut template) = self.templates.get(&request.droplet).cloned() {
             set(&mut template, "uris", json!(request.uris));
+            retell(
+                &mut template,
+                ["uris", "application_uris"],
+                json!(request.uris),
+            );
             if let Some(version) = &request.version {
                 set(&mut template, "version", json!(version));
+                retell(
+                    &mut template,
+                    ["version", "application_version"],
+                    json!(version),
+                );
             }
             owed.push(self.keep_template(request.droplet.clone(), template));
         }
@@ -475,6 +485,16 @@ pub(super) type Asked = Vec<(String, u64)>;
 pub(super) fn set(message: &mut Value, key: &str, value: Value) {
     if let Some(object) = message.as_object_mut() {
         object.insert(key.to_owned(), value);
+    }
+}
+
+/// What apps read of it in their environment, if they do.
+fn retell(message: &mut Value, keys: [&str; 2], value: Value) {
+    for key in keys {
+        let told = message.get_mut("vcap_application");
+        if let Some(told) = told.and_then(|told| told.get_mut(key)) {
+            told.clone_from(&value);
+        }
     }
 }
 

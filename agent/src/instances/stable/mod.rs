@@ -679,9 +679,9 @@ impl Stable {
         self.tasks.shutdown().await;
         let (world, stalls) = (&self.world, self.stalls);
         let removed = async {
+            world.engine.sweep(&HashSet::new()).await;
             // What was to be saved is not to come back.
             world.scribes.close().await;
-            world.engine.sweep(&HashSet::new()).await;
             for handle in stalls.into_keys() {
                 let records = world.records.clone();
                 if let Err(error) = blocking(move || records.remove(&handle)).await {

@@ -232,7 +232,11 @@ fn with_limits(mut template: Value, limits: Option<ScaleLimits>) -> Value {
         ("disk", limits.disk),
         ("fds", limits.fds),
     ];
-    if let Some(old) = template.get_mut("limits") {
+    // The app reads them in its environment, too.
+    for place in ["/limits", "/vcap_application/limits"] {
+        let Some(old) = template.pointer_mut(place) else {
+            continue;
+        };
         for (key, value) in named {
             if let Some(value) = value {
                 set(old, key, json!(value));

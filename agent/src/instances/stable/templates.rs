@@ -23,7 +23,7 @@ use tracing::warn;
 const MOST: usize = 1000;
 
 /// How long a message may take to get to the disk until nobody waits for that any more.
-const PATIENCE: Duration = Duration::from_secs(4);
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Messages that are looked at together.
 const BATCH: usize = 1024;
