@@ -37,7 +37,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 /// What a server may take to confirm the last words.
 const LAST_WORDS: Duration = Duration::from_secs(2);
@@ -114,12 +114,7 @@ fn home() -> Option<String> {
 /// Whatever keeps the agent from starting, [`Hopeless`] or not; once it runs, nothing ends it but a signal.
 pub fn agent(path: &Path, overrides: Overrides) -> Outcome<()> {
     let config = config::load(path, overrides, host_memory_mb()).map_err(unusable)?;
-    let around = Surroundings::of(|name| {
-        let said = std::env::var(name).ok();
-        // systemd gives a service without `User=` no HOME (systemd.exec(5)).
-        said.or_else(|| (name == "HOME").then(home).flatten())
-    });
-    let access = Access::gather(&config.nats, around).map_err(Hopeless::from)?;
+    let access = access(&config).map_err(Hopeless::from)?;
     if nix::unistd::geteuid().is_root() {
         // While there is one thread: it forks.
         cli::refuse_weaker(&config)?;
@@ -131,6 +126,19 @@ pub fn agent(path: &Path, overrides: Overrides) -> Outcome<()> {
         std::mem::forget(locks);
         outcome
     })
+}
+
+/// Where the bus is and as whom, from the configuration and this process's environment.
+///
+/// # Errors
+/// What of that makes no sense.
+pub fn access(config: &Config) -> Result<Access, AccessError> {
+    let around = Surroundings::of(|name| {
+        let said = std::env::var(name).ok();
+        // systemd gives a service without `User=` no HOME (systemd.exec(5)).
+        said.or_else(|| (name == "HOME").then(home).flatten())
+    });
+    Access::gather(&config.nats, around)
 }
 
 /// `ostler clean`.
@@ -305,6 +313,9 @@ async fn run(mut config: Config, access: Access) -> Outcome<()> {
     config.metrics = page.as_ref().map(TcpListener::local_addr).transpose()?;
     tokio::spawn(quiet::tell());
     let id = host_id(&config.base)?;
+    if config.stacks.is_empty() {
+        warn!("no stack is named in [stacks]: every start is refused");
+    }
     let engine = Engine::open(engine_config(&config)).await?;
     info!(id, local_ip = %engine.local_ip(), "the engine is ready");
     let (outlet, inlet) = outlet::outlet();

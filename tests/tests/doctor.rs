@@ -192,6 +192,18 @@ async fn a_host_without_user_namespaces_is_told_and_the_agent_refuses_in_the_sam
 }
 
 #[tokio::test]
+async fn what_is_wrong_about_the_bus_is_told_before_an_agent_ends_of_it() {
+    let host = Host::start().await;
+    let wrong = ["env", "NATS_TIMEOUT=never"];
+    let (code, report) = run(&mut host.ostler_by(&wrong, "doctor"));
+    assert_eq!(code, 1, "{report}");
+    let missing = lines(&report, "missing");
+    assert!(missing[0].starts_with("bus: NATS_TIMEOUT "), "{report}");
+    let (code, words) = run(&mut host.ostler_by(&wrong, "agent"));
+    assert_eq!(code, 78, "{words}");
+}
+
+#[tokio::test]
 async fn helpers_and_control_groups_that_are_missing_keep_the_agent_from_starting() {
     let host = Host::start().await;
     let config = fs::read_to_string(host.base.with_file_name("agent.toml")).unwrap();

@@ -315,8 +315,10 @@ async fn a_drain_ends_with_its_agent() {
     let mut goodbyes = host.watch("dea.shutdown").await;
     let mut adverts = host.watch("dea.advertise").await;
     for kills in [false, true] {
+        goodbyes.arrived();
         host.agent().signal(Signal::SIGUSR1);
         goodbyes.next().await;
+        adverts.arrived();
         takes_no_starts(&host, &mut adverts).await;
         if kills {
             host.kill9().await;

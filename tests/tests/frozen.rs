@@ -35,7 +35,7 @@ fn is_unrecorded(answer: &Value) -> bool {
     let words = error["message"].as_str().unwrap_or_default();
     error["code"] == "internal"
         && error["retryable"] == true
-        && words.contains("could not be recorded: the disk does not answer")
+        && words.contains("could not be recorded: the disk of the base directory does not answer")
 }
 
 /// What is kept of all instances.
@@ -84,7 +84,14 @@ async fn stops_are_done_and_answered_and_their_exits_said_once_they_are_recorded
         .await;
     let gone = |beat: &Value| tells(beat, "one", None) && tells(beat, "two", None);
     beats.until("neither", gone).await;
-    assert!(host.log().contains("a hook is left out"));
+    let left_out = "a hook is left out";
+    let log = host.log();
+    let mut hooks = log.lines().filter(|line| line.contains(left_out));
+    assert!(
+        hooks.all(|line| line.contains("the disk of the base directory does not answer")),
+        "{log}"
+    );
+    assert!(log.contains(left_out), "{log}");
     // An agent that died now would know of none of it.
     assert_eq!(exits.arrived(), Vec::<Value>::new());
     drop(frozen);
@@ -287,8 +294,9 @@ async fn an_agent_that_shall_end_ends_its_apps_and_says_what_stays() {
         .await;
     // Not at once: the disk may answer again.
     tokio::time::sleep(Duration::from_secs(15)).await;
-    host.logged(0, "some of what the agent keeps there stays")
-        .await;
+    let gives_up = "some of what the agent keeps there stays";
+    assert!(!host.log().contains(gives_up), "{}", host.log());
+    host.logged(0, gives_up).await;
     drop(frozen);
     assert!(host.ended().await.success());
     assert!(host.clean().await.success());

@@ -262,6 +262,7 @@ async fn a_disk_that_hangs_is_named_and_asking_again_and_again_adds_nothing_to_i
             .find_map(|line| line.strip_prefix("Threads:"));
         line.unwrap().trim().parse().unwrap()
     };
+    assert_eq!(metrics().await["ostler_disk_late_seconds"], 0.0);
     let frozen = Frozen::base(&host);
     let body = failing(&["disk"]).await;
     let before = threads();
@@ -282,8 +283,17 @@ async fn a_disk_that_hangs_is_named_and_asking_again_and_again_adds_nothing_to_i
     );
     let mut beats = host.watch("dea.heartbeat").await;
     beats.next().await;
+    let end = std::time::Instant::now() + patience();
+    while metrics().await["ostler_disk_late_seconds"] < 3.0 {
+        assert!(std::time::Instant::now() < end);
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    }
     drop(frozen);
     failing(&[]).await;
+    while metrics().await["ostler_disk_late_seconds"] > 0.0 {
+        assert!(std::time::Instant::now() < end);
+        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    }
     assert!(!host.base.join("health").exists());
 }
 

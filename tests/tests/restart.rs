@@ -1219,6 +1219,16 @@ async fn a_repeated_start_can_be_scaled_also_if_its_first_agent_did_not_come_to_
     let answer = host.request(&host.subject("start"), &start).await;
     assert_eq!(answer["instance"], first["droplets"][0]["instance"]);
     host.restart().await;
+    // What was changed since stays, also what apps read of it.
+    let update = json!({"droplet": "app", "uris": []});
+    assert_eq!(host.request("dea.update", &update).await["ok"], true);
+    std::fs::remove_dir_all(host.base.join("answers")).unwrap();
+    host.restart().await;
+    let answer = host.request(&host.subject("start"), &start).await;
+    assert_eq!(answer["instance"], first["droplets"][0]["instance"]);
+    let template = std::fs::read(host.base.join("templates/app.json")).unwrap();
+    let template: Value = serde_json::from_slice(&template).unwrap();
+    assert_eq!(template["vcap_application"]["uris"], json!([]));
     let scale = json!({"droplet": "app", "instances": 2, "wait": "running"});
     let scaled = host.request(&host.subject("scale"), &scale).await;
     assert_eq!(scaled["ok"], true, "{scaled}");

@@ -1,7 +1,8 @@
 //! `dea.<id>.scale`: this host converges an app to so many instances of its own.
 
 use serde_json::{Value, json};
-use tests::{Droplet, Host, Output, Process, Setup, get};
+use std::time::Duration;
+use tests::{Body, Droplet, Host, Output, Process, Setup, get};
 
 async fn scale(host: &Host, droplet: &str, instances: u32) -> Value {
     let message = json!({"droplet": droplet, "instances": instances, "wait": "running"});
@@ -425,6 +426,22 @@ async fn an_app_reads_in_its_environment_what_it_was_told_to_be() {
     }
     assert_eq!(told["space_name"], "prod", "{told}");
     host.stop("app").await;
+    // Also of what came while it was on its way.
+    let mut late = host.message("late", &script);
+    let slow = Body::Slow(script.0, Duration::from_secs(3));
+    late["executableUri"] = json!(host.files.put("late.tgz", slow));
+    late["sha1"] = json!(Droplet::shell("echo \"$VCAP_APPLICATION\"; exec sleep 1000").sha1());
+    let mut output = host.output("late").await;
+    let started = host.request(&host.subject("start"), &late).await;
+    assert_eq!(started["ok"], true, "{started}");
+    let scale = json!({"droplet": "late", "instances": 1, "limits": {"mem": 96}});
+    let scaled = host.request(&host.subject("scale"), &scale).await;
+    assert_eq!(scaled["ok"], true, "{scaled}");
+    let said = |output: &Output| output.text(0, "stdout").ends_with('\n');
+    output.until("its words", said).await;
+    let told: Value = serde_json::from_str(&output.text(0, "stdout")).unwrap();
+    assert_eq!(told["limits"]["mem"], 96, "{told}");
+    host.stop("late").await;
 }
 
 #[tokio::test]

@@ -202,11 +202,11 @@ async fn a_port_that_never_opens_is_a_crash() {
 #[tokio::test]
 async fn a_slow_download_is_no_part_of_the_time_that_a_port_may_take() {
     let host = Host::start().await;
-    let droplet = Droplet::sample("sinatra");
+    let droplet = Droplet::probe();
     let mut message = host.message("slow", &droplet);
     message["uris"] = json!(["slow.example.net"]);
-    message["health_check_timeout"] = json!(5);
-    let slow = Body::Slow(droplet.0, Duration::from_secs(8));
+    message["health_check_timeout"] = json!(7);
+    let slow = Body::Slow(droplet.0, Duration::from_secs(10));
     message["executableUri"] = json!(host.files.put("slow.tgz", slow));
     host.run(message).await;
     host.stop("slow").await;

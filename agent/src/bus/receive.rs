@@ -337,9 +337,11 @@ async fn answer_later(
     if let Some(id) = id {
         let keep = desk.replay.lock().await.answered(&id, &reply);
         if let Some(keep) = keep {
-            let kept = timeout(KEEPING, desk.keepers.run(move || keep.write())).await;
-            let error = match kept {
-                Ok(kept) => kept.err().map(|error| error.to_string()),
+            // It is kept also where nobody waits for that any more.
+            let keepers = desk.keepers.clone();
+            let kept = tokio::spawn(async move { keepers.run(move || keep.write()).await });
+            let error = match timeout(KEEPING, kept).await {
+                Ok(kept) => kept.ok().and_then(|kept| Some(kept.err()?.to_string())),
                 Err(_late) => Some(UNANSWERED.to_owned()),
             };
             if let Some(error) = error {

@@ -1,8 +1,9 @@
 //! `ostler doctor`: what this machine has and lacks.
 
 use super::Outcome;
+use crate::bus::AccessError;
 use crate::config::{self, Config, Overrides};
-use crate::daemon::host_memory_mb;
+use crate::daemon::{self, host_memory_mb};
 use crate::engine;
 use crate::host::network::{HostService, Transport};
 use crate::host::probe::{self, Finding, Level, Wanted};
@@ -28,6 +29,7 @@ pub fn doctor(path: &Path, overrides: Overrides, json: bool) -> Outcome<ExitCode
         .map(|error| configuration(&error))
         .into_iter()
         .collect();
+    found.extend(daemon::access(&config).err().map(|error| bus(&error)));
     found.extend(probe::all(&wanted(&config)));
     let missing = found.iter().any(|finding| finding.level == Level::Missing);
     if json {
@@ -51,6 +53,16 @@ fn configuration(error: &config::ConfigError) -> Finding {
         level: Level::Missing,
         meaning: format!("{error}; what follows is of the defaults"),
         advice: "Name a file with --config, or correct this one".to_owned(),
+    }
+}
+
+fn bus(error: &AccessError) -> Finding {
+    Finding {
+        name: "bus".to_owned(),
+        level: Level::Missing,
+        meaning: format!("{error}: an agent would end at once"),
+        advice: "Correct [nats] in the configuration, or the variables NATS_* of its environment"
+            .to_owned(),
     }
 }
 

@@ -20,7 +20,7 @@ use container::wshd::files::INIT_FD;
 use nix::errno::Errno;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::Interest;
@@ -136,12 +136,6 @@ impl Container {
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.inner.pid
-    }
-
-    /// Its directory on the host; `log` in it has what its helpers complained about.
-    #[must_use]
-    pub fn path(&self) -> &Path {
-        &self.inner.directory.path
     }
 
     /// The directory of a job, with its output in it.

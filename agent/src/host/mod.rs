@@ -59,7 +59,8 @@ impl Turns {
         Self(Arc::new(Semaphore::new(many)))
     }
 
-    /// Runs `work` when it is its turn, like [`blocking`]. The turn goes with the work, not with whoever waits for it.
+    /// Runs `work` when it is its turn, like [`blocking`]. The turn goes with the work, not with whoever waits for it; who gives up before
+    /// it is his takes the work with him.
     pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
         // Never closed.
         let turn = Arc::clone(&self.0).acquire_owned().await;

@@ -330,6 +330,10 @@ fn layer_finding(
     let (meaning, advice) = match (mapped, laid) {
         (Ok(()), Ok(())) => return ok(name, format!("{layer} can be a layer of containers")),
         (Ok(()), Err(errno)) if is_full(errno) => return unwritable(&base, errno),
+        (Err(Errno::ETIMEDOUT), _) | (_, Err(Errno::ETIMEDOUT)) => (
+            format!("{layer}, or {base}, does not answer"),
+            "See to the disk that it is on; apps that run there run on",
+        ),
         (Err(errno), _) => (
             format!(
                 "{layer} lies on a file system that cannot be mapped to a container's users ({})",
@@ -945,6 +949,11 @@ mod tests {
                 layer(refused, refused),
                 Level::Missing,
                 "\"/stack\" lies on a file system",
+            ),
+            (
+                layer(Ok(()), Err(Errno::ETIMEDOUT)),
+                Level::Missing,
+                "\"/stack\", or \"/base\", does not answer",
             ),
             (
                 layer(Ok(()), refused),

@@ -18,15 +18,15 @@ use tracing::{Instrument, info, warn};
 /// that may block.
 const TURNS: usize = 128;
 
-/// How long one write may take until the disk is called late. It takes milliseconds. Nobody gives up before, and others are asked
-/// from then on what the disk would have told.
+/// How long one write may take until the disk is called late. It takes milliseconds. No record is given up before, and others are
+/// asked from then on what the disk would have told.
 const LATE: Duration = Duration::from_secs(2);
 
 /// Between two looks whether the disk answers.
 const LOOK: Duration = Duration::from_secs(5);
 
 /// What may be said of something that is not written in time.
-pub const UNANSWERED: &str = "the disk does not answer";
+pub const UNANSWERED: &str = "the disk of the base directory does not answer";
 
 /// The writers of records and cursors, and what is known from them of the disk. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -126,6 +126,13 @@ fn touch(file: &Path) -> io::Result<()> {
 pub struct Lateness(watch::Receiver<BTreeSet<(Instant, u64)>>);
 
 impl Lateness {
+    /// For how long it has been; nothing where it is not.
+    #[must_use]
+    pub fn time(&self) -> Duration {
+        let oldest = self.0.borrow().first().map(|(begun, _)| begun.elapsed());
+        oldest.unwrap_or_default()
+    }
+
     /// Resolves while it is.
     pub async fn begins(&mut self) {
         self.until(|late| !late.is_empty()).await;
@@ -178,7 +185,7 @@ impl<'a> Overdue<'a> {
         let mut this = (begun, 0);
         late.send_modify(|late| {
             if late.is_empty() {
-                warn!("the disk does not answer: what has to be written waits");
+                warn!("{UNANSWERED}: what has to be written waits, and apps run on; no restart of the agent mends it");
             }
             while !late.insert(this) {
                 this.1 += 1;
@@ -193,7 +200,7 @@ impl Drop for Overdue<'_> {
         self.late.send_modify(|late| {
             late.remove(&self.this);
             if late.is_empty() {
-                info!("the disk answers again");
+                info!(after = ?self.this.0.elapsed(), "the disk answers again");
             }
         });
     }

@@ -187,7 +187,8 @@ async fn metrics(sources: &Sources) -> String {
     let standing = timeout(PATIENCE, sources.standing());
     let (standing, spooled) = tokio::join!(standing, world.depth.bytes(PATIENCE));
     let told = (standing.ok().flatten(), spooled);
-    page::page(&numbers(told, &world.outlet, &sources.tally))
+    let late = world.scribes.lateness().time();
+    page::page(&numbers(told, late, &world.outlet, &sources.tally))
 }
 
 /// The page for collectors, of the same kind.
@@ -207,12 +208,14 @@ async fn varz(sources: &Sources) -> String {
 
 fn numbers(
     (standing, spooled): (Option<Standing>, Option<u64>),
+    late: Duration,
     outlet: &Outlet,
     tally: &Tally,
 ) -> page::Numbers {
     page::Numbers {
         standing,
         spooled,
+        late,
         mark: outlet.mark(),
         dropped: outlet.drops().value(),
         counts: tally.counts(),
@@ -223,7 +226,7 @@ fn numbers(
 
 #[cfg(test)]
 mod tests {
-    use super::{numbers, page};
+    use super::{Duration, numbers, page};
     use crate::bus::Tally;
     use crate::instances::outlet::outlet;
 
@@ -233,7 +236,12 @@ mod tests {
         for _ in 0..3 {
             inlet.dropped.count();
         }
-        let page = page::page(&numbers((None, None), &outlet, &Tally::begin()));
+        let page = page::page(&numbers(
+            (None, None),
+            Duration::ZERO,
+            &outlet,
+            &Tally::begin(),
+        ));
         let line = "ostler_bus_dropped_messages_total 3";
         assert!(page.lines().any(|is| is == line), "{page}");
     }

@@ -6,6 +6,7 @@ use messages::service::Counts;
 use messages::subjects::Incoming;
 use nix::sys::resource::{UsageWho, getrusage};
 use std::fmt::{Display, Write};
+use std::time::Duration;
 
 /// All that the page tells.
 #[derive(Debug)]
@@ -14,6 +15,8 @@ pub(super) struct Numbers {
     pub(super) standing: Option<Standing>,
     /// Bytes of output that wait for the bus; `None`: not counted in time.
     pub(super) spooled: Option<u64>,
+    /// For how long the disk has not answered.
+    pub(super) late: Duration,
     /// The connection as it is.
     pub(super) mark: Mark,
     /// Messages that came and were not read in time.
@@ -74,6 +77,13 @@ pub(super) fn page(numbers: &Numbers) -> String {
     }
     bus(&mut page, numbers);
     output(&mut page, numbers.spooled);
+    let name = "ostler_disk_late_seconds";
+    page.family(
+        name,
+        Kind::Gauge,
+        "For how long the oldest write that is late has been under way; 0 if none is.",
+    );
+    page.sample(name, &[], numbers.late.as_secs());
     requests(&mut page, &numbers.counts);
     process(&mut page, numbers);
     page.0
@@ -84,6 +94,21 @@ fn host(page: &mut Text, standing: &Standing) {
     page.family(name, Kind::Gauge, "Instances on this host by their state.");
     for (state, count) in standing.states {
         page.sample(name, &[("state", state.name())], count);
+    }
+    for (name, value, help) in [
+        (
+            "ostler_instances_unrecorded",
+            standing.unrecorded,
+            "Instances whose record could not be written, or not yet.",
+        ),
+        (
+            "ostler_instances_stuck",
+            standing.stuck,
+            "Instances with processes that do not die.",
+        ),
+    ] {
+        page.family(name, Kind::Gauge, help);
+        page.sample(name, &[], value);
     }
     let (host, capacity) = (&standing.host, standing.capacity);
     let bytes = |megabytes: i64| megabytes.saturating_mul(1 << 20);

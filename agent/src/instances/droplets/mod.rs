@@ -315,7 +315,7 @@ impl Droplets {
             if retries == 0 || !error.is_transient() || Instant::now() + pause >= deadline {
                 return Err(error);
             }
-            tracing::warn!(droplet = %wanted.digest, error = cause(&error), retries, "download failed");
+            tracing::warn!(digest = %wanted.digest, error = cause(&error), retries, "download failed");
             retries -= 1;
             tokio::time::sleep(pause).await;
             pause = (pause * 2).min(MAX_PAUSE);
@@ -402,7 +402,7 @@ impl Inner {
             sync(&droplet)?;
             sync(&self.dir)?;
             let elapsed_ms = began.elapsed().as_millis();
-            tracing::info!(droplet = %digest, bytes, elapsed_ms, "fetched and unpacked");
+            tracing::info!(%digest, bytes, elapsed_ms, "fetched and unpacked");
             Ok(layer)
         });
         // The result stands whatever this comes to: the next try or the next start removes the rest.

@@ -180,6 +180,15 @@ impl Instance {
         let of_looks = |words: &String| [DEAF, UNHEALTHY].contains(&words.as_str());
         let words = words.filter(|words| !of_looks(words) || !ended_by_itself(&job));
         let exit = exit(&job, words, self.record.out_of_memory, now());
+        info!(
+            handle = self.record.handle,
+            droplet = %self.message.droplet,
+            index = self.message.index,
+            status = exit.status,
+            signal = exit.signal,
+            why = exit.description,
+            "ended"
+        );
         self.record.exit = Some(exit);
         let event = events::exited(&self.view(), job.end);
         self.announce(event).await;

@@ -155,7 +155,7 @@ impl Run {
     }
 
     async fn done(self) -> Result<(), String> {
-        let begun = self.container.path().join(format!("jobs/{}", self.job));
+        let begun = self.container.job(self.job);
         let (file, job) = (self.file, self.job);
         let begun = blocking(move || begun.exists()).await;
         if !begun {

@@ -349,6 +349,7 @@ impl Instance {
         } else {
             self.resume().await
         };
+        let end = self.unless_stopped(end).await;
         self.finish(end).await;
     }
 
@@ -500,7 +501,11 @@ impl Instance {
             // What was given before the refusal is taken back; of the rest this changes nothing.
             let disk = match old.disk == new.disk || self.is_limit_late() {
                 true => Ok(()),
-                false => self.give_back(container, old.disk).await,
+                // Where it is late it comes to be in the end.
+                false => self
+                    .change_disk(container, old.disk, None)
+                    .await
+                    .unwrap_or(Ok(())),
             };
             let wanted = start::engine_limits(&self.world.config, old);
             let rest = container.limit(wanted).await;
@@ -538,53 +543,47 @@ impl Instance {
         old: u64,
         new: u64,
     ) -> Result<(), EngineError> {
-        let late = || EngineError::Deadline {
-            what: "a change of the disk's limit",
-            waited: PATIENCE,
-        };
         if old == new {
             return Ok(());
         }
         if self.is_limit_late() {
-            return Err(late());
+            return Err(limit_late());
         }
-        let mut change = tokio::spawn(change_disk(container.clone(), new).in_current_span());
+        let done = self.change_disk(container, new, Some(old)).await;
+        done.unwrap_or_else(|| Err(limit_late()))
+    }
+
+    /// To so many MB of disk. `None`: the disk has not answered yet. Once it has, it is taken `back` to so many.
+    async fn change_disk(
+        &mut self,
+        container: &Container,
+        disk: u64,
+        back: Option<u64>,
+    ) -> Option<Result<(), EngineError>> {
+        let container = container.clone();
+        let mut change = tokio::spawn(change_disk(container.clone(), disk).in_current_span());
         let hangs = self.world.scribes.lateness().hangs(PATIENCE);
         tokio::select! {
             biased;
             // An error: the runtime is shutting down.
-            done = &mut change => done.unwrap_or_else(|_| Err(late())),
-            () = hangs => {
-                let container = container.clone();
-                let undone = async move {
-                    if matches!(change.await, Ok(Ok(())))
-                        && let Err(error) = change_disk(container, old).await
-                    {
-                        warn!(error = %chain(&error), "a limit was not taken back");
-                    }
-                };
-                self.late_limit = Some(tokio::spawn(undone.in_current_span()));
-                Err(late())
-            }
+            done = &mut change => return done.ok(),
+            () = hangs => {}
         }
+        let late = async move {
+            let done = match (change.await, back) {
+                (Ok(Ok(())), Some(back)) => change_disk(container, back).await,
+                (Ok(Err(error)), None) => Err(error),
+                _ => Ok(()),
+            };
+            if let Err(error) = done {
+                warn!(error = %chain(&error), "an old limit was not restored");
+            }
+        };
+        self.late_limit = Some(tokio::spawn(late.in_current_span()));
+        None
     }
 
-    /// Back to so many MB of disk, however long that takes.
-    async fn give_back(&mut self, container: &Container, old: u64) -> Result<(), EngineError> {
-        let mut change = tokio::spawn(change_disk(container.clone(), old).in_current_span());
-        let hangs = self.world.scribes.lateness().hangs(PATIENCE);
-        tokio::select! {
-            biased;
-            done = &mut change => done.unwrap_or(Ok(())),
-            () = hangs => {
-                let done = async move { drop(change.await) };
-                self.late_limit = Some(tokio::spawn(done));
-                Ok(())
-            }
-        }
-    }
-
-    /// Whether a change of the disk's limit is under way that was given up, and will be taken back.
+    /// Whether a change of the disk's limit is under way that nobody waits for any more.
     fn is_limit_late(&self) -> bool {
         { self.late_limit.as_ref() }.is_some_and(|late| !late.is_finished())
     }
@@ -656,6 +655,8 @@ impl Instance {
         info!(
             handle = self.record.handle,
             state = state.name(),
+            droplet = %self.message.droplet,
+            index = self.message.index,
             "entered a state"
         );
         true
@@ -737,6 +738,14 @@ impl Instance {
             self.record.unsent.remove(0);
             self.keep().await;
         }
+    }
+}
+
+/// What a change of the disk's limit is refused with that the disk has not answered to.
+fn limit_late() -> EngineError {
+    EngineError::Deadline {
+        what: "a change of the disk's limit",
+        waited: PATIENCE,
     }
 }
 

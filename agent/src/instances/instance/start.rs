@@ -13,12 +13,14 @@ use crate::host::depot::SeedFile;
 use crate::instances::droplets::{self, Digest, Owner};
 use crate::instances::output::{self, CursorFile, JobView, Source};
 use crate::instances::record::Limits;
-use crate::instances::startup::{self, environment::AppEnv};
+use crate::instances::startup;
+use crate::instances::startup::environment::{AppEnv, Changed, retell};
 use crate::instances::state::Ask;
 use crate::instances::world::whole_seconds;
 use container::job::{JobRequest, Rlimit};
 use container::spool::Cursor;
 use messages::state::State;
+use serde_json::{Map, Value};
 use std::error::Error;
 use std::net::SocketAddrV4;
 use std::path::{Path, PathBuf};
@@ -59,19 +61,19 @@ pub(super) fn engine_limits(config: &Config, limits: Limits) -> cgroups::Limits 
 impl Instance {
     /// A new instance: until something ends it.
     pub(super) async fn begin(&mut self) -> End {
-        self.start_and_run().await
-    }
-
-    /// A stop that was wanted meanwhile is one, also where the start has just failed.
-    async fn start_and_run(&mut self) -> End {
         match self.start().await {
             Ok(()) => self.run().await,
-            Err(end @ End::Failed(_)) => {
-                self.apply_wants().await;
-                self.already(end)
-            }
             Err(end) => end,
         }
+    }
+
+    /// A stop that was wanted meanwhile is one, also where something has just failed.
+    pub(super) async fn unless_stopped(&mut self, end: End) -> End {
+        if !matches!(end, End::Failed(_)) {
+            return end;
+        }
+        self.apply_wants().await;
+        self.already(end)
     }
 
     /// An instance of an earlier life of the agent.
@@ -226,7 +228,7 @@ impl Instance {
         if self.record.stopping.is_some() {
             return End::Stop;
         }
-        self.start_and_run().await
+        self.begin().await
     }
 
     /// What is to be done with an end that came before this life: a stop stays a stop.
@@ -433,10 +435,26 @@ impl Instance {
         created.map_err(failed)
     }
 
+    /// What its app reads of it: what has changed since its start message as it is now.
+    fn told(&self) -> Map<String, Value> {
+        let (message, record) = (&self.message, &self.record);
+        let now = |now: u64, then: u64| (now != then).then_some(now);
+        let mut told = message.vcap_application.clone();
+        let changed = Changed {
+            uris: (record.uris != message.uris).then_some(&record.uris),
+            version: (record.version != message.version).then_some(&record.version),
+            mem: now(record.limits.mem, message.limits.mem),
+            disk: now(record.limits.disk, message.limits.disk),
+            fds: now(record.limits.fds, message.limits.fds),
+        };
+        retell(&mut told, changed);
+        told
+    }
+
     pub(super) fn job_request(&self, port: u16) -> Result<JobRequest, End> {
         let message = &self.message;
         let environment = startup::environment::build(&AppEnv {
-            vcap_application: &message.vcap_application,
+            vcap_application: &self.told(),
             services: &message.services,
             user: &message.env,
             application_id: message.droplet.as_str(),
@@ -567,7 +585,7 @@ impl Instance {
             match self.attend(either).await? {
                 Some(true) => break listens,
                 Some(false) => return Err(End::Unhealthy),
-                // By now its record says so: it need not listen any more.
+                // Its record says so, or will in a moment: it need not listen any more.
                 None => {}
             }
         };

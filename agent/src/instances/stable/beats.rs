@@ -23,6 +23,10 @@ pub struct Standing {
     pub states: [(State, u64); State::ALL.len()],
     /// What all instances together may reserve, in MB.
     pub capacity: Amount,
+    /// Instances whose record on disk is not what it should be.
+    pub unrecorded: u64,
+    /// Instances with processes that do not die.
+    pub stuck: u64,
 }
 
 /// The instances by their app and id.
@@ -176,7 +180,14 @@ impl Stable {
             host,
             states,
             capacity,
+            unrecorded: self.count(|view| view.unrecorded.is_some()),
+            stuck: self.count(|view| view.stuck.is_some()),
         }
+    }
+
+    fn count(&self, so: impl Fn(&View) -> bool) -> u64 {
+        let views = self.stalls.values().map(|stall| &stall.view);
+        views.filter(|view| so(view)).count() as u64
     }
 
     pub(super) fn app_id_to_count(&self) -> BTreeMap<String, u64> {

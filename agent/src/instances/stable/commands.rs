@@ -6,6 +6,7 @@ use crate::engine::{DiskLimit, Place};
 use crate::instances::instance::{Update, events};
 use crate::instances::ledger::{self, Amount, Entry, Room, Short};
 use crate::instances::record::{self, Limits, Record, StopReason};
+use crate::instances::startup::environment::{self, Changed};
 use messages::command::{Command, UpdateRequest};
 use messages::filter::{Candidate, Filter};
 use messages::outgoing::{FindReply, Heartbeat, HeartbeatEntry, ToBytes};
@@ -13,7 +14,7 @@ use messages::reply::{ErrorCode, Reply};
 use messages::start::{StartRequest, Wait};
 use messages::state::State;
 use messages::trace::Trace;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokio::sync::oneshot;
 use tracing::{info, warn};
 
@@ -419,18 +420,16 @@ impl Stable {
         let mut owed = Owed::all(asked, Until::Applied);
         if let Some(mut template) = self.templates.get(&request.droplet).cloned() {
             set(&mut template, "uris", json!(request.uris));
-            retell(
-                &mut template,
-                ["uris", "application_uris"],
-                json!(request.uris),
-            );
             if let Some(version) = &request.version {
                 set(&mut template, "version", json!(version));
-                retell(
-                    &mut template,
-                    ["version", "application_version"],
-                    json!(version),
-                );
+            }
+            let changed = Changed {
+                uris: Some(&request.uris),
+                version: request.version.as_deref(),
+                ..Changed::default()
+            };
+            if let Some(told) = told_by(&mut template) {
+                environment::retell(told, changed);
             }
             owed.push(self.keep_template(request.droplet.clone(), template));
         }
@@ -474,6 +473,10 @@ fn is_of(template: &Value, start: &Value) -> bool {
         for key in ["uris", "version", "limits", "index", "request_id", "wait"] {
             fields.remove(key);
         }
+        let told = fields.get_mut(TOLD).and_then(Value::as_object_mut);
+        if let Some(told) = told {
+            environment::leave_out_changing(told);
+        }
         fields
     };
     rest(template) == rest(start)
@@ -488,14 +491,12 @@ pub(super) fn set(message: &mut Value, key: &str, value: Value) {
     }
 }
 
-/// What apps read of it in their environment, if they do.
-fn retell(message: &mut Value, keys: [&str; 2], value: Value) {
-    for key in keys {
-        let told = message.get_mut("vcap_application");
-        if let Some(told) = told.and_then(|told| told.get_mut(key)) {
-            told.clone_from(&value);
-        }
-    }
+/// The key of a start message for what apps read of themselves.
+const TOLD: &str = "vcap_application";
+
+/// What apps read of a start message, if there is any.
+pub(super) fn told_by(message: &mut Value) -> Option<&mut Map<String, Value>> {
+    message.get_mut(TOLD)?.as_object_mut()
 }
 
 /// What a filter looks at.

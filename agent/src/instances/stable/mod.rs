@@ -706,7 +706,7 @@ async fn keep_unread(world: &World, unread: &[Unread]) -> Vec<Container> {
     for one in unread {
         error!(
             handle = one.handle, path = %one.path.display(), why = one.why,
-            "a record cannot be used: what runs by it is left alone; start the agent that wrote it, or run `ostler clean`"
+            "a record cannot be used: what runs by it is left alone; start the agent that wrote it, or end this one and run `ostler clean`, which ends all apps of this host"
         );
         let Some(saved) = &one.container else {
             error!(

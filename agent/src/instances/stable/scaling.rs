@@ -1,11 +1,12 @@
 //! `dea.<id>.scale`: this host converges an app to so many instances of its own, all or nothing.
 
 use super::Stable;
-use super::commands::{Accepted, Asked, set};
+use super::commands::{Accepted, Asked, set, told_by};
 use super::waiting::{Owed, Until};
 use crate::instances::ledger::Amount;
 use crate::instances::record::{Limits, StopReason};
 use crate::instances::scale;
+use crate::instances::startup::environment::{self, Changed};
 use messages::command::{ScaleLimits, ScaleRequest};
 use messages::reply::{ErrorCode, Reply};
 use messages::start::{StartRequest, Wait};
@@ -232,16 +233,21 @@ fn with_limits(mut template: Value, limits: Option<ScaleLimits>) -> Value {
         ("disk", limits.disk),
         ("fds", limits.fds),
     ];
-    // The app reads them in its environment, too.
-    for place in ["/limits", "/vcap_application/limits"] {
-        let Some(old) = template.pointer_mut(place) else {
-            continue;
-        };
+    if let Some(old) = template.get_mut("limits") {
         for (key, value) in named {
             if let Some(value) = value {
                 set(old, key, json!(value));
             }
         }
+    }
+    let changed = Changed {
+        mem: limits.mem,
+        disk: limits.disk,
+        fds: limits.fds,
+        ..Changed::default()
+    };
+    if let Some(told) = told_by(&mut template) {
+        environment::retell(told, changed);
     }
     template
 }

@@ -53,6 +53,61 @@ pub struct AppEnv<'a> {
     pub trace: Option<&'a Trace>,
 }
 
+/// What has become of an app since its start message was written.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Changed<'a> {
+    /// Its URIs.
+    pub uris: Option<&'a [String]>,
+    /// Its version.
+    pub version: Option<&'a str>,
+    /// MB of memory.
+    pub mem: Option<u64>,
+    /// MB of disk.
+    pub disk: Option<u64>,
+    /// Open files.
+    pub fds: Option<u64>,
+}
+
+/// The keys of `vcap_application` that tell it, `limits` with [`LIMITS`].
+const URIS: [&str; 2] = ["uris", "application_uris"];
+const VERSION: [&str; 2] = ["version", "application_version"];
+const LIMITS: &str = "limits";
+
+/// Where `vcap_application` tells what has changed, it tells it as it is now. What it does not tell it does not tell then.
+pub fn retell(vcap_application: &mut Map<String, Value>, changed: Changed<'_>) {
+    let mut replace = |keys: [&str; 2], value: Value| {
+        for key in keys {
+            if let Some(told) = vcap_application.get_mut(key) {
+                told.clone_from(&value);
+            }
+        }
+    };
+    if let Some(uris) = changed.uris {
+        replace(URIS, json!(uris));
+    }
+    if let Some(version) = changed.version {
+        replace(VERSION, json!(version));
+    }
+    let limits = [
+        ("mem", changed.mem),
+        ("disk", changed.disk),
+        ("fds", changed.fds),
+    ];
+    for (key, value) in limits {
+        let told = vcap_application.get_mut(LIMITS);
+        if let (Some(told), Some(value)) = (told.and_then(|told| told.get_mut(key)), value) {
+            *told = json!(value);
+        }
+    }
+}
+
+/// Takes out of `vcap_application` whatever [`retell`] may change.
+pub fn leave_out_changing(vcap_application: &mut Map<String, Value>) {
+    for key in URIS.into_iter().chain(VERSION).chain([LIMITS]) {
+        vcap_application.remove(key);
+    }
+}
+
 /// A variable that no process can be given.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum EnvironmentError {
