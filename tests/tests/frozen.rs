@@ -293,7 +293,7 @@ async fn an_agent_that_shall_end_ends_its_apps_and_says_what_stays() {
     host.tree_until("no container", |tree| tree.named("wshd").is_empty())
         .await;
     // Not at once: the disk may answer again.
-    tokio::time::sleep(Duration::from_secs(15)).await;
+    tokio::time::sleep(Duration::from_secs(20)).await;
     let gives_up = "some of what the agent keeps there stays";
     assert!(!host.log().contains(gives_up), "{}", host.log());
     host.logged(0, gives_up).await;

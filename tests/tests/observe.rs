@@ -244,6 +244,19 @@ async fn an_agent_that_leaves_is_not_well() {
     );
 }
 
+/// Waits until what is told of a late disk is so.
+async fn late_is(what: &str, so: impl Fn(f64) -> bool) {
+    let end = Instant::now() + patience();
+    loop {
+        let late = metrics().await["ostler_disk_late_seconds"];
+        if so(late) {
+            return;
+        }
+        assert!(Instant::now() < end, "not {what}: {late} s");
+        sleep(Duration::from_millis(200)).await;
+    }
+}
+
 #[tokio::test]
 async fn a_disk_that_hangs_is_named_and_asking_again_and_again_adds_nothing_to_it() {
     let config = &[ON];
@@ -253,6 +266,8 @@ async fn a_disk_that_hangs_is_named_and_asking_again_and_again_adds_nothing_to_i
         ..Default::default()
     })
     .await;
+    host.run(host.message("app", &Droplet::sample("sleeper")))
+        .await;
     failing(&[]).await;
     let status = format!("/proc/{}/status", host.agent().pid());
     let threads = || -> u32 {
@@ -262,7 +277,7 @@ async fn a_disk_that_hangs_is_named_and_asking_again_and_again_adds_nothing_to_i
             .find_map(|line| line.strip_prefix("Threads:"));
         line.unwrap().trim().parse().unwrap()
     };
-    assert_eq!(metrics().await["ostler_disk_late_seconds"], 0.0);
+    late_is("over", |late| late == 0.0).await;
     let frozen = Frozen::base(&host);
     let body = failing(&["disk"]).await;
     let before = threads();
@@ -283,17 +298,16 @@ async fn a_disk_that_hangs_is_named_and_asking_again_and_again_adds_nothing_to_i
     );
     let mut beats = host.watch("dea.heartbeat").await;
     beats.next().await;
-    let end = std::time::Instant::now() + patience();
-    while metrics().await["ostler_disk_late_seconds"] < 3.0 {
-        assert!(std::time::Instant::now() < end);
-        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
+    late_is("told", |late| late >= 3.0).await;
+    host.publish("dea.stop", &json!({"droplet": "app"})).await;
+    let end = Instant::now() + patience();
+    while metrics().await["ostler_instances_unrecorded"] != 1.0 {
+        assert!(Instant::now() < end, "its record is on no disk");
+        sleep(Duration::from_millis(200)).await;
     }
     drop(frozen);
     failing(&[]).await;
-    while metrics().await["ostler_disk_late_seconds"] > 0.0 {
-        assert!(std::time::Instant::now() < end);
-        tokio::time::sleep(std::time::Duration::from_millis(200)).await;
-    }
+    late_is("over", |late| late == 0.0).await;
     assert!(!host.base.join("health").exists());
 }
 

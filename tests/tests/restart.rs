@@ -1203,8 +1203,8 @@ async fn a_repeated_start_can_be_scaled_also_if_its_first_agent_did_not_come_to_
     start["version"] = json!("old");
     host.run(start.clone()).await;
     host.stop("app").await;
+    // A controller that changes nothing else.
     start["version"] = json!("new");
-    start["env"] = json!(["NEW=1"]);
     start["request_id"] = json!("once");
     // Whoever would keep what `scale` starts waits at this for ever.
     let stuck = host.base.join("templates/app.json.new");
@@ -1220,7 +1220,8 @@ async fn a_repeated_start_can_be_scaled_also_if_its_first_agent_did_not_come_to_
     assert_eq!(answer["instance"], first["droplets"][0]["instance"]);
     host.restart().await;
     // What was changed since stays, also what apps read of it.
-    let update = json!({"droplet": "app", "uris": []});
+    let uris = json!(["new.example.net"]);
+    let update = json!({"droplet": "app", "uris": uris});
     assert_eq!(host.request("dea.update", &update).await["ok"], true);
     std::fs::remove_dir_all(host.base.join("answers")).unwrap();
     host.restart().await;
@@ -1228,7 +1229,11 @@ async fn a_repeated_start_can_be_scaled_also_if_its_first_agent_did_not_come_to_
     assert_eq!(answer["instance"], first["droplets"][0]["instance"]);
     let template = std::fs::read(host.base.join("templates/app.json")).unwrap();
     let template: Value = serde_json::from_slice(&template).unwrap();
-    assert_eq!(template["vcap_application"]["uris"], json!([]));
+    assert_eq!(template["uris"], uris);
+    assert_eq!(template["vcap_application"]["uris"], uris);
+    // It listens nowhere.
+    let none = json!({"droplet": "app", "uris": []});
+    assert_eq!(host.request("dea.update", &none).await["ok"], true);
     let scale = json!({"droplet": "app", "instances": 2, "wait": "running"});
     let scaled = host.request(&host.subject("scale"), &scale).await;
     assert_eq!(scaled["ok"], true, "{scaled}");

@@ -428,7 +428,7 @@ async fn an_app_reads_in_its_environment_what_it_was_told_to_be() {
     host.stop("app").await;
     // Also of what came while it was on its way.
     let mut late = host.message("late", &script);
-    let slow = Body::Slow(script.0, Duration::from_secs(3));
+    let slow = Body::Slow(script.0, Duration::from_secs(10));
     late["executableUri"] = json!(host.files.put("late.tgz", slow));
     late["sha1"] = json!(Droplet::shell("echo \"$VCAP_APPLICATION\"; exec sleep 1000").sha1());
     let mut output = host.output("late").await;
@@ -437,10 +437,13 @@ async fn an_app_reads_in_its_environment_what_it_was_told_to_be() {
     let scale = json!({"droplet": "late", "instances": 1, "limits": {"mem": 96}});
     let scaled = host.request(&host.subject("scale"), &scale).await;
     assert_eq!(scaled["ok"], true, "{scaled}");
+    let update = json!({"droplet": "late", "uris": [], "version": "newer"});
+    assert_eq!(host.request("dea.update", &update).await["ok"], true);
     let said = |output: &Output| output.text(0, "stdout").ends_with('\n');
     output.until("its words", said).await;
     let told: Value = serde_json::from_str(&output.text(0, "stdout")).unwrap();
     assert_eq!(told["limits"]["mem"], 96, "{told}");
+    assert_eq!(told["version"], "newer", "{told}");
     host.stop("late").await;
 }
 

@@ -208,6 +208,14 @@ async fn a_slow_download_is_no_part_of_the_time_that_a_port_may_take() {
     message["health_check_timeout"] = json!(7);
     let slow = Body::Slow(droplet.0, Duration::from_secs(10));
     message["executableUri"] = json!(host.files.put("slow.tgz", slow));
+    // Nor does one that is stopped meanwhile end as something that ran.
+    let mut exits = host.watch("droplet.exited").await;
+    let mut other = message.clone();
+    other["droplet"] = json!("other");
+    host.request(&host.subject("start"), &other).await;
+    host.stop("other").await;
+    let exit = exits.next().await;
+    assert_eq!(exit["exit_description"], "stopped before it ran", "{exit}");
     host.run(message).await;
     host.stop("slow").await;
 }

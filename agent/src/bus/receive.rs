@@ -4,7 +4,7 @@
 //! channel, and losing that channel is itself an answer. Queries are answered as the protocol says.
 
 use super::arrivals::{Arrival, Arrivals};
-use super::replay::{Replay, Seen};
+use super::replay::{KEPT, Keep, Replay, Seen};
 use super::tally::{self, Call, Tally};
 use crate::host::Turns;
 use crate::host::scribe::UNANSWERED;
@@ -23,7 +23,7 @@ use messages::trace::{self, Trace};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 use tracing::{Instrument, error, error_span, warn};
 
@@ -60,6 +60,8 @@ struct Desk {
     replay: Mutex<Replay>,
     /// Of whoever writes an answer. Records do not wait behind those.
     keepers: Turns,
+    /// Of answers that wait to be written.
+    keeping: Arc<Semaphore>,
     identity: Identity,
     tally: Arc<Tally>,
     unsent: Unsent,
@@ -93,6 +95,7 @@ pub async fn receive(
         world,
         replay: Mutex::new(replay),
         keepers: Turns::of(KEEPERS),
+        keeping: Arc::new(Semaphore::new(KEPT)),
         tally,
         unsent: Unsent::default(),
         _owing: owing,
@@ -336,17 +339,10 @@ async fn answer_later(
     });
     if let Some(id) = id {
         let keep = desk.replay.lock().await.answered(&id, &reply);
-        if let Some(keep) = keep {
-            // It is kept also where nobody waits for that any more.
-            let keepers = desk.keepers.clone();
-            let kept = tokio::spawn(async move { keepers.run(move || keep.write()).await });
-            let error = match timeout(KEEPING, kept).await {
-                Ok(kept) => kept.ok().and_then(|kept| Some(kept.err()?.to_string())),
-                Err(_late) => Some(UNANSWERED.to_owned()),
-            };
-            if let Some(error) = error {
-                warn!(error, "a repetition after a restart would act again");
-            }
+        if let Some(keep) = keep
+            && let Err(error) = desk.keep(keep).await
+        {
+            warn!(error, "a repetition after a restart would act again");
         }
     }
     desk.answer(call, &reply).await;
@@ -417,6 +413,22 @@ async fn tell(
 }
 
 impl Desk {
+    /// Writes an answer; where that takes too long it goes on, and nobody waits for it. Too many do not wait for the disk either.
+    async fn keep(&self, keep: Keep) -> Result<(), String> {
+        let place = Arc::clone(&self.keeping).try_acquire_owned();
+        let place = place.map_err(|_full| UNANSWERED.to_owned())?;
+        let keepers = self.keepers.clone();
+        let kept = tokio::spawn(async move {
+            let kept = keepers.run(move || keep.write()).await;
+            drop(place);
+            kept.map_err(|error| error.to_string())
+        });
+        match timeout(KEEPING, kept).await {
+            Ok(kept) => kept.unwrap_or_else(|error| Err(error.to_string())),
+            Err(_late) => Err(UNANSWERED.to_owned()),
+        }
+    }
+
     /// What arrives next, once not too many answers wait.
     async fn next(&self, messages: &mut Arrivals) -> Option<Arrival> {
         while self.unsent.bytes() >= MOST {

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use tokio::sync::oneshot;
 
 /// Answers that are kept; beyond, the oldest go first. At 512 bytes each they take 2 MiB.
-const KEPT: usize = 4096;
+pub const KEPT: usize = 4096;
 
 /// What is known of a request id.
 #[derive(Debug)]

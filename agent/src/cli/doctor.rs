@@ -60,9 +60,8 @@ fn bus(error: &AccessError) -> Finding {
     Finding {
         name: "bus".to_owned(),
         level: Level::Missing,
-        meaning: format!("{error}: an agent would end at once"),
-        advice: "Correct [nats] in the configuration, or the variables NATS_* of its environment"
-            .to_owned(),
+        meaning: format!("{error}: an agent with this environment would end at once"),
+        advice: "Correct [nats] in the configuration, or NATS_* in the agent's environment (doctor sees that of its caller: `set -a; . /etc/ostler/ostler.env`)".to_owned(),
     }
 }
 

@@ -200,7 +200,7 @@ impl Drop for Overdue<'_> {
         self.late.send_modify(|late| {
             late.remove(&self.this);
             if late.is_empty() {
-                info!(after = ?self.this.0.elapsed(), "the disk answers again");
+                info!("the disk answers again");
             }
         });
     }

@@ -81,8 +81,14 @@ impl Instance {
 
     /// Runs a hook of the stop, if there is one and the container lives. The stop goes on whatever comes of it.
     pub(super) async fn stop_hook(&mut self, hook: Hook) {
-        let Ok(Some(run)) = self.prepare(hook) else {
-            return;
+        let run = match self.prepare(hook) {
+            Ok(Some(run)) => run,
+            Ok(None) => return,
+            Err(why) => {
+                let (handle, hook) = (&self.record.handle, hook.name());
+                warn!(handle, hook, ?why, "a hook is left out");
+                return;
+            }
         };
         let disk = self.world.scribes.lateness();
         let mut passing = disk.clone();

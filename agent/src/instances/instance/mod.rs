@@ -337,7 +337,7 @@ impl Instance {
     pub async fn live(mut self) {
         // Nothing is known of it before it is on disk, and then it is starting.
         let fresh = self.turn(Ask::Start);
-        if fresh && let Err(error) = self.must_save().await {
+        if fresh && let Err(error) = in_words(self.save_or_give_up().await) {
             let unrecorded = Change::Unrecorded(self.record.handle.clone(), error);
             drop(self.world.changes.send(unrecorded));
             self.gone().await;
@@ -565,7 +565,7 @@ impl Instance {
         let hangs = self.world.scribes.lateness().hangs(PATIENCE);
         tokio::select! {
             biased;
-            // An error: the runtime is shutting down.
+            // An error is a panic, and the agent's end; or the runtime is shutting down.
             done = &mut change => return done.ok(),
             () = hangs => {}
         }
@@ -687,10 +687,14 @@ impl Instance {
 
     /// Saves the record for what must not go on without.
     async fn must_save(&mut self) -> Result<(), String> {
-        let entry = Entry::Save(Box::new(self.record.clone()));
-        let saved = self.scribe.write(entry, MUST).await;
+        let saved = self.save_or_give_up().await;
         self.recorded(saved.clone());
-        saved.unwrap_or_else(|| Err(UNANSWERED.to_owned()))
+        in_words(saved)
+    }
+
+    async fn save_or_give_up(&mut self) -> Option<Result<(), String>> {
+        let entry = Entry::Save(Box::new(self.record.clone()));
+        self.scribe.write(entry, MUST).await
     }
 
     /// Saves the record. Where that fails or takes too long it is tried again, for the instance itself is as right as
@@ -718,6 +722,7 @@ impl Instance {
             }
             (Some(now), before) if before.as_ref().is_none_or(|one| one.why() != now.why()) => {
                 error!(handle, why = now.why(), "the record could not be saved");
+                self.tell();
             }
             (Some(_), _) => {}
         }
@@ -739,6 +744,11 @@ impl Instance {
             self.keep().await;
         }
     }
+}
+
+/// What became of a write that may not have been answered.
+fn in_words(saved: Option<Result<(), String>>) -> Result<(), String> {
+    saved.unwrap_or_else(|| Err(UNANSWERED.to_owned()))
 }
 
 /// What a change of the disk's limit is refused with that the disk has not answered to.

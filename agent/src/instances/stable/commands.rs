@@ -63,13 +63,10 @@ impl Stable {
     ) {
         let until = Until::of(request.wait);
         if let Some((handle, known)) = self.with_request_id(request.request_id.as_deref()) {
-            // The agent that accepted it answered nobody, and may not have come to this. What was changed since stays.
-            let droplet = request.droplet.to_string();
-            let template = self.templates.get(&droplet);
+            // The agent that accepted it answered nobody, and may not have come to this.
+            let template = self.as_it_is(&handle, raw);
             let mut owed = Owed::all(vec![(handle, 0)], until);
-            if !template.is_some_and(|template| is_of(template, &raw)) {
-                owed.push(self.keep_template(droplet, raw));
-            }
+            owed.push(self.keep_template(request.droplet.to_string(), template));
             self.answer_when(owed, known, answer);
             return;
         }
@@ -356,6 +353,34 @@ impl Stable {
         }
     }
 
+    /// The start message of an instance with what has been changed since.
+    fn as_it_is(&self, handle: &str, mut start: Value) -> Value {
+        let Some(stall) = self.stalls.get(handle) else {
+            return start;
+        };
+        let (uris, version) = (stall.uris(), stall.identity().0);
+        let Limits { mem, disk, fds } = stall.promised();
+        let other = |place: &str, now: Value| start.pointer(place) != Some(&now);
+        let changed = Changed {
+            uris: other("/uris", json!(uris)).then_some(uris),
+            version: other("/version", json!(version)).then_some(version),
+            mem: other("/limits/mem", json!(mem)).then_some(mem),
+            disk: other("/limits/disk", json!(disk)).then_some(disk),
+            fds: other("/limits/fds", json!(fds)).then_some(fds),
+        };
+        set(&mut start, "uris", json!(uris));
+        set(&mut start, "version", json!(version));
+        set(
+            &mut start,
+            "limits",
+            json!({"mem": mem, "disk": disk, "fds": fds}),
+        );
+        if let Some(told) = told_by(&mut start) {
+            environment::retell(told, changed);
+        }
+        start
+    }
+
     /// Keeps a start message for `scale`; what an answer must wait for.
     pub(super) fn keep_template(&mut self, droplet: String, raw: Value) -> Owed {
         let stalls = self.stalls.values();
@@ -464,22 +489,6 @@ pub(super) fn heartbeat_bytes(request: &StartRequest) -> usize {
         &request.cc_partition,
         request.index,
     )
-}
-
-/// Whether a template is this start message, but for what updates and scaling change.
-fn is_of(template: &Value, start: &Value) -> bool {
-    let rest = |message: &Value| {
-        let mut fields = message.as_object().cloned().unwrap_or_default();
-        for key in ["uris", "version", "limits", "index", "request_id", "wait"] {
-            fields.remove(key);
-        }
-        let told = fields.get_mut(TOLD).and_then(Value::as_object_mut);
-        if let Some(told) = told {
-            environment::leave_out_changing(told);
-        }
-        fields
-    };
-    rest(template) == rest(start)
 }
 
 /// Instances, each with the number of what it was asked.

@@ -68,11 +68,6 @@ pub struct Changed<'a> {
     pub fds: Option<u64>,
 }
 
-/// The keys of `vcap_application` that tell it, `limits` with [`LIMITS`].
-const URIS: [&str; 2] = ["uris", "application_uris"];
-const VERSION: [&str; 2] = ["version", "application_version"];
-const LIMITS: &str = "limits";
-
 /// Where `vcap_application` tells what has changed, it tells it as it is now. What it does not tell it does not tell then.
 pub fn retell(vcap_application: &mut Map<String, Value>, changed: Changed<'_>) {
     let mut replace = |keys: [&str; 2], value: Value| {
@@ -83,10 +78,10 @@ pub fn retell(vcap_application: &mut Map<String, Value>, changed: Changed<'_>) {
         }
     };
     if let Some(uris) = changed.uris {
-        replace(URIS, json!(uris));
+        replace(["uris", "application_uris"], json!(uris));
     }
     if let Some(version) = changed.version {
-        replace(VERSION, json!(version));
+        replace(["version", "application_version"], json!(version));
     }
     let limits = [
         ("mem", changed.mem),
@@ -94,17 +89,10 @@ pub fn retell(vcap_application: &mut Map<String, Value>, changed: Changed<'_>) {
         ("fds", changed.fds),
     ];
     for (key, value) in limits {
-        let told = vcap_application.get_mut(LIMITS);
+        let told = vcap_application.get_mut("limits");
         if let (Some(told), Some(value)) = (told.and_then(|told| told.get_mut(key)), value) {
             *told = json!(value);
         }
-    }
-}
-
-/// Takes out of `vcap_application` whatever [`retell`] may change.
-pub fn leave_out_changing(vcap_application: &mut Map<String, Value>) {
-    for key in URIS.into_iter().chain(VERSION).chain([LIMITS]) {
-        vcap_application.remove(key);
     }
 }
 
