@@ -36,6 +36,9 @@ const KEEPING: Duration = Duration::from_secs(2);
 /// Answers that are written at once.
 const KEEPERS: usize = 64;
 
+/// How many times as many as are kept may wait for that.
+const WAITING: usize = 4;
+
 /// How long the client may be busy with what it was told last.
 const SETTLE: Duration = Duration::from_millis(10);
 
@@ -95,7 +98,7 @@ pub async fn receive(
         world,
         replay: Mutex::new(replay),
         keepers: Turns::of(KEEPERS),
-        keeping: Arc::new(Semaphore::new(KEPT)),
+        keeping: Arc::new(Semaphore::new(WAITING * KEPT)),
         tally,
         unsent: Unsent::default(),
         _owing: owing,
@@ -413,7 +416,7 @@ async fn tell(
 }
 
 impl Desk {
-    /// Writes an answer; where that takes too long it goes on, and nobody waits for it. Too many do not wait for the disk either.
+    /// Writes an answer; where that takes too long it goes on, and nobody waits for it. Where too many wait already it is not kept.
     async fn keep(&self, keep: Keep) -> Result<(), String> {
         let place = Arc::clone(&self.keeping).try_acquire_owned();
         let place = place.map_err(|_full| UNANSWERED.to_owned())?;
