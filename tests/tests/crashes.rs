@@ -247,7 +247,11 @@ async fn what_a_crash_left_is_read_over_the_bus_also_after_a_restart() {
 
 #[tokio::test]
 async fn a_crash_is_found_by_the_ids_that_its_host_tells() {
-    let host = Host::start().await;
+    let host = Host::with(Setup {
+        config: &[ANY_DISK],
+        ..Default::default()
+    })
+    .await;
     let crash = crash(&host, "app", "exit 3").await;
     let update = json!({"droplet": "app", "uris": [], "version": "newer"});
     assert_eq!(host.request("dea.update", &update).await["matched"], 1);

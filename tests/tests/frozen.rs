@@ -103,6 +103,7 @@ async fn stops_are_done_and_answered_and_their_exits_said_once_they_are_recorded
     }
     no_records(&host).await;
     host.restart().await;
+    beats.arrived();
     beats.next().await;
     assert_eq!(exits.arrived(), Vec::<Value>::new(), "each is said once");
 }
@@ -152,6 +153,8 @@ async fn what_would_have_to_be_recorded_is_answered_and_everything_else_goes_on(
         (&refused["droplet"], &refused["exit_status"]),
         (&json!("new"), &json!(-1))
     );
+    beats.arrived();
+    adverts.arrived();
     for _ in 0..3 {
         let beat = beats.next().await;
         assert!(tells(&beat, "old", Some("RUNNING")), "{beat}");
@@ -213,7 +216,7 @@ async fn poke(host: &Host, app: &str) -> Process {
 /// An app that is called `name`, does `then` on USR1, and `meanwhile` again and again.
 fn app(name: &str, then: &str, meanwhile: &str) -> Droplet {
     Droplet::shell(&format!(
-        "exec perl -e '$0 = \"{name}\"; $| = 1; $SIG{{USR1}} = sub {{ {then} }}; print \"ready\\n\"; \
+        "exec perl -e '$SIG{{USR1}} = sub {{ {then} }}; $0 = \"{name}\"; $| = 1; print \"ready\\n\"; \
          while (1) {{ {meanwhile}; select undef, undef, undef, 0.05 }}'"
     ))
 }
@@ -260,13 +263,19 @@ async fn a_kill_for_memory_is_said_once_before_its_exit_when_it_is_recorded() {
     // The kernel may wait for what is still to be written before it kills anybody: in an image it always does.
     let host = host_with("disk = \"unlimited\"\n").await;
     let greedy = app("greedy", "my $n = 1 << 30; my $x = \"x\" x $n", "1");
+    let mut output = host.output("greedy").await;
     host.run(host.message("greedy", &greedy)).await;
+    // What its start has to write is written.
+    let is_ready = |output: &Output| output.text(0, "stdout") == "ready\n";
+    output.until("its word", is_ready).await;
     let mut told = host.watch("droplet.*").await;
     let mut beats = host.watch("dea.heartbeat").await;
     let frozen = Frozen::base(&host);
     let victim = poke(&host, "greedy").await;
     let mut waited = 0;
+    let end = Instant::now() + patience();
     while !tells(&beats.next().await, "greedy", Some("CRASHED")) && waited < 10 {
+        assert!(Instant::now() < end, "neither killed nor waiting");
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", victim.pid));
         waited += u32::from(stat.is_ok_and(|stat| stat.contains(") D ")));
     }
@@ -329,5 +338,7 @@ async fn an_agent_that_is_killed_meanwhile_leaves_a_stop_undone_or_one_exit() {
         host.tree_until("its being known to be told", told).await;
     }
     host.restart().await;
+    let mut beats = host.watch("dea.heartbeat").await;
+    beats.next().await;
     assert_eq!(exits.arrived(), Vec::<Value>::new(), "each is said once");
 }

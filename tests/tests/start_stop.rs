@@ -202,7 +202,8 @@ async fn a_port_that_never_opens_is_a_crash() {
 #[tokio::test]
 async fn a_slow_download_is_no_part_of_the_time_that_a_port_may_take() {
     let host = Host::start().await;
-    let droplet = Droplet::probe();
+    let listens = "exec perl -MIO::Socket::INET -e '$s = IO::Socket::INET->new(Listen => 9, LocalPort => $ENV{PORT}) or die; while (1) { $s->accept }'";
+    let droplet = Droplet::shell(listens);
     let mut message = host.message("slow", &droplet);
     message["uris"] = json!(["slow.example.net"]);
     message["health_check_timeout"] = json!(7);

@@ -394,9 +394,12 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_was_late_and_has_landed_keeps_the_next_one_from_nothing() {
-        let (mut scribe, go, written) = gated(&Scribes::default());
-        // Nobody waits for it.
+    async fn what_has_landed_keeps_the_next_one_from_nothing_though_another_is_late() {
+        let scribes = Scribes::default();
+        let (mut other, _held, _) = gated(&scribes);
+        let (mut scribe, go, written) = gated(&scribes);
+        // Nobody waits for either.
+        assert!(timeout(Duration::ZERO, other.write(0, LONG)).await.is_err());
         assert!(
             timeout(Duration::ZERO, scribe.write(1, LONG))
                 .await
@@ -407,7 +410,8 @@ mod tests {
         while scribe.desk.next().busy {
             tokio::task::yield_now().await;
         }
-        // Nobody has asked what became of it.
+        scribes.lateness().begins().await;
+        // Nobody has asked what became of the first.
         go.send(Ok(())).unwrap();
         assert_eq!(scribe.write_or_leave(2, LONG).await, Some(Ok(())));
     }
