@@ -77,13 +77,11 @@ pub(super) fn page(numbers: &Numbers) -> String {
     }
     bus(&mut page, numbers);
     output(&mut page, numbers.spooled);
-    let name = "ostler_disk_late_seconds";
-    page.family(
-        name,
-        Kind::Gauge,
+    page.gauge(
+        "ostler_disk_late_seconds",
+        numbers.late.as_secs(),
         "For how long the oldest write that is late has been under way; 0 if none is.",
     );
-    page.sample(name, &[], numbers.late.as_secs());
     requests(&mut page, &numbers.counts);
     process(&mut page, numbers);
     page.0
@@ -95,21 +93,16 @@ fn host(page: &mut Text, standing: &Standing) {
     for (state, count) in standing.states {
         page.sample(name, &[("state", state.name())], count);
     }
-    for (name, value, help) in [
-        (
-            "ostler_instances_unrecorded",
-            standing.unrecorded,
-            "Instances whose record could not be written, or not yet.",
-        ),
-        (
-            "ostler_instances_stuck",
-            standing.stuck,
-            "Instances with processes that do not die.",
-        ),
-    ] {
-        page.family(name, Kind::Gauge, help);
-        page.sample(name, &[], value);
-    }
+    page.gauge(
+        "ostler_instances_unrecorded",
+        standing.unrecorded,
+        "Instances whose record could not be written, or not yet.",
+    );
+    page.gauge(
+        "ostler_instances_stuck",
+        standing.stuck,
+        "Instances with processes that do not die.",
+    );
     let (host, capacity) = (&standing.host, standing.capacity);
     let bytes = |megabytes: i64| megabytes.saturating_mul(1 << 20);
     let all = |megabytes: u64| bytes(i64::try_from(megabytes).unwrap_or(i64::MAX));
@@ -135,8 +128,7 @@ fn host(page: &mut Text, standing: &Standing) {
             "Disk space that is neither reserved nor used; negative when overcommitted.",
         ),
     ] {
-        page.family(name, Kind::Gauge, help);
-        page.sample(name, &[], value);
+        page.gauge(name, value, help);
     }
 }
 
@@ -233,8 +225,7 @@ fn process(page: &mut Text, numbers: &Numbers) {
         ),
     ] {
         if let Some(value) = value {
-            page.family(name, Kind::Gauge, help);
-            page.sample(name, &[], value);
+            page.gauge(name, value, help);
         }
     }
 }
@@ -251,6 +242,12 @@ impl Text {
         };
         self.line(format_args!("# HELP {name} {help}"));
         self.line(format_args!("# TYPE {name} {kind}"));
+    }
+
+    /// One of which there is one.
+    fn gauge(&mut self, name: &str, value: impl Display, help: &str) {
+        self.family(name, Kind::Gauge, help);
+        self.sample(name, &[], value);
     }
 
     fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl Display) {
