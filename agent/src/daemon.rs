@@ -5,6 +5,7 @@ use crate::cli;
 use crate::config::{self, Config, ConfigError, Overrides};
 use crate::engine::{DiskWay, Engine, EngineConfig, NetworkConfig};
 use crate::host::cgroups::{CgroupError, Cgroups};
+use crate::host::depot::disk::Space;
 use crate::host::scribe::Scribes;
 use crate::host::{blocking, depot};
 use crate::instances::crashes::Crashes;
@@ -15,6 +16,7 @@ use crate::instances::outlet::{self, Outlet};
 use crate::instances::record::{Records, make_private, write_durably};
 use crate::instances::routes::Routes;
 use crate::instances::stable::{self, Ask, Duty, Farewell, Stable};
+use crate::instances::totals::Totals;
 use crate::instances::world::World;
 use crate::metrics::{self, Sources};
 use crate::quiet;
@@ -382,6 +384,7 @@ fn world(
         scribes: Scribes::default(),
         starts: Semaphore::new(config.resources.parallel_starts),
         routes: Routes::new(outlet.clone()),
+        totals: Totals::default(),
         outlet,
         changes,
         config,
@@ -537,12 +540,14 @@ fn engine_config(config: &Config) -> EngineConfig {
 }
 
 fn fetch_options(config: &Config) -> FetchOptions {
+    let space = Space::new(&config.base, engine_config(config).output_bytes());
     FetchOptions {
         inactivity: config.droplets.inactivity,
         total: config.droplets.total,
         max_bytes: config.droplets.max_bytes,
         max_unpacked_bytes: config.droplets.max_unpacked_bytes,
         files: config.droplets.files.clone(),
+        space: Some(space),
         ..FetchOptions::default()
     }
 }

@@ -14,6 +14,26 @@ pub struct SysError {
     pub errno: Errno,
 }
 
+impl SysError {
+    /// Whether it was refused for what may be otherwise in a moment, wherever it is: no room, too many open files, a disk with
+    /// errors. What the kernel can do here, such a refusal does not say.
+    #[must_use]
+    pub fn is_passing(&self) -> bool {
+        matches!(
+            self.errno,
+            Errno::ENOSPC
+                | Errno::EDQUOT
+                | Errno::EROFS
+                | Errno::EIO
+                | Errno::ENOMEM
+                | Errno::EMFILE
+                | Errno::ENFILE
+                | Errno::EAGAIN
+                | Errno::EINTR
+        )
+    }
+}
+
 impl fmt::Display for SysError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}({}): {}", self.call, self.on, self.errno)

@@ -332,7 +332,6 @@ fn what_goes_out_is_as_the_reference_shows() {
         private_instance_id: "e1a47c0d5b2948f6a0c3d7e8f9b1a2c4d5e6f708192a3b4c5d6e7f8091a2b3c4"
             .into(),
         private_instance_index: "1".into(),
-        stale_threshold_in_seconds: None,
     };
     same(&route, "router.register");
     same(&find_reply(app, version, dea), "dea.find.droplet-reply");

@@ -176,8 +176,7 @@ impl HeartbeatEntry {
 }
 
 /// Why an instance is no more.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reason {
     /// By itself, or never was.
     Crashed,
@@ -187,6 +186,45 @@ pub enum Reason {
     DeaShutdown,
     /// The host is being emptied.
     DeaEvacuation,
+}
+
+impl Reason {
+    /// All of them.
+    pub const ALL: [Self; 4] = [
+        Self::Crashed,
+        Self::Stopped,
+        Self::DeaShutdown,
+        Self::DeaEvacuation,
+    ];
+
+    /// The name on the wire.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Crashed => "CRASHED",
+            Self::Stopped => "STOPPED",
+            Self::DeaShutdown => "DEA_SHUTDOWN",
+            Self::DeaEvacuation => "DEA_EVACUATION",
+        }
+    }
+}
+
+/// Characters of an `exit_description` that a controller keeps: the column `app_events.exit_description` is a
+/// `varchar(255)`.
+const DESCRIPTION_MAX: usize = 255;
+
+/// Words as `exit_description` of a message. A controller on MySQL, in its strict mode, has nothing of an exit whose words are
+/// longer than their column, or have characters of four bytes (`utf8` there has three at most).
+#[must_use]
+pub fn exit_description(words: &str) -> String {
+    let kept = |this: char| if this.len_utf8() > 3 { '?' } else { this };
+    words.chars().take(DESCRIPTION_MAX).map(kept).collect()
+}
+
+impl Serialize for Reason {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.name())
+    }
 }
 
 /// `droplet.exited`.
@@ -301,9 +339,6 @@ pub struct Route {
     pub private_instance_id: String,
     /// A string, as the router wants.
     pub private_instance_index: String,
-    /// When it may be dropped if it is not said again: lowers the router's own 120 s, and never raises them.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub stale_threshold_in_seconds: Option<u64>,
 }
 
 /// One answer to `dea.find.droplet`.

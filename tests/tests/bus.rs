@@ -1353,6 +1353,52 @@ async fn a_bus_that_takes_no_answers_costs_an_agent_no_memory_without_end() {
     relay.abort();
 }
 
+/// The bus as a server would be that knows no headers, until `old` is false; then as it is.
+async fn without_headers(listener: TcpListener, mut old: watch::Receiver<bool>) {
+    let (mut agent, _) = listener.accept().await.unwrap();
+    let mut bus = TcpStream::connect(Host::BUS).await.unwrap();
+    let mut info = vec![0; 4096];
+    let read = bus.read(&mut info).await.unwrap();
+    let info = String::from_utf8(info[..read].to_vec()).unwrap();
+    assert!(info.ends_with('\n'), "{info}");
+    let info = info.replace("\"headers\":true", "\"headers\":false");
+    agent.write_all(info.as_bytes()).await.unwrap();
+    tokio::select! {
+        _ = tokio::io::copy_bidirectional(&mut agent, &mut bus) => {}
+        _ = old.wait_for(|old| !old) => {}
+    }
+    drop((agent, bus));
+    between(listener, watch::channel(true).1).await;
+}
+
+#[tokio::test]
+async fn a_bus_without_headers_is_named_and_nothing_is_said_to_it() {
+    let mut host = Host::start().await;
+    let mut output = host.output("lines").await;
+    let mut message = host.message("lines", &Droplet::sample("lines"));
+    message["env"] = json!(["RATE=100000", "LINES=6000"]);
+    host.run(message).await;
+    host.kill9().await;
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    host.set_agent_env(&[("NATS_URL", &address)]);
+    let (old, until) = watch::channel(true);
+    let relay = tokio::spawn(without_headers(listener, until));
+    let mut said = host.watch("dea.heartbeat").await;
+    host.spawn_agent();
+    let log = host.logged(0, "knows no headers").await;
+    sleep(Duration::from_secs(3)).await;
+    assert!(said.arrived().is_empty(), "{log}");
+    old.send_replace(false);
+    let all = |output: &Output| output.stream(0, "stdout").next >= 600_000;
+    output.until("all", all).await;
+    let got = output.stream(0, "stdout");
+    assert_eq!((got.dropped, got.holes.len()), (0, 0));
+    host.stop("lines").await;
+    host.end(Signal::SIGTERM).await;
+    relay.abort();
+}
+
 /// A host on a bus with the usual largest message, which [`resize`] changes by this directory.
 async fn on_a_bus_that_is_resized() -> (Directory, Host) {
     let directory = Directory::new();

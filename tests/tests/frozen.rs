@@ -160,14 +160,15 @@ async fn what_would_have_to_be_recorded_is_answered_and_everything_else_goes_on(
         assert!(tells(&beat, "old", Some("RUNNING")), "{beat}");
         adverts.next().await;
     }
-    // What it has room for is known, too.
-    let wanted = json!({"droplet": "more", "limits": {"mem": 64, "disk": 64}});
-    assert_eq!(host.request("dea.discover", &wanted).await["id"], host.id);
+    // Nobody is to place here what would be refused, and why it would be is known, too.
+    let full = |advert: &Value| advert["available_memory"] == 0;
+    adverts.until("no place", full).await;
     let mut too_large = start.clone();
     too_large["limits"]["disk"] = json!(8192);
     let answer = host.request(&started, &too_large).await;
     assert_eq!(answer["error"]["code"], "not_enough_disk", "{answer}");
     drop(frozen);
+    adverts.until("places", |advert| !full(advert)).await;
     // Nothing of the refused start is left to come back.
     let found = host
         .request("dea.find.droplet", &json!({"droplet": "old"}))

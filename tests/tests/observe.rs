@@ -5,7 +5,9 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
-use tests::{Droplet, Frozen, Host, Network, Question, Running, Setup, get, patience};
+use tests::{
+    Droplet, Frozen, Host, Network, Output, Question, Running, Setup, Tree, get, patience,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::sleep;
@@ -557,6 +559,61 @@ async fn metrics_tell_what_the_bus_tells() {
         assert!(metrics[key] > 0.0, "{key}: {metrics:?}");
     }
     host.stop("app").await;
+}
+
+#[tokio::test]
+async fn what_became_of_instances_and_of_their_output_is_counted() {
+    let config = &[ON, ("[network]", "[output]\nspool_mb = 4\n[network]")];
+    let host = Host::with(Setup {
+        config,
+        ..Default::default()
+    })
+    .await;
+    let mut events = host.watch("droplet.*").await;
+    let mut hog = host.message("hog", &Droplet::sample("hog"));
+    hog["limits"]["mem"] = json!(48);
+    host.request(&host.subject("start"), &hog).await;
+    let mut kills = 0;
+    while events.next().await["exit_status"].is_null() {
+        kills += 1;
+    }
+    let mut output = host.output("pour").await;
+    let script = "trap go=1 USR1; echo; until [ \"$go\" ]; do sleep 0.05; done; \
+        head -c 20M /dev/zero; exec sleep infinity";
+    host.run(host.message("pour", &Droplet::shell(script)))
+        .await;
+    // The trap is set.
+    output
+        .until("a line", |output| output.text(0, "stdout") == "\n")
+        .await;
+    let tree = host.tree();
+    let linker = tree.one("iomux-link");
+    linker.signal(Signal::SIGSTOP);
+    let app = tree.0.iter().find(|one| one.title() == "bash main.sh");
+    app.unwrap().signal(Signal::SIGUSR1);
+    let poured = |tree: &Tree| tree.0.iter().any(|one| one.title() == "sleep infinity");
+    host.tree_until("end of the pouring", poured).await;
+    linker.signal(Signal::SIGCONT);
+    let whole = |output: &Output| output.stream(0, "stdout").next == 1 + (20 << 20);
+    output.until("all", whole).await;
+    host.stop("pour").await;
+    events.next().await;
+
+    let dropped = output.stream(0, "stdout").dropped;
+    assert!(dropped > 10 << 20, "{}", output.summary());
+    let metrics = metrics().await;
+    for (key, value) in [
+        ("ostler_exits_total{reason=\"CRASHED\"}", 1),
+        ("ostler_exits_total{reason=\"STOPPED\"}", 1),
+        ("ostler_exits_total{reason=\"DEA_SHUTDOWN\"}", 0),
+        ("ostler_exits_total{reason=\"DEA_EVACUATION\"}", 0),
+        ("ostler_oom_kills_total", kills),
+        ("ostler_output_missing_bytes_total", dropped),
+        ("ostler_bus_left_out_exits_total", 0),
+    ] {
+        let value = u32::try_from(value).unwrap().into();
+        assert_eq!(metrics.get(key), Some(&value), "{key}: {metrics:?}");
+    }
 }
 
 /// The status line that comes back for these bytes; nothing if the connection is closed without one.

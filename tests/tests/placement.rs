@@ -166,18 +166,25 @@ async fn a_third_is_not_offered(pool: (&str, &str)) {
     })
     .await;
     let wanted = discover("third", 16, 16);
+    let mut adverts = host.watch("dea.advertise").await;
+    let places = |advert: &Value| advert["available_memory"].as_i64() > Some(0);
     accepted(&host, &waiting(&host, "first", 0)).await;
+    let of_first = |advert: &Value| advert["app_id_to_count"]["first"] == 1;
+    let advert = adverts.until("the first", of_first).await;
+    assert!(places(&advert), "{advert}");
     // As often as anybody asks: an offer uses nothing up.
     for _ in 0..3 {
         assert_eq!(host.request("dea.discover", &wanted).await["id"], host.id);
     }
     accepted(&host, &waiting(&host, "second", 0)).await;
     not_offered(&host, &wanted).await;
+    adverts.until("no place", |advert| !places(advert)).await;
     let third = waiting(&host, "third", 0);
     let answer = host.request(&host.subject("start"), &third).await;
     assert_eq!(answer["error"]["code"], "host_full", "{answer}");
     // One that had its place only for the time of a download leaves it as it was.
     host.stop("second").await;
+    adverts.until("a place again", places).await;
     offered(&host, &wanted).await;
     host.stop("first").await;
 }
@@ -253,6 +260,49 @@ async fn two_starts_for_the_last_place_on_the_disk_are_one_instance_and_one_refu
         .iter()
         .find(|exit| exit["reason"] == "CRASHED" && exit["droplet"] != "late");
     assert_eq!(crashed, None);
+}
+
+#[tokio::test]
+async fn a_droplet_takes_nothing_of_the_disk_that_is_promised_or_the_agents_own() {
+    let host = Host::with(Setup {
+        config: &[(
+            "[network]",
+            "[output]\nspool_mb = 1\n[instance]\ndisk = \"image\"\n[network]",
+        )],
+        before: &[Frozen::OWN_DISK],
+        ..Default::default()
+    })
+    .await;
+    let mut adverts = host.watch("dea.advertise").await;
+    let free = |advert: &Value| advert["available_disk"].as_u64().unwrap();
+    let all = free(&adverts.next().await);
+    let mut large = host.message("large", &Droplet::sample("sleeper"));
+    large["limits"]["disk"] = json!(all - 100);
+    host.run(large).await;
+    adverts.until("the rest", |advert| free(advert) < 200).await;
+    // A small archive of what is some 100 MB more than there is, and less than what others have beside.
+    let zeros = "\0".repeat(220 << 20);
+    let droplet = Droplet::of_files(&[("app/main.sh", "exec sleep 1000"), ("app/zeros", &zeros)]);
+    let mut greedy = host.message("greedy", &droplet);
+    greedy["limits"]["disk"] = json!(8);
+    let mut exits = host.watch("droplet.exited").await;
+    accepted(&host, &greedy).await;
+    let exit = exits.next().await;
+    let why = exit["exit_description"].as_str().unwrap();
+    assert!(
+        why.starts_with("failed to start: the droplet was given up: not enough disk"),
+        "{exit}"
+    );
+    // Nothing of it stays, and what fits is taken.
+    adverts
+        .until("the rest", |advert| (50..200).contains(&free(advert)))
+        .await;
+    let mut small = host.message("small", &Droplet::sample("sleeper"));
+    small["limits"]["disk"] = json!(8);
+    host.run(small).await;
+    for app in ["small", "large"] {
+        host.stop(app).await;
+    }
 }
 
 #[tokio::test]

@@ -156,9 +156,11 @@ async fn numbered_lines_survive_a_bus_that_comes_and_goes() {
         }
         tokio::time::sleep(dice.milliseconds(300)).await;
         host.start_bus().await;
+        // More than is printed meanwhile: however many rounds, the rest stays small.
         let seen = output.stream(0, "stdout").next;
+        let enough = (seen + 200_000).min(9_984_000);
         output
-            .until("more", |output| output.stream(0, "stdout").next > seen)
+            .until("more", |output| output.stream(0, "stdout").next >= enough)
             .await;
     }
     every_line_once(&host, &mut output).await;
@@ -1040,6 +1042,45 @@ fn fill(host: &Host) -> std::path::PathBuf {
 }
 
 #[tokio::test]
+async fn what_cannot_be_adopted_keeps_its_address_and_can_be_stopped() {
+    let mut host = Host::with(tests::Setup {
+        config: &[("10.254.0.0/16", "10.254.0.0/29")],
+        ..Default::default()
+    })
+    .await;
+    let sleeper = Droplet::sample("sleeper");
+    let handle = host.run(host.message("app", &sleeper)).await["handle"].clone();
+    let container = host.base.join("containers").join(handle.as_str().unwrap());
+    let (run, away) = (container.join("run"), container.join("away"));
+    let tree = host.tree_until("app", |tree| !tree.named("sleep").is_empty());
+    let app = tree.await.named("sleep")[0].clone();
+    host.kill9().await;
+    // Whether its init lives cannot be asked.
+    std::fs::rename(&run, &away).unwrap();
+    std::fs::write(&run, "").unwrap();
+    host.start_agent().await;
+    host.logged(0, "cannot be adopted yet").await;
+    // There are two addresses, and one of them is its own still.
+    host.run(host.message("second", &sleeper)).await;
+    let third = host.message("third", &sleeper);
+    let answer = host.request(&host.subject("start"), &third).await;
+    assert_eq!(answer["error"]["code"], "host_full", "{answer}");
+    let mut exits = host.watch("droplet.exited").await;
+    let answer = host.request("dea.stop", &json!({"droplet": "app"})).await;
+    assert_eq!(answer["ok"], true, "{answer}");
+    let dead = |tree: &Tree| tree.0.iter().all(|one| one.pid != app.pid);
+    host.tree_until("its end", dead).await;
+    // Now it can be known that it is dead.
+    std::fs::remove_file(&run).unwrap();
+    std::fs::rename(&away, &run).unwrap();
+    let exit = exits
+        .until("its exit", |exit| exit["droplet"] == "app")
+        .await;
+    assert_eq!(exit["reason"], "STOPPED", "{exit}");
+    host.stop("second").await;
+}
+
+#[tokio::test]
 async fn an_agent_takes_over_where_the_disk_is_full() {
     let mut host = Host::with(tests::Setup {
         before: &[Frozen::OWN_DISK],
@@ -1067,12 +1108,22 @@ async fn an_agent_takes_over_where_the_disk_is_full() {
         .await;
     std::fs::remove_dir_all(filler).unwrap();
     // Somebody looks soon.
-    let new = host.message("new", &Droplet::sample("sleeper"));
+    let mut new = host.message("new", &Droplet::sample("sleeper"));
+    new["limits"]["disk"] = json!(8);
+    new["wait"] = json!("running");
     let end = Instant::now() + patience();
     while host.request(&host.subject("start"), &new).await["ok"] != true {
         assert!(Instant::now() < end, "there is no room still");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
+    // It is bounded as if there had always been room.
+    let find = json!({"droplet": "new", "include_stats": true});
+    let found = host.request("dea.find.droplet", &find).await;
+    assert_eq!(found["stats"]["disk_quota"], 8 << 20, "{found}");
+    assert!(
+        found["stats"]["usage"]["disk"].as_u64() > Some(0),
+        "{found}"
+    );
     host.stop("new").await;
     host.stop("other").await;
 }

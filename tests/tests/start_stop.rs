@@ -59,7 +59,6 @@ async fn a_web_app_starts_answers_and_stops() {
             "port",
             "private_instance_id",
             "private_instance_index",
-            "stale_threshold_in_seconds",
             "tags",
             "uris"
         ]

@@ -187,8 +187,16 @@ async fn watch_link(
 /// itself (0.51, `Connector::try_connect_to_server`); a flush is done by that connection only.
 async fn look(client: &Client, link: &watch::Sender<Link>) {
     drop(timeout(TAKEOVER, client.flush()).await);
+    let connected = client.connection_state() == State::Connected;
+    // Output has headers: such a server would end the connection at the first line of it, again and again.
+    let has_headers = client.server_info().headers;
+    if connected && !has_headers {
+        error!(
+            "this nats-server knows no headers (it is older than 2.2, or has no_header_support): nothing is said to it, apps run on; replace it"
+        );
+    }
     let now = Link {
-        up: client.connection_state() == State::Connected,
+        up: connected && has_headers,
         connects: client.statistics().connects.load(Ordering::Relaxed),
         max_payload: client.max_payload(),
     };

@@ -3,7 +3,7 @@
 //! Answers are kept in `<base>/answers/`, one small file each, so that a repetition after a restart of
 //! the agent gets them too. A command that is still being answered collects its repetitions.
 
-use crate::instances::record::{RecordError, make_private, write_durably};
+use crate::instances::record::{RecordError, UNFINISHED, make_private, write_durably};
 use messages::reply::Reply;
 use sha2::{Digest, Sha256};
 use std::collections::HashMap;
@@ -47,11 +47,13 @@ impl Replay {
             .flatten()
             .filter_map(|entry| {
                 let name = entry.file_name().into_string().ok()?;
-                // The others were being written.
-                let is_whole = name.bytes().all(|byte| byte.is_ascii_hexdigit());
+                if name.ends_with(UNFINISHED) {
+                    drop(std::fs::remove_file(entry.path()));
+                    return None;
+                }
                 let time = entry.metadata().ok()?.modified().ok()?;
                 let reply = Reply::from_body(&std::fs::read(entry.path()).ok()?)?;
-                is_whole.then_some((time, name, reply))
+                Some((time, name, reply))
             })
             .collect();
         found.sort_by_key(|(time, ..)| *time);
@@ -194,7 +196,10 @@ mod tests {
         }
         // Begun and not answered when the agent died.
         assert!(matches!(replay.see("three"), Seen::Fresh));
+        let unfinished = base.file("three").with_extension("new");
+        std::fs::write(&unfinished, "{").unwrap();
         let mut replay = Replay::open(&base.0).unwrap();
+        assert!(!unfinished.exists());
         assert_eq!(known(&replay, "one"), Some(reply(1)));
         assert_eq!(known(&replay, "../two"), Some(refusal));
         assert!(matches!(replay.see("three"), Seen::Fresh));

@@ -66,7 +66,7 @@ fn open(config: &Path, overrides: Overrides, which: &str) -> Outcome<(PathBuf, P
     if !nix::unistd::geteuid().is_root() {
         return Err("must be run as root: containers' sockets are root's alone".into());
     }
-    let config = config::load(config, overrides, host_memory_mb())?;
+    let config = config::load_to_clean(config, overrides, host_memory_mb())?;
     let socket = find::socket(&config.base, which)?;
     Ok((config.helpers, socket))
 }

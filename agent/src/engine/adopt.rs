@@ -33,6 +33,7 @@ pub const REBOOTED: &str = "host rebooted";
 pub const INIT_DIED: &str = "its init died";
 
 pub(super) async fn adopt(shared: &Arc<Shared>, saved: &Saved) -> Result<Adopted, EngineError> {
+    claim(shared, saved)?;
     let directory = shared.depot.container(&saved.handle);
     let group = shared.cgroups.group(&saved.handle);
     let dead = |reason| {
@@ -84,7 +85,7 @@ async fn find_disk(shared: &Shared, container: &Container, directory: Directory)
     }
 }
 
-/// Takes what the record says out of the pools for a container with this init.
+/// For a container with this init, what the record says.
 fn hold(
     shared: &Arc<Shared>,
     saved: &Saved,
@@ -92,17 +93,17 @@ fn hold(
     group: Group,
     init: OwnedFd,
 ) -> Result<Container, EngineError> {
-    take(shared, saved)?;
     let attached = sweep::attached(saved);
-    Container::new(
+    let container = Container::new(
         Arc::clone(shared),
         attached,
         directory,
         group,
         init,
         saved.log_end,
-    )
-    .inspect_err(|_| give_up(shared, saved, saved.ports.len()))
+    )?;
+    lock(&shared.claims).remove(&saved.handle);
+    Ok(container)
 }
 
 /// Stands for the init of a container that is dead: readable, as the descriptor of a dead process is,
@@ -127,6 +128,17 @@ fn is_dead(errno: Errno) -> bool {
         errno,
         Errno::ENOENT | Errno::ECONNREFUSED | Errno::ECONNRESET | Errno::ESRCH
     )
+}
+
+/// Keeps its addresses and ports from others, who could not be told from it, until a container has them: whatever becomes of the
+/// adoption, and however often it is tried.
+fn claim(shared: &Shared, saved: &Saved) -> Result<(), EngineError> {
+    let mut claims = lock(&shared.claims);
+    if !claims.contains(&saved.handle) {
+        take(shared, saved)?;
+        claims.insert(saved.handle.clone());
+    }
+    Ok(())
 }
 
 /// Takes its addresses and ports out of the pools: all, or none.

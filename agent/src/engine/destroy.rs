@@ -140,6 +140,9 @@ pub(super) async fn empty_and_remove(handle: &str, group: Group) -> Result<(), E
 /// What of a record's addresses and ports nobody has, taken from the pools; `None` if the address is
 /// somebody else's.
 fn retake(shared: &Shared, saved: &Saved) -> Option<Saved> {
+    if lock(&shared.claims).remove(&saved.handle) {
+        return Some(saved.clone());
+    }
     shared.network.adopt_lease(&saved.lease).ok()?;
     let mut held = saved.clone();
     held.ports

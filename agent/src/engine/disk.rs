@@ -4,7 +4,7 @@ use super::{EngineError, blocking};
 use crate::chain;
 use crate::host::depot::disk::{Disk, DiskError, Disks, Limit, Space, Wanted};
 use crate::host::depot::{Depot, Directory};
-use crate::host::helpers::{Command, Ended, Helpers, Leash};
+use crate::host::helpers::{Command, Ended, HelperError, Helpers, Leash};
 use container::launch::Ids;
 use std::sync::Arc;
 use std::time::Duration;
@@ -61,18 +61,16 @@ async fn quota(space: &Space) -> Result<Disks, String> {
 async fn image(space: &Space, depot: &Depot, helpers: &Helpers) -> Result<Disks, String> {
     let disks = Disks::image(space.clone())?;
     let (begun, ended) = (depot.clone(), depot.clone());
-    let place = blocking(move || begun.trial()).await;
-    let (directory, ids) = place.map_err(|error| error.to_string())?;
-    let made = make(&disks, helpers, (&directory, ids), TRIAL).await;
+    let tried = async {
+        let (directory, ids) = blocking(move || begun.trial()).await?;
+        make(&disks, helpers, (&directory, ids), TRIAL).await
+    };
+    let tried = tried.await;
     blocking(move || {
-        let made = made.map(drop);
+        let tried = tried.map(drop);
         ended.tried();
-        match made {
-            // A slow machine is no other machine, and a full depot tells nothing of what works here: each start will.
-            Err(
-                error @ (EngineError::Deadline { .. }
-                | EngineError::Disk(DiskError::NotEnough { .. })),
-            ) => {
+        match tried {
+            Err(error) if says_nothing(&error) => {
                 tracing::warn!(error = %chain(&error), "a trial of images was given up");
                 Ok(disks)
             }
@@ -80,6 +78,29 @@ async fn image(space: &Space, depot: &Depot, helpers: &Helpers) -> Result<Disks,
         }
     })
     .await
+}
+
+/// Whether a trial has failed for what tells nothing of what works here: a slow machine, a full depot. Each start will.
+fn says_nothing(error: &EngineError) -> bool {
+    if let EngineError::Refused(refused)
+    | EngineError::Disk(DiskError::Refused(refused))
+    | EngineError::Helper(HelperError::Start {
+        source: refused, ..
+    }) = error
+    {
+        return refused.is_passing();
+    }
+    matches!(
+        error,
+        EngineError::Deadline { .. }
+            | EngineError::Disk(
+                DiskError::NotEnough { .. }
+                    | DiskError::Mkfs {
+                        ended: Ended::Signaled(_),
+                        ..
+                    }
+            )
+    )
 }
 
 /// Makes and bounds the writable layer of a container whose directory is fresh.

@@ -161,6 +161,8 @@ struct Shared {
     disks: Disks,
     lookout: Lookout,
     kills: KillLog,
+    /// Handles of containers that could not be adopted yet, and whose addresses and ports are kept for them.
+    claims: Mutex<HashSet<String>>,
     /// What is taken off the disk.
     removals: Turns,
     /// What is changed there. Whoever begins something does not wait for removals.
@@ -216,6 +218,7 @@ impl Engine {
             disks,
             lookout,
             kills,
+            claims: Mutex::default(),
             removals: Turns::of(TURNS),
             changes: Turns::of(TURNS),
             boot_id,
@@ -304,6 +307,14 @@ impl Engine {
         sighted: BTreeSet<String>,
     ) -> BTreeSet<String> {
         sweep::orphans(&self.shared, known, sighted).await
+    }
+
+    /// Kills what is left of a container that cannot be adopted yet; then it can be, as a dead one.
+    ///
+    /// # Errors
+    /// [`EngineError::Stuck`], or the kernel refused.
+    pub async fn end_processes(&self, handle: &str) -> Result<(), EngineError> {
+        destroy::end_processes(&self.shared, handle).await
     }
 
     /// Removes a container of which only the record is left: dead, or not to be adopted. One that is

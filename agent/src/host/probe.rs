@@ -359,6 +359,25 @@ fn map_layer(layer: &Path, users: &OwnedFd) -> Result<(), Errno> {
     mapped.map(drop).map_err(|error| error.errno)
 }
 
+/// How the name of a [`Desk`] begins; the number of its process follows.
+const DESK: &str = ".ostler-probe-";
+
+/// Removes the desks of processes that were killed.
+fn remove_of_the_dead(there: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(there)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let owner = name.to_str().and_then(|name| name.strip_prefix(DESK));
+        let Some(owner) = owner.and_then(|owner| owner.parse::<u32>().ok()) else {
+            continue;
+        };
+        if owner == std::process::id() || !Path::new(&format!("/proc/{owner}")).exists() {
+            fs::remove_dir_all(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 /// A directory beside or below the base, for as long as this lives.
 struct Desk {
     path: PathBuf,
@@ -367,15 +386,9 @@ struct Desk {
 impl Desk {
     fn new(base: &Path) -> std::io::Result<Self> {
         let there = base.ancestors().find(|path| path.is_dir()).unwrap_or(base);
-        let path = there.join(format!(".ostler-probe-{}", std::process::id()));
-        if let Err(error) = fs::create_dir(&path) {
-            if error.kind() != std::io::ErrorKind::AlreadyExists {
-                return Err(error);
-            }
-            // Of one that was killed: the number is ours now.
-            fs::remove_dir_all(&path)?;
-            fs::create_dir(&path)?;
-        }
+        remove_of_the_dead(there)?;
+        let path = there.join(format!("{DESK}{}", std::process::id()));
+        fs::create_dir(&path)?;
         let desk = Self { path };
         for name in ["lower", "upper", "work", "root"] {
             fs::create_dir(desk.path.join(name))?;

@@ -14,4 +14,5 @@ pub mod scale;
 pub mod stable;
 pub mod startup;
 pub mod state;
+pub mod totals;
 pub mod world;

@@ -165,7 +165,12 @@ pub struct Counter(Arc<AtomicU64>);
 impl Counter {
     /// One more; gives its number, from 1 on.
     pub fn count(&self) -> u64 {
-        self.0.fetch_add(1, Ordering::Relaxed) + 1
+        self.add(1)
+    }
+
+    /// So many more; gives how many there are then.
+    pub fn add(&self, more: u64) -> u64 {
+        self.0.fetch_add(more, Ordering::Relaxed) + more
     }
 
     /// How many.

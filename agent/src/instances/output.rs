@@ -6,7 +6,7 @@
 //! are still read, for the end of the job must be known, but their bytes stay in the spool.
 
 use super::instance::JOB;
-use super::outlet::{Confirmation, Mark, Message, Outlet, REFUSED_PAUSE};
+use super::outlet::{Confirmation, Counter, Mark, Message, Outlet, REFUSED_PAUSE};
 use crate::engine::{Container, Followed};
 use crate::host::open_or_make;
 use crate::host::scribe::{Lateness, Scribe, Scribes};
@@ -82,6 +82,8 @@ pub struct Source {
     pub handle: String,
     /// The instance id as it is now; an update may change it.
     pub instance: watch::Receiver<String>,
+    /// Counts the bytes that readers were told to be missing.
+    pub missing: Counter,
 }
 
 /// Where the confirmed cursor is kept between two lives of the agent, together with what is known of
@@ -228,6 +230,7 @@ async fn deliver(
             container,
             confirmed,
             sent: confirmed,
+            missing: 0,
             mark,
             silent_until: silent_until.take(),
         };
@@ -279,6 +282,8 @@ struct Flight<'a> {
     container: &'a Container,
     confirmed: Cursor,
     sent: Cursor,
+    /// Bytes that `sent` has named as missing and of which no confirmation is awaited yet.
+    missing: u64,
     mark: Mark,
     /// Nothing is published so long, as if there were no connection: the server would not take it.
     silent_until: Option<Instant>,
@@ -287,6 +292,11 @@ struct Flight<'a> {
 impl Flight<'_> {
     fn speaks(&self) -> bool {
         self.mark.up() && self.silent_until.is_none()
+    }
+
+    fn said(&mut self, (next, missing): (Cursor, u64)) {
+        self.sent = next;
+        self.missing += missing;
     }
 
     async fn fly(
@@ -301,7 +311,7 @@ impl Flight<'_> {
         // that is.
         let mut scout = None;
         let mut ended = false;
-        let mut target = self.confirmed;
+        let (mut target, mut missing) = (self.confirmed, 0);
         let mut confirming = pin!(Fuse::terminated());
         let mut saying = pin!(Fuse::terminated());
         loop {
@@ -311,6 +321,7 @@ impl Flight<'_> {
             }
             if confirming.is_terminated() && self.sent != self.confirmed {
                 target = self.sent;
+                missing = std::mem::take(&mut self.missing);
                 confirming.set(outlet.confirm(self.mark, &source.subject).fuse());
             }
             let on_the_way = self.sent.position.saturating_sub(self.confirmed.position);
@@ -331,17 +342,18 @@ impl Flight<'_> {
                         Confirmation::Refused => return Landed::Refused,
                     }
                     self.confirmed = target;
+                    source.missing.add(missing);
                     let facts = view.borrow().clone();
                     file.keep(target, &facts).await;
                 }
-                next = &mut saying, if !is_said => self.sent = next,
+                said = &mut saying, if !is_said => self.said(said),
                 followed = follow.recv(), if !full && !ended => match followed {
                     Some(Followed::Frame(frame)) => {
                         ended = tell(&frame.record, view);
                         if self.speaks() {
                             saying.set(say(frame, self.mark, outlet, source).fuse());
-                            if let Some(next) = saying.as_mut().now_or_never() {
-                                self.sent = next;
+                            if let Some(said) = saying.as_mut().now_or_never() {
+                                self.said(said);
                             }
                         }
                     }
@@ -359,8 +371,9 @@ impl Flight<'_> {
     }
 }
 
-/// Says what is to be said of a frame. Where the next one begins.
-async fn say(frame: Frame, mark: Mark, outlet: &Outlet, source: &Source) -> Cursor {
+/// Says what is to be said of a frame. Where the next one begins, and how many bytes are missing before it.
+async fn say(frame: Frame, mark: Mark, outlet: &Outlet, source: &Source) -> (Cursor, u64) {
+    let mut missing = 0;
     match &frame.record {
         Record::Output {
             stream,
@@ -382,13 +395,14 @@ async fn say(frame: Frame, mark: Mark, outlet: &Outlet, source: &Source) -> Curs
             bytes,
             certain,
         } => {
+            missing = *bytes;
             outlet
                 .print(source.dropped(*stream, *offset, *bytes, *certain))
                 .await;
         }
         Record::Started | Record::Exit { .. } | Record::End { .. } => {}
     }
-    frame.next
+    (frame.next, missing)
 }
 
 async fn until(instant: Option<Instant>) {

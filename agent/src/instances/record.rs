@@ -18,6 +18,9 @@ use tracing::error;
 /// The format that this agent writes and reads.
 pub const FORMAT: u32 = 1;
 
+/// How the name of a file ends that [`write_durably`] has not finished; worthless after a restart.
+pub const UNFINISHED: &str = ".new";
+
 /// One instance.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Record {
@@ -396,7 +399,7 @@ pub fn make_private(dir: &Path) -> Result<(), RecordError> {
 /// # Errors
 /// What the file system says; the old file then still stands.
 pub fn write_durably(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), RecordError> {
-    let temporary = dir.join(format!("{name}.new"));
+    let temporary = dir.join(format!("{name}{UNFINISHED}"));
     let failed = |source| RecordError {
         act: "write",
         path: dir.join(name),

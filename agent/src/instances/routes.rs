@@ -211,11 +211,7 @@ impl Routes {
         state.count += 1;
         let number = state.count;
         let taken_back = TakenBack {
-            // How long it may stand says nothing of one that shall not.
-            route: Route {
-                stale_threshold_in_seconds: None,
-                ..route.clone()
-            },
+            route: route.clone(),
             stage: Stage::Queued,
             heard: Some(heard),
         };

@@ -7,10 +7,13 @@ use super::instance::Change;
 use super::outlet::Outlet;
 use super::record::Records;
 use super::routes::Routes;
+use super::totals::Totals;
 use crate::config::Config;
 use crate::engine::Engine;
 use crate::host::scribe::{Scribes, UNANSWERED};
 use messages::outgoing::{Component, uptime, usage_time};
+use nix::sys::time::{TimeSpec, TimeValLike};
+use nix::time::{ClockId, clock_gettime};
 use std::net::IpAddr;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::{Semaphore, mpsc};
@@ -46,6 +49,8 @@ pub struct World {
     pub outlet: Outlet,
     /// What routers are told.
     pub routes: Routes,
+    /// What has happened so far.
+    pub totals: Totals,
     /// The way to the stable.
     pub changes: mpsc::UnboundedSender<Change>,
 }
@@ -91,6 +96,14 @@ pub fn now() -> f64 {
         .duration_since(UNIX_EPOCH)
         .unwrap_or_default()
         .as_secs_f64()
+}
+
+/// Seconds since the machine began, its sleep included: what is measured by it does not change when a clock is set.
+#[must_use]
+pub fn since_boot() -> f64 {
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME);
+    // Linux has that clock since 2.6.39.
+    Duration::from(now.unwrap_or_else(|_| TimeSpec::zero())).as_secs_f64()
 }
 
 /// Whole seconds of a time or a span; 0 for a negative one (a clock that was set back).

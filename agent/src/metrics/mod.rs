@@ -15,6 +15,7 @@ pub use health::TRIAL;
 use crate::bus::Tally;
 use crate::instances::outlet::Outlet;
 use crate::instances::stable::{Ask, Registry, Standing};
+use crate::instances::totals::Totals;
 use crate::instances::world::{World, now, whole_seconds};
 use health::Health;
 use http::{Answer, HEAD_MAX, Page};
@@ -188,7 +189,8 @@ async fn metrics(sources: &Sources) -> String {
     let (standing, spooled) = tokio::join!(standing, world.depth.bytes(PATIENCE));
     let told = (standing.ok().flatten(), spooled);
     let late = world.scribes.lateness().time();
-    page::page(&numbers(told, late, &world.outlet, &sources.tally))
+    let (outlet, totals) = (&world.outlet, &world.totals);
+    page::page(&numbers(told, late, outlet, totals, &sources.tally))
 }
 
 /// The page for collectors, of the same kind.
@@ -210,6 +212,7 @@ fn numbers(
     (standing, spooled): (Option<Standing>, Option<u64>),
     late: Duration,
     outlet: &Outlet,
+    totals: &Totals,
     tally: &Tally,
 ) -> page::Numbers {
     page::Numbers {
@@ -218,6 +221,10 @@ fn numbers(
         late,
         mark: outlet.mark(),
         dropped: outlet.drops().value(),
+        left_out: outlet.left_out().value(),
+        exits: totals.exits().collect(),
+        oom_kills: totals.oom_kills.value(),
+        missing: totals.missing_output.value(),
         counts: tally.counts(),
         since: tally.since,
         process: page::Process::read(),
@@ -226,7 +233,7 @@ fn numbers(
 
 #[cfg(test)]
 mod tests {
-    use super::{Duration, numbers, page};
+    use super::{Duration, Totals, numbers, page};
     use crate::bus::Tally;
     use crate::instances::outlet::outlet;
 
@@ -240,6 +247,7 @@ mod tests {
             (None, None),
             Duration::ZERO,
             &outlet,
+            &Totals::default(),
             &Tally::begin(),
         ));
         let line = "ostler_bus_dropped_messages_total 3";

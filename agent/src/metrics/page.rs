@@ -2,6 +2,7 @@
 
 use crate::instances::outlet::Mark;
 use crate::instances::stable::Standing;
+use messages::outgoing::Reason;
 use messages::service::Counts;
 use messages::subjects::Incoming;
 use nix::sys::resource::{UsageWho, getrusage};
@@ -21,6 +22,14 @@ pub(super) struct Numbers {
     pub(super) mark: Mark,
     /// Messages that came and were not read in time.
     pub(super) dropped: u64,
+    /// Exits of refused starts that were not said.
+    pub(super) left_out: u64,
+    /// Instances that are no more.
+    pub(super) exits: Vec<(Reason, u64)>,
+    /// Processes that were killed for want of memory.
+    pub(super) oom_kills: u64,
+    /// Bytes of output that were told to be missing.
+    pub(super) missing: u64,
     /// Those of [`Incoming::answered`], in that order.
     pub(super) counts: Vec<Counts>,
     /// When the agent began, in seconds since the epoch.
@@ -75,8 +84,9 @@ pub(super) fn page(numbers: &Numbers) -> String {
     if let Some(standing) = &numbers.standing {
         host(&mut page, standing);
     }
+    instances(&mut page, numbers);
     bus(&mut page, numbers);
-    output(&mut page, numbers.spooled);
+    output(&mut page, numbers);
     page.gauge(
         "ostler_disk_late_seconds",
         numbers.late.as_secs(),
@@ -132,15 +142,26 @@ fn host(page: &mut Text, standing: &Standing) {
     }
 }
 
+fn instances(page: &mut Text, numbers: &Numbers) {
+    let name = "ostler_exits_total";
+    page.family(name, Kind::Counter, "Instances that ended, by the reason.");
+    for (reason, count) in &numbers.exits {
+        page.sample(name, &[("reason", reason.name())], count);
+    }
+    page.counter(
+        "ostler_oom_kills_total",
+        numbers.oom_kills,
+        "Processes of instances that were killed for want of memory.",
+    );
+}
+
 fn bus(page: &mut Text, numbers: &Numbers) {
     let mark = numbers.mark;
-    let name = "ostler_bus_connected";
-    page.family(
-        name,
-        Kind::Gauge,
+    page.gauge(
+        "ostler_bus_connected",
+        u8::from(mark.up()),
         "Whether there is a connection to the bus.",
     );
-    page.sample(name, &[], u8::from(mark.up()));
     for (name, value, help) in [
         (
             "ostler_bus_connects_total",
@@ -157,20 +178,29 @@ fn bus(page: &mut Text, numbers: &Numbers) {
             numbers.dropped,
             "Messages to this host that were dropped, because it read too slowly or the bus took its answers too slowly.",
         ),
+        (
+            "ostler_bus_left_out_exits_total",
+            numbers.left_out,
+            "Exits of refused starts that were not said, because too many waited for the bus.",
+        ),
     ] {
-        page.family(name, Kind::Counter, help);
-        page.sample(name, &[], value);
+        page.counter(name, value, help);
     }
 }
 
-fn output(page: &mut Text, spooled: Option<u64>) {
-    if let Some(spooled) = spooled {
-        let name = "ostler_output_spooled_bytes";
-        let help =
-            "Output on disk that the bus has not confirmed, with the headers of its records.";
-        page.family(name, Kind::Gauge, help);
-        page.sample(name, &[], spooled);
+fn output(page: &mut Text, numbers: &Numbers) {
+    if let Some(spooled) = numbers.spooled {
+        page.gauge(
+            "ostler_output_spooled_bytes",
+            spooled,
+            "Output on disk that the bus has not confirmed, with the headers of its records.",
+        );
     }
+    page.counter(
+        "ostler_output_missing_bytes_total",
+        numbers.missing,
+        "Output of which the bus was told that it is missing.",
+    );
 }
 
 fn requests(page: &mut Text, counts: &[Counts]) {
@@ -247,6 +277,12 @@ impl Text {
     /// One of which there is one.
     fn gauge(&mut self, name: &str, value: impl Display, help: &str) {
         self.family(name, Kind::Gauge, help);
+        self.sample(name, &[], value);
+    }
+
+    /// Likewise.
+    fn counter(&mut self, name: &str, value: impl Display, help: &str) {
+        self.family(name, Kind::Counter, help);
         self.sample(name, &[], value);
     }
 

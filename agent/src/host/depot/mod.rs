@@ -193,11 +193,19 @@ impl Directory {
     /// # Errors
     /// As `open(2)`.
     pub fn log(&self) -> Result<fs::File, SysError> {
+        /// Complaints of an app that lives for months beside something that fails each second must not fill the disk.
+        const MOST: u64 = 1 << 20;
         let path = self.path.join("log");
         let mut options = fs::File::options();
         options.append(true);
-        let log = open_or_make(options, &path);
-        log.context("open", path.display())
+        let open = || {
+            let log = open_or_make(options, &path)?;
+            if log.metadata()?.len() > MOST {
+                log.set_len(0)?;
+            }
+            Ok::<_, io::Error>(log)
+        };
+        open().context("open", path.display())
     }
 
     /// The end of the log, in one line: it goes with the container.
@@ -241,18 +249,13 @@ impl Depot {
             });
         }
         fs::create_dir_all(base).context("mkdir", base.display())?;
-        for path in [base.to_owned(), base.join("containers"), base.join("trash")] {
-            match make(&path, 0o700) {
-                Err(SysError {
-                    errno: Errno::EEXIST,
-                    ..
-                }) => set_mode(&path, 0o700)?,
-                other => other?,
+        let trash = base.join("trash");
+        for path in [base, &base.join("containers"), &trash] {
+            if !make_missing(path)? {
+                set_mode(path, 0o700)?;
             }
         }
-        if let Err(error) = take_anything(&base.join("trash")) {
-            tracing::warn!(%error, "what has a project may stay where it is");
-        }
+        take_anything(&trash);
         let ranges = Arc::new(ranges(base)?);
         Ok(Self {
             base: base.to_owned(),
@@ -337,7 +340,12 @@ impl Depot {
         let Some(ids) = ids_of(&from).context("stat", from.display())? else {
             return Ok(());
         };
-        match remove::move_into(&self.base.join("trash"), &from, ids) {
+        // Somebody in want of room may have removed it.
+        let trash = self.base.join("trash");
+        if make_missing(&trash)? {
+            take_anything(&trash);
+        }
+        match remove::move_into(&trash, &from, ids) {
             Err(Errno::ENOENT) => Ok(()),
             other => other.context("rename", from.display()),
         }?;
@@ -385,7 +393,10 @@ impl Depot {
     fn empty(&self) -> Result<(), SysError> {
         let trash = self.base.join("trash");
         let trashed = self.ranges.trashed();
-        let emptied = remove::empty(&trash).context("remove", trash.display());
+        let emptied = match remove::empty(&trash) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other.context("remove", trash.display()),
+        };
         let left = names(&trash)?;
         let left = left.iter().filter_map(|name| remove::ids_of(name));
         self.ranges.release(trashed, left);
@@ -457,9 +468,14 @@ fn ids_of(path: &Path) -> io::Result<Option<Ids>> {
 }
 
 /// Lets what has a project of its own be moved into a directory, where an operator has given the depot to another.
-fn take_anything(path: &Path) -> Result<(), SysError> {
-    let directory = fs::File::open(path).context("open", path.display())?;
-    quota::end_inheritance(directory.as_fd()).context("FS_IOC_FSSETXATTR", path.display())
+fn take_anything(path: &Path) {
+    let end = || {
+        let directory = fs::File::open(path).context("open", path.display())?;
+        quota::end_inheritance(directory.as_fd()).context("FS_IOC_FSSETXATTR", path.display())
+    };
+    if let Err(error) = end() {
+        tracing::warn!(%error, "what has a project may stay where it is");
+    }
 }
 
 /// Makes `user` and the container's root group the owners.
@@ -487,6 +503,17 @@ fn names(path: &Path) -> Result<Vec<String>, SysError> {
         names.extend(name.into_string());
     }
     Ok(names)
+}
+
+/// Makes a directory that may be there already; whether it was not.
+fn make_missing(path: &Path) -> Result<bool, SysError> {
+    match make(path, 0o700) {
+        Err(SysError {
+            errno: Errno::EEXIST,
+            ..
+        }) => Ok(false),
+        other => other.map(|()| true),
+    }
 }
 
 /// Makes a directory with exactly this mode, whatever the process's umask.

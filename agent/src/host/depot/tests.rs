@@ -195,6 +195,21 @@ fn what_an_earlier_agent_left_in_the_trash_is_no_obstacle() {
 }
 
 #[test]
+fn whoever_removes_the_trash_keeps_nothing_from_being_removed() {
+    let base = Base::new("trashless");
+    let depot = Depot::open(&base.0).unwrap();
+    let (directory, _) = created(&depot);
+    fs::remove_dir(base.0.join("trash")).unwrap();
+    depot.empty_trash().unwrap();
+    assert_eq!(depot.ranges_taken(), 1, "its files are there");
+    depot.discard(HANDLE).unwrap();
+    assert!(!directory.path.exists());
+    depot.empty_trash().unwrap();
+    assert_eq!(depot.ranges_taken(), 0);
+    assert_eq!(rights(&base.0.join("trash")), (0o700, 0, 0));
+}
+
+#[test]
 fn ids_are_no_other_containers_while_their_files_exist() {
     let base = Base::new("ids");
     let other = "vvvvvvvvvvv";

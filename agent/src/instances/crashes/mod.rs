@@ -14,7 +14,7 @@ mod gather;
 
 use super::droplets::base64;
 use super::record::{RecordError, make_private};
-use super::world::now;
+use super::world::{now, since_boot};
 use crate::config;
 use crate::engine::Container;
 use crate::host::depot::{disk::Disk, is_handle};
@@ -70,6 +70,23 @@ const HEADROOM: usize = 2048;
 /// Most bytes that one byte becomes in JSON (`\u0001`).
 const ESCAPED: usize = 6;
 
+/// One of them.
+#[derive(Debug)]
+struct Kept {
+    crash: Crash,
+    /// When it was, in seconds since the boot, which no clock that is set changes; of those of an earlier life of the agent, as
+    /// the clock stood when this one began.
+    at: f64,
+}
+
+impl Kept {
+    fn of(crash: Crash) -> Self {
+        let age = (now() - crash.time).max(0.0);
+        let at = since_boot() - age;
+        Self { crash, at }
+    }
+}
+
 #[derive(Serialize, Deserialize)]
 struct Record {
     format: u32,
@@ -87,7 +104,7 @@ struct Inner {
     dir: PathBuf,
     limits: config::Crashes,
     lifetime: Duration,
-    kept: Mutex<BTreeMap<String, Crash>>,
+    kept: Mutex<BTreeMap<String, Kept>>,
     turns: Arc<Semaphore>,
     reaping: Mutex<()>,
 }
@@ -160,8 +177,7 @@ impl Crashes {
         host: &str,
         max_payload: usize,
     ) -> Reply {
-        let mut crashes = self.matching(request, here);
-        crashes.sort_by(|one, other| other.time.total_cmp(&one.time));
+        let crashes = self.matching(request, here);
         let Some((name, offset)) = &request.file else {
             let matched = crashes.len();
             return Reply::ok(json!({"dea": host, "matched": matched, "crashes": crashes}));
@@ -193,8 +209,9 @@ impl Crashes {
         }
     }
 
+    /// The newest first.
     fn matching(&self, request: &LogsRequest, here: &HashSet<String>) -> Vec<Crash> {
-        let wanted = |crash: &&Crash| {
+        let wanted = |Kept { crash, .. }: &Kept| {
             let candidate = Candidate {
                 droplet: &crash.droplet,
                 version: &crash.version,
@@ -206,7 +223,9 @@ impl Crashes {
             (request.filter.matches(&candidate) || here.contains(&crash.handle))
                 && handle.is_none_or(|handle| *handle == crash.handle)
         };
-        self.kept().values().filter(wanted).cloned().collect()
+        let kept = self.kept();
+        let wanted = newest_first(&kept).into_iter().filter(|one| wanted(one));
+        wanted.map(|one| one.crash.clone()).collect()
     }
 
     /// `count` bytes at `start` of one of our own files.
@@ -232,7 +251,7 @@ impl Crashes {
         timeout(patience, turn).await.ok()?.ok()
     }
 
-    fn kept(&self) -> MutexGuard<'_, BTreeMap<String, Crash>> {
+    fn kept(&self) -> MutexGuard<'_, BTreeMap<String, Kept>> {
         self.inner.kept()
     }
 
@@ -259,7 +278,7 @@ impl Crashes {
 }
 
 impl Inner {
-    fn kept(&self) -> MutexGuard<'_, BTreeMap<String, Crash>> {
+    fn kept(&self) -> MutexGuard<'_, BTreeMap<String, Kept>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -275,7 +294,7 @@ impl Inner {
             return Err(error);
         }
         let files = crash.files.len();
-        self.kept().insert(handle.clone(), crash);
+        self.kept().insert(handle.clone(), Kept::of(crash));
         info!(handle, files, "kept what a crash left");
         self.remove_superfluous();
         Ok(())
@@ -321,7 +340,12 @@ impl Inner {
     }
 
     fn remove_superfluous(&self) {
-        let old = superfluous(&self.kept(), now(), self.lifetime, self.limits.per_app);
+        let old = superfluous(
+            &self.kept(),
+            since_boot(),
+            self.lifetime,
+            self.limits.per_app,
+        );
         old.iter().for_each(|handle| self.remove(handle));
     }
 
@@ -336,8 +360,8 @@ impl Inner {
             let oldest = self
                 .kept()
                 .values()
-                .min_by(|one, other| one.time.total_cmp(&other.time))
-                .map(|crash| crash.handle.clone());
+                .min_by(|one, other| one.at.total_cmp(&other.at))
+                .map(|one| one.crash.handle.clone());
             let Some(oldest) = oldest else { break };
             self.remove(&oldest);
             removed += 1;
@@ -361,22 +385,26 @@ impl Inner {
     }
 }
 
-/// Which crashes are older than `lifetime`, or have `per_app` newer ones of their app.
+fn newest_first(kept: &BTreeMap<String, Kept>) -> Vec<&Kept> {
+    let mut kept: Vec<&Kept> = kept.values().collect();
+    kept.sort_by(|one, other| other.at.total_cmp(&one.at));
+    kept
+}
+
+/// Which crashes are older than `lifetime` at `now`, or have `per_app` newer ones of their app.
 fn superfluous(
-    kept: &BTreeMap<String, Crash>,
+    kept: &BTreeMap<String, Kept>,
     now: f64,
     lifetime: Duration,
     per_app: usize,
 ) -> Vec<String> {
-    let mut newest_first: Vec<&Crash> = kept.values().collect();
-    newest_first.sort_by(|one, other| other.time.total_cmp(&one.time));
     let mut seen: HashMap<&str, usize> = HashMap::new();
-    let old = newest_first.into_iter().filter(|crash| {
-        let newer = seen.entry(&crash.droplet).or_default();
+    let old = newest_first(kept).into_iter().filter(|one| {
+        let newer = seen.entry(&one.crash.droplet).or_default();
         *newer += 1;
-        *newer > per_app || now - crash.time > lifetime.as_secs_f64()
+        *newer > per_app || now - one.at > lifetime.as_secs_f64()
     });
-    old.map(|crash| crash.handle.clone()).collect()
+    old.map(|one| one.crash.handle.clone()).collect()
 }
 
 /// Whether more of a disk is used than crashes may see. One that counts no inodes has enough of them.
@@ -434,7 +462,7 @@ fn read_at(path: &Path, start: u64, count: u64) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn load(dir: &Path) -> BTreeMap<String, Crash> {
+fn load(dir: &Path) -> BTreeMap<String, Kept> {
     let mut kept = BTreeMap::new();
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -442,7 +470,7 @@ fn load(dir: &Path) -> BTreeMap<String, Crash> {
             continue;
         }
         match read_record(&entry.path()) {
-            Some(crash) if crash.handle == name => drop(kept.insert(name, crash)),
+            Some(crash) if crash.handle == name => drop(kept.insert(name, Kept::of(crash))),
             _ => {
                 warn!(name, "what is left of a crash is not whole: removed");
                 let _the_next_one_tries = fs::remove_dir_all(entry.path());
@@ -491,14 +519,20 @@ fn show(fields: &mut Value, start: u64, mut bytes: Vec<u8>, last: bool) {
 
 #[cfg(test)]
 mod tests {
-    use super::{show, superfluous};
+    use super::{Kept, now, show, since_boot, superfluous};
     use messages::crash::Crash;
     use serde_json::json;
     use std::collections::BTreeMap;
     use std::time::Duration;
 
-    fn crash(handle: &str, droplet: &str, time: f64) -> (String, Crash) {
-        let crash = Crash {
+    /// One of so many seconds after the boot, whatever the clock says.
+    fn crash(handle: &str, droplet: &str, at: f64) -> (String, Kept) {
+        let crash = plain(handle, droplet, 1_000_000_000.0 - at);
+        (handle.into(), Kept { crash, at })
+    }
+
+    fn plain(handle: &str, droplet: &str, time: f64) -> Crash {
+        Crash {
             handle: handle.into(),
             droplet: droplet.into(),
             index: 0,
@@ -511,8 +545,15 @@ mod tests {
             oom: false,
             files: Vec::new(),
             left_out: 0,
-        };
-        (handle.into(), crash)
+        }
+    }
+
+    #[test]
+    fn a_crash_of_a_time_to_come_is_as_young_as_one_can_be() {
+        for (ahead, age) in [(1e9, 0.0), (0.0, 0.0), (-1000.0, 1000.0)] {
+            let at = Kept::of(plain("a1", "a", now() + ahead)).at;
+            assert!((since_boot() - at - age).abs() < 10.0, "{ahead}: {at}");
+        }
     }
 
     #[test]
@@ -523,8 +564,6 @@ mod tests {
             crash("a3", "a", 1000.1),
             crash("b1", "b", 900.0),
             crash("c1", "c", 10.0),
-            // A clock that was set back.
-            crash("d1", "d", 5000.0),
         ]);
         let old = |lifetime, per_app| {
             let lifetime = Duration::from_secs(lifetime);

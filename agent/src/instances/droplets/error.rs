@@ -118,6 +118,12 @@ pub enum DropletError {
         /// What is wrong with it.
         why: String,
     },
+    /// The rest of the disk was promised to instances.
+    #[error("the droplet was given up: {why}")]
+    NoRoom {
+        /// How much there is, and where.
+        why: String,
+    },
     /// No space, no inodes, or a quota is used up.
     #[error("the disk is full: cannot {doing} {path:?}; free bytes or inodes there")]
     DiskFull {
@@ -172,6 +178,7 @@ impl DropletError {
             | Self::Entry { .. }
             | Self::TooManyEntries { .. }
             | Self::TooMuchUnpacked { .. }
+            | Self::NoRoom { .. }
             | Self::Text { .. }
             | Self::DiskFull { .. }
             | Self::Disk { .. }

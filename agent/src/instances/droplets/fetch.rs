@@ -14,6 +14,7 @@ use super::FetchOptions;
 use super::digest::{Digest, Hasher};
 use super::error::DropletError;
 use super::stop::Stop;
+use super::toll::Toll;
 use super::tree::{open_directory, open_file_below};
 use super::uri::{Place, Source};
 
@@ -138,6 +139,7 @@ impl Download<'_> {
         let mut hasher = Hasher::like(digest);
         let mut buffer = vec![0; 64 * 1024];
         let mut size = 0u64;
+        let mut toll = Toll::of(self.options.space.as_ref());
         loop {
             let count = match from.read(&mut buffer) {
                 Ok(0) => return Ok((size, hasher.finish())),
@@ -154,6 +156,7 @@ impl Download<'_> {
             self.left(size)?;
             self.stop.check()?;
             hasher.update(chunk);
+            toll.pay(chunk.len() as u64)?;
             file.write_all(chunk)
                 .map_err(|error| DropletError::disk("store the droplet in", path, error))?;
         }

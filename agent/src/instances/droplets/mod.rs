@@ -7,6 +7,7 @@
 //! <base>/droplets/<digest>/<uid>-<gid>/        a whole layer: app -> /home/vcap/app, home/vcap/…
 //! <base>/droplets/.new-<digest>-<try>/         one in the making; worthless after a restart
 //! <base>/droplets/.trash-<digest>              one on its way out
+//! <base>/droplets/.old-<life>-<n>/             what an earlier life of the agent left of those
 //! ```
 //!
 //! A layer gets its final name by a rename, after everything in it has reached the disk. So whatever
@@ -18,11 +19,14 @@ mod fetch;
 mod meter;
 mod staging;
 pub(crate) mod stop;
+mod toll;
 pub(crate) mod tree;
 pub(crate) mod unpack;
 pub(crate) mod uri;
 pub(crate) mod yaml;
 
+use crate::host::depot::disk::Space;
+use crate::host::in_background;
 use std::collections::{HashMap, HashSet};
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io;
@@ -82,6 +86,8 @@ pub struct FetchOptions {
     pub max_entries: u64,
     /// The size of the droplet when unpacked, in bytes.
     pub max_unpacked_bytes: u64,
+    /// Where a droplet may only have what nobody was promised; `None`: whatever there is.
+    pub space: Option<Space>,
 }
 
 impl Default for FetchOptions {
@@ -94,6 +100,7 @@ impl Default for FetchOptions {
             retries: 2,
             max_entries: 200_000,
             max_unpacked_bytes: 8 << 30,
+            space: None,
         }
     }
 }
@@ -149,11 +156,7 @@ impl Droplets {
             .mode(0o700)
             .create(&dir)
             .map_err(|error| DropletError::disk("make directory", &dir, error))?;
-        for name in names_in(&dir)? {
-            if name.starts_with('.') {
-                remove_tree(&dir.join(name))?;
-            }
-        }
+        clear_away(&dir)?;
         let running = Mutex::new(HashMap::new());
         let slots = Arc::new(Semaphore::new(PARALLEL));
         Ok(Self {
@@ -355,6 +358,27 @@ impl Droplets {
         }
         !is_used
     }
+}
+
+/// Takes what an agent that was killed left unfinished out of the way of those to come, and has it removed beside them: there may
+/// be millions of files.
+fn clear_away(dir: &Path) -> Result<(), DropletError> {
+    let life = crate::random::hex(4);
+    let left = names_in(dir)?
+        .into_iter()
+        .filter(|name| name.starts_with('.'));
+    let mut gone = Vec::new();
+    for (number, name) in left.enumerate() {
+        let (from, to) = (dir.join(name), dir.join(format!(".old-{life}-{number}")));
+        let moved = fs::rename(&from, &to);
+        gone.extend(logged(moved.map_err(|e| DropletError::disk("rename", &from, e))).map(|()| to));
+    }
+    in_background(move || {
+        for left in gone {
+            logged(remove_tree(&left));
+        }
+    });
+    Ok(())
 }
 
 /// What the holders do is too short to leave a half-changed value behind.

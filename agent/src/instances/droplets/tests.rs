@@ -148,6 +148,7 @@ fn quick() -> FetchOptions {
         retries: 0,
         max_entries: 100,
         max_unpacked_bytes: 1 << 20,
+        space: None,
     }
 }
 

@@ -25,6 +25,7 @@ use tar::{Archive, Entry};
 use super::error::DropletError;
 use super::meter::{Budget, Meter};
 use super::stop::Stop;
+use super::toll::{FILE, Toll};
 use super::tree::{open_below, open_directory};
 use super::{FetchOptions, Owner};
 
@@ -58,6 +59,7 @@ pub(crate) fn unpack(
         options,
         made: 0,
         written: 0,
+        toll: Toll::of(options.space.as_ref()),
         buffer: vec![0; 64 * 1024],
     };
     let mut entries = archive.entries().map_err(|error| budget.reason(&error))?;
@@ -80,6 +82,7 @@ struct Unpacker<'a> {
     made: u64,
     /// Bytes written so far; holes of sparse entries count, as they are written out.
     written: u64,
+    toll: Toll<'a>,
     buffer: Vec<u8>,
 }
 
@@ -200,6 +203,7 @@ impl Unpacker<'_> {
     ) -> Result<(), DropletError> {
         self.count()?;
         self.unlink(spot)?;
+        self.toll.pay(FILE)?;
         let flags =
             OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let file = openat(
@@ -226,6 +230,7 @@ impl Unpacker<'_> {
                     max: self.options.max_unpacked_bytes,
                 });
             }
+            self.toll.pay(chunk.len() as u64)?;
             file.write_all(chunk)
                 .map_err(|error| self.disk("write", &spot.path, error))?;
         }

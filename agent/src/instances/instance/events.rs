@@ -1,22 +1,19 @@
 //! The messages about one instance: routes, exits, OOM kills.
 
 use super::View;
-use crate::config::ROUTER_FORGETS;
 use crate::engine::{Level, OomReport};
 use crate::instances::outlet::{Message, Outlet};
 use crate::instances::record::{Event, Record, StopReason};
 use crate::instances::world::{World, now};
 use messages::crash::Crash;
-use messages::outgoing::{DropletOom, Exited, OutputOffsets, Reason, Route, Victim};
+use messages::outgoing::{
+    DropletOom, Exited, OutputOffsets, Reason, Route, Victim, exit_description,
+};
 use messages::reply::Reply;
 use messages::start::StartRequest;
 use messages::subjects;
 use messages::trace::Trace;
-use std::time::Duration;
 use tracing::warn;
-
-/// What an agent may take to be replaced, in seconds.
-const STALE_AT_LEAST: u64 = 60;
 
 /// The route of an instance to a port.
 pub(super) fn route(world: &World, view: &View, port: u16) -> Route {
@@ -34,28 +31,24 @@ pub(super) fn route(world: &World, view: &View, port: u16) -> Route {
         .into(),
         private_instance_id: record.private_instance.clone(),
         private_instance_index: view.index.to_string(),
-        stale_threshold_in_seconds: stale_after(world.config.intervals.router_register),
     }
 }
 
-/// Seconds after which routers may drop a route that is not said again: three repeats, and at least a
-/// minute, so that an agent which is replaced costs no route. `None`: the router's own time, which is not
-/// longer.
-fn stale_after(repeat: Duration) -> Option<u64> {
-    let wanted = repeat.as_secs().saturating_mul(3).max(STALE_AT_LEAST);
-    (wanted < ROUTER_FORGETS).then_some(wanted)
+/// Why the instance of this record ends, or has ended.
+pub(super) fn reason(record: &Record) -> Reason {
+    match record.stopping.as_ref().map(|stopping| stopping.reason) {
+        Some(StopReason::Stopped) => Reason::Stopped,
+        Some(StopReason::Shutdown) => Reason::DeaShutdown,
+        Some(StopReason::Evacuation) => Reason::DeaEvacuation,
+        None => Reason::Crashed,
+    }
 }
 
 /// `droplet.exited` of an instance whose exit is recorded; `end` holds the final offsets.
 pub(super) fn exited(view: &View, end: Option<(u64, u64)>) -> Event {
     let record = &view.record;
     let exit = record.exit.clone().unwrap_or_default();
-    let reason = match record.stopping.as_ref().map(|stopping| stopping.reason) {
-        Some(StopReason::Stopped) => Reason::Stopped,
-        Some(StopReason::Shutdown) => Reason::DeaShutdown,
-        Some(StopReason::Evacuation) => Reason::DeaEvacuation,
-        None => Reason::Crashed,
-    };
+    let reason = reason(record);
     let exited = Exited {
         cc_partition: view.cc_partition.clone(),
         droplet: view.droplet.clone(),
@@ -64,7 +57,7 @@ pub(super) fn exited(view: &View, end: Option<(u64, u64)>) -> Event {
         index: view.index,
         reason,
         exit_status: exit.status,
-        exit_description: exit.description,
+        exit_description: exit_description(&exit.description),
         crash_timestamp: (reason == Reason::Crashed).then_some(exit.time),
         signal: exit.signal,
         oom: Some(record.out_of_memory),
@@ -106,7 +99,7 @@ pub(crate) fn refused(start: &serde_json::Value, refusal: &Reply) -> Option<Even
         index,
         reason: Reason::Crashed,
         exit_status: -1,
-        exit_description: refusal.exit_description(),
+        exit_description: exit_description(&refusal.exit_description()),
         crash_timestamp: Some(crate::instances::world::whole_seconds(now())),
         signal: None,
         oom: None,
@@ -187,11 +180,10 @@ pub(super) fn event(subject: &str, body: &impl serde::Serialize) -> Event {
 
 #[cfg(test)]
 mod tests {
-    use super::{deliver, refused, stale_after};
+    use super::{deliver, refused};
     use crate::instances::outlet::outlet;
     use messages::reply::{ErrorCode, Reply};
     use serde_json::json;
-    use std::time::Duration;
 
     #[tokio::test]
     async fn refusals_that_the_bus_never_takes_are_left_out_in_the_end() {
@@ -208,12 +200,5 @@ mod tests {
         }
         // Each counts for a KiB, of 64 MiB.
         assert_eq!(outlet.left_out().value(), TOO_MANY - (64 << 10));
-    }
-
-    #[test]
-    fn a_route_outlives_three_repeats_and_an_agent_that_is_replaced() {
-        let after = |seconds| stale_after(Duration::from_secs(seconds));
-        let wanted = [Some(60), Some(60), Some(90), Some(117), None, None];
-        assert_eq!([1, 20, 30, 39, 40, u64::MAX].map(after), wanted);
     }
 }

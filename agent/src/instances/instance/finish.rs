@@ -190,6 +190,8 @@ impl Instance {
             "ended"
         );
         self.record.exit = Some(exit);
+        let reason = events::reason(&self.record);
+        self.world.totals.count_exit(reason);
         let event = events::exited(&self.view(), job.end);
         self.announce(event).await;
         self.tell();

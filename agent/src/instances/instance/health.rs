@@ -5,7 +5,7 @@ use crate::engine::Container;
 use crate::host::blocking;
 use crate::host::depot::disk::Disk;
 use crate::instances::droplets::tree::{Symlinks, read_text};
-use std::io;
+use std::io::{self, Read};
 use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
@@ -103,15 +103,34 @@ fn next(missed: u32, look: Option<bool>) -> u32 {
 async fn look(container: &Container, address: SocketAddrV4) -> Option<bool> {
     let sockets = format!("/proc/{}/net", container.pid());
     let read = move || -> io::Result<bool> {
-        let v4 = std::fs::read_to_string(format!("{sockets}/tcp"))?;
+        let v4 = text(&format!("{sockets}/tcp"))?;
         // A kernel may be without.
-        let v6 = std::fs::read_to_string(format!("{sockets}/tcp6")).unwrap_or_default();
+        let v6 = text(&format!("{sockets}/tcp6")).or_else(|error| {
+            let absent = error.kind() == io::ErrorKind::NotFound;
+            if absent {
+                Ok(String::new())
+            } else {
+                Err(error)
+            }
+        })?;
         Ok(listens(&v4, &v6, address))
     };
     match blocking(read).await.ok()? {
         false if container.is_idle().await => None,
         listens => Some(listens),
     }
+}
+
+/// What a list of sockets says, if it is no longer than an agent can read each time: an app can make it as long as it likes.
+/// The kernel lists those that listen first (`tcp_seek_last_pos` of net/ipv4/tcp_ipv4.c).
+fn text(path: &str) -> io::Result<String> {
+    /// Some 7,000 sockets.
+    const MOST: u64 = 1 << 20;
+    let mut text = String::new();
+    std::fs::File::open(path)?
+        .take(MOST)
+        .read_to_string(&mut text)?;
+    Ok(text)
 }
 
 /// Whether a socket that can be reached at `address` is in state LISTEN (0A). The texts are those of `/proc/<pid>/net/tcp`

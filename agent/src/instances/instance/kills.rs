@@ -125,6 +125,7 @@ impl Instance {
                 continue;
             };
             self.record.oom_kills = report.count;
+            self.world.totals.oom_kills.add(more + 1);
             info!(handle = self.record.handle, victim = ?report.victim, "out of memory");
             let mut oom = events::oom(&self.world, &self.record, &self.message, &report);
             (oom.missed, oom.survived) = (more, survived);

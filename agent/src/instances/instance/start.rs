@@ -86,6 +86,13 @@ impl Instance {
                 why, "a container cannot be adopted yet"
             );
             self.heed_for(ADOPT_AGAIN).await;
+            if self.record.stopping.is_some() {
+                // It cannot be asked to end; but it shall not run on.
+                let ended = self.world.engine.end_processes(&self.record.handle).await;
+                if let Err(error) = ended {
+                    error!(handle = self.record.handle, error = %chain(&error), "not everything is dead");
+                }
+            }
             remains = Some(Remains::of(&self.world, &self.record).await);
         }
         let died = match remains {
@@ -501,6 +508,7 @@ impl Instance {
             ),
             handle: self.record.handle.clone(),
             instance: self.instance_id.subscribe(),
+            missing: self.world.totals.missing_output.clone(),
         };
         let (view, job) = watch::channel(known);
         self.job = job;

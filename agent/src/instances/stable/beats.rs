@@ -126,11 +126,16 @@ impl Stable {
             return true;
         }
         let (capacity, reserved) = (self.capacity(), self.reserved());
+        let mut available_memory = difference(capacity.memory, reserved.memory);
+        // Whoever places by this alone would ask a host that must refuse, again and again. Controllers name an app by a UUID, too.
+        if !self.takes_one_more(&self.world.id) {
+            available_memory = available_memory.min(0);
+        }
         let config = &self.world.config;
         let advertise = Advertise {
             id: self.world.id.clone(),
             stacks: config.stacks.keys().cloned().collect(),
-            available_memory: difference(capacity.memory, reserved.memory),
+            available_memory,
             available_disk: self.available_disk(),
             app_id_to_count: self.app_id_to_count(),
             placement_properties: PlacementProperties {

@@ -4,10 +4,11 @@
 //! end, and an agent that came back meanwhile and took starts would have them cut off. It holds for one
 //! boot of the kernel, for a host that was emptied and booted shall serve again (docs/adr/0015).
 
-use super::{Duration, Instant, Interval, Stable, State, World, now, ticks_from};
+use super::{Duration, Instant, Interval, Stable, State, World, ticks_from};
 use crate::host::blocking;
 use crate::instances::record::{StopReason, write_durably};
 use crate::instances::state::{Act, Ask, admit};
+use crate::instances::world::since_boot;
 use serde::{Deserialize, Serialize};
 use std::path::Path;
 use tokio::time::timeout;
@@ -64,7 +65,7 @@ impl Farewell {
 struct Evacuation {
     /// The kernel's boot id when it began.
     boot_id: String,
-    /// When it began, in seconds since the epoch.
+    /// When it began, in seconds since that boot.
     since: f64,
 }
 
@@ -72,14 +73,14 @@ struct Evacuation {
 async fn kept(world: &World) -> Option<Duration> {
     let path = world.config.base.join(KEPT);
     let read = blocking(move || std::fs::read(&path)).await.ok()?;
-    let left = left(&read, &world.boot_id, world.config.bail_out, now());
+    let left = left(&read, &world.boot_id, world.config.bail_out, since_boot());
     left.unwrap_or_else(|error| {
         error!(%error, "whether this host was being emptied is not known: send USR2 again if so");
         None
     })
 }
 
-/// What is left at `now` of the evacuation that [`KEPT`] tells of, if it began in this boot and may take `all`.
+/// What is left at `now`, in seconds since the boot, of the evacuation that [`KEPT`] tells of, if it began in this boot and may take `all`.
 ///
 /// # Errors
 /// If it is not understood.
@@ -96,7 +97,7 @@ pub fn left(
 async fn keep(world: &World) {
     let begun = Evacuation {
         boot_id: world.boot_id.clone(),
-        since: now(),
+        since: since_boot(),
     };
     let base = world.config.base.clone();
     let kept = blocking(move || write(&base, &begun)).await;
@@ -110,7 +111,7 @@ fn write(base: &Path, begun: &Evacuation) -> Result<(), Box<dyn std::error::Erro
     Ok(write_durably(base, KEPT, &bytes)?)
 }
 
-/// What is left of `all` after so many seconds; a clock that was set back takes nothing away.
+/// What is left of `all` after so many seconds.
 fn rest(all: Duration, seconds: f64) -> Duration {
     let gone = Duration::try_from_secs_f64(seconds.max(0.0)).unwrap_or(all);
     all.saturating_sub(gone)

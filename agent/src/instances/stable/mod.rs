@@ -536,7 +536,9 @@ impl Stable {
             if record.state != State::Crashed {
                 continue;
             }
-            let this = (record.state_timestamp, handle.as_str());
+            // A clock that was set back must not make the newest one the oldest.
+            let time = Some(record.state_timestamp).filter(|time| *time <= now());
+            let this = (time.unwrap_or_default(), handle.as_str());
             match newest.insert(&stall.view.droplet, this) {
                 Some(other) if other.0 > this.0 => {
                     newest.insert(&stall.view.droplet, other);

@@ -116,6 +116,18 @@ impl Stable {
         });
     }
 
+    /// Whether there is what an instance needs beside memory and disk space: a place in the heartbeat, an address, ports, and
+    /// a disk that answers.
+    pub(super) fn takes_one_more(&self, droplet: &str) -> bool {
+        let room = Room {
+            instances: 1,
+            bytes: HeartbeatEntry::bytes_at_most(droplet, "default", 0),
+        };
+        self.room_for(room).is_ok()
+            && self.world.engine.has_place()
+            && self.world.scribes.lateness().time().is_zero()
+    }
+
     fn droplet_status(&self, answers: &Answers) {
         for stall in self.stalls.values() {
             let record = &stall.view.record;
@@ -138,14 +150,8 @@ impl Stable {
             return;
         }
         let (capacity, reserved) = (self.capacity(), self.reserved());
-        let room = Room {
-            instances: 1,
-            bytes: HeartbeatEntry::bytes_at_most(&request.droplet, "default", 0),
-        };
-        let full = self.admit_amount((wanted, 1), Amount::default()).is_err()
-            || self.room_for(room).is_err()
-            || !self.world.engine.has_place();
-        if full {
+        let fits = self.admit_amount((wanted, 1), Amount::default()).is_ok();
+        if !fits || !self.takes_one_more(&request.droplet) {
             return;
         }
         let of_app = self

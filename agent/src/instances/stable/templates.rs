@@ -6,7 +6,7 @@
 use crate::host::blocking;
 use crate::host::scribe::UNANSWERED;
 use crate::instances::instance::Change;
-use crate::instances::record::{make_private, write_durably};
+use crate::instances::record::{UNFINISHED, make_private, write_durably};
 use serde_json::Value;
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::error::Error;
@@ -209,6 +209,9 @@ fn load(dir: &Path) -> (HashMap<String, Value>, VecDeque<String>) {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     let templates = entries.filter_map(|entry| {
         let name = entry.file_name().into_string().ok()?;
+        if name.ends_with(UNFINISHED) {
+            drop(fs::remove_file(entry.path()));
+        }
         let droplet = name.strip_suffix(".json")?.to_owned();
         let message = serde_json::from_slice(&fs::read(entry.path()).ok()?).ok()?;
         let written = entry.metadata().and_then(|file| file.modified());

@@ -495,6 +495,15 @@ mod tests {
     }
 
     #[test]
+    fn numbers_of_credentials_go_on_as_they_came() {
+        let numbers = "[31.245270191439438,121.48791951161945,18446744073709551615]";
+        let services = format!("[{{\"label\":\"pg\",\"credentials\":{numbers}}}]");
+        let environment = built(&serde_json::from_str(&services).unwrap(), &[]).unwrap();
+        let told = get(&environment, "VCAP_SERVICES");
+        assert!(told.contains(numbers), "{told}");
+    }
+
+    #[test]
     fn database_url_is_that_of_the_first_database() {
         let of = |uris: &[&str]| {
             let services: Vec<_> = uris

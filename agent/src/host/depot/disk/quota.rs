@@ -13,6 +13,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
+/// The first number of a project of ours, and how many there are: more than containers, of which each has one as long as there are
+/// files of it. XFS never gives up the record of a number that was used once (xfs_qm_dqread_alloc), so they come again.
+const FIRST: u32 = 0x6f73_0000;
+const NUMBERS: u32 = 1 << 14;
+
 /// Projects for containers. Which numbers are in use the kernel knows: a project with files or limits.
 #[derive(Debug)]
 pub(super) struct Projects {
@@ -28,17 +33,16 @@ pub(super) struct Project {
 }
 
 impl Projects {
-    /// Tries whether a directory in `base` can be bounded; why not, if it cannot.
+    /// Tries whether a directory in `base` can be bounded; why not, if it cannot. Where that cannot be tried now, it is believed of
+    /// a file system that counts for projects.
     pub(super) fn probe(base: &Path) -> Result<Self, String> {
         /// Enough for a directory.
         const LIMIT: Limit = Limit {
             bytes: 1 << 20,
             inodes: 16,
         };
-        let mut seed = [0; 4];
-        getrandom::fill(&mut seed).map_err(|error| error.to_string())?;
         let projects = Self {
-            next: Mutex::new(u32::from_ne_bytes(seed)),
+            next: Mutex::new(crate::random::u32()),
         };
         // Killed here, the agent leaves something that the next one throws away.
         let path = base.join("trash/probe");
@@ -56,7 +60,13 @@ impl Projects {
         };
         let shown = tried();
         let _gone = fs::remove_dir(&path);
-        let shown = shown.map_err(|error| error.to_string())?;
+        let shown = match shown {
+            Err(error) if error.is_passing() && counts(base) => {
+                tracing::warn!(%error, "a trial of project quotas was given up");
+                return Ok(projects);
+            }
+            other => other.map_err(|error| error.to_string())?,
+        };
         if shown.blocks().saturating_mul(shown.fragment_size()) == LIMIT.bytes {
             Ok(projects)
         } else {
@@ -74,9 +84,9 @@ impl Projects {
     fn assign(&self, path: &Path, limit: Limit) -> Result<Project, SysError> {
         let mut next = self.next.lock().unwrap_or_else(PoisonError::into_inner);
         let directory = open_directory(path)?;
-        loop {
-            *next = next.wrapping_add(1).max(1);
-            let number = *next;
+        for _ in 0..NUMBERS {
+            *next = next.wrapping_add(1);
+            let number = number(*next);
             let on = || format!("project {number} of {}", path.display());
             let taken = quota::quota(directory.as_fd(), number).context("quotactl_fd", on())?;
             if taken != Quota::default() {
@@ -93,7 +103,18 @@ impl Projects {
                 }
             };
         }
+        Err(Errno::ENOSPC).context("project", path.display())
     }
+}
+
+/// Whether the file system of a directory counts for projects.
+fn counts(base: &Path) -> bool {
+    open_directory(base).is_ok_and(|base| quota::quota(base.as_fd(), FIRST).is_ok())
+}
+
+/// The number of the so-and-so-manieth project.
+fn number(nth: u32) -> u32 {
+    FIRST + nth % NUMBERS
 }
 
 /// What a container was promised; `None` if it has no project.

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 const OWN: u64 = 64 << 20;
 
 /// The file system that holds the depot, shared with the agent's own files and with others.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Space {
     base: PathBuf,
     spool_bytes: u64,
@@ -84,8 +84,12 @@ impl Space {
         })
     }
 
-    /// Whether so many bytes are neither used nor promised nor kept, for a container that has its directory.
-    pub(super) fn has_room(&self, needed: u64) -> Result<(), DiskError> {
+    /// Whether so many bytes are neither used nor promised nor kept, for a container that has its directory, or for the agent
+    /// itself.
+    ///
+    /// # Errors
+    /// [`DiskError::NotEnough`], or as statvfs(3).
+    pub fn has_room(&self, needed: u64) -> Result<(), DiskError> {
         let free = self.left()?;
         if needed <= free {
             return Ok(());
