@@ -118,7 +118,6 @@ io_uring_setup 425 1 z:120
 userfaultfd 323 1
 vsock 41 40 1 0
 alg 41 38 5 0
-tipc 53 30 1 0 z:8
 personality 135 0x40000
 get_mempolicy 239 0 0 0 0 0
 move_pages 279 0 0 0 0 0 0
@@ -158,6 +157,37 @@ fn what_the_list_does_not_name_is_refused_by_the_kernel() {
         assert_eq!(inside(&open, user, &["clone", "0x10000000"], "").0, "ok\n");
         let (said, end) = inside(&open, user, &["int80"], "");
         assert_eq!((said.as_str(), end), ("ok\n", Status::Exited(0)), "{user}");
+    }
+}
+
+#[test]
+fn sockets_that_the_kernel_keeps_elsewhere_or_has_modules_for_are_refused() {
+    // NETLINK_USERSOCK, whose messages are on nobody's account; UDP-Lite, which needs no module; a pair.
+    let refused = "usersock 41 16 3 2\nudplite 41 2 2 136\npair 53 2 1 0 z:8\n";
+    // What modules are for, only where it is refused: that must load none.
+    let modules = "sctp 41 2 1 132\nseqpacket 41 10 5 0\ndccp 41 2 6 33\nsmc 41 2 1 256\ngeneric 41 16 3 16\n";
+    let useful = "route 41 16 3 0\ntcp 41 2 1 6\ntcp6 41 10 0x80801 0\nudp 41 2 2 17\n\
+        unix 41 1 1 0\npair 53 1 1 0 z:8\n";
+    let (filtered, open) = (place(&[]), place(&["--without=filter"]));
+    for user in ["vcap", ""] {
+        let answers = calls(&filtered, user, &[refused, modules].concat());
+        let (pair, others): (Vec<_>, Vec<_>) =
+            answers.iter().partition(|said| said.starts_with("pair"));
+        assert_eq!(pair, ["pair EOPNOTSUPP"]);
+        for answer in others {
+            assert!(answer.ends_with(" EPROTONOSUPPORT"), "{user}: {answer}");
+        }
+        for answer in calls(&filtered, user, useful) {
+            assert!(answer.ends_with(" ok"), "{user}: {answer}");
+        }
+        // Not every kernel has UDP-Lite.
+        assert_eq!(calls(&open, user, refused)[0], "usersock ok", "{user}");
+    }
+    // Raw sockets are for root, of whatever protocol (IPPROTO_RAW).
+    let raw = "raw 41 2 3 255\npacket 41 17 3 0\n";
+    for (user, word) in [("vcap", "EPERM"), ("", "ok")] {
+        let wanted = ["raw", "packet"].map(|call| format!("{call} {word}"));
+        assert_eq!(calls(&filtered, user, raw), wanted, "{user}");
     }
 }
 

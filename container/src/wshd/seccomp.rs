@@ -7,13 +7,15 @@
 //! * no keyrings (`add_key`, `keyctl`, `request_key`): they are not divided by namespaces as files are;
 //! * no `io_uring_*`, `bpf`, `userfaultfd`, `perf_event_open`, no namespace or mount of any kind, whatever
 //!   capabilities a job has;
-//! * `socket` for five families; the others are doors to kernel modules, and vsock leads to the hypervisor;
+//! * `socket` for five families; the others are doors to kernel modules, and vsock leads to the hypervisor. Of
+//!   those five only what needs no module and stores nothing outside of the container's memory ([`socket`]);
 //! * `ioctl` without `TIOCSTI` and `TIOCLINUX`, which type into terminals (CVE-2019-10063: the kernel looks
 //!   at the low 32 bits of a request only, and so do we);
 //! * no 32-bit calls, by neither entry: their numbers are others.
 //!
 //! A known call that is not allowed is `EPERM`. One that is newer than the list is `ENOSYS`, so that a C
-//! library takes its older way; `clone3`, whose flags no filter can see, too.
+//! library takes its older way; `clone3`, whose flags no filter can see, too. A protocol that is not
+//! allowed is `EPROTONOSUPPORT`, as of a kernel without it.
 
 use super::measure::Measure;
 use crate::fault::{Context, SysError};
@@ -33,8 +35,12 @@ const AGE: [std::ops::RangeInclusive<u32>; 2] = [0..=335, 424..=466];
 
 /// All of `CLONE_NEW*` that clone(2) knows.
 const NEW_NAMESPACES: u32 = 0x7e02_0000;
-/// `AF_UNIX`, `AF_INET`, `AF_INET6`, `AF_NETLINK`, `AF_PACKET` (which wants `CAP_NET_RAW`).
-const FAMILIES: [u32; 5] = [1, 2, 10, 16, 17];
+/// The families that may be: `AF_PACKET` wants `CAP_NET_RAW`.
+const UNIX: u32 = 1;
+const INET: u32 = 2;
+const INET6: u32 = 10;
+const NETLINK: u32 = 16;
+const PACKET: u32 = 17;
 /// `TIOCSTI`, `TIOCLINUX`.
 const TYPING: [u32; 2] = [0x5412, 0x541c];
 /// `PER_LINUX`, `PER_LINUX32`, each with and without `UNAME26`, and the question for it.
@@ -394,10 +400,12 @@ enum Rule {
     Unknown,
     /// Allowed if this argument, in its low 32 bits, has none of these bits.
     Without(u32, u32),
-    /// Allowed if this argument is one of these.
-    OneOf(u32, &'static [u32]),
+    /// Allowed if this argument is one of these, else this error.
+    OneOf(u32, &'static [u32], Errno),
     /// Allowed if this argument is none of these.
     NoneOf(u32, &'static [u32]),
+    /// As [`socket`] says.
+    Socket,
 }
 
 /// The whole policy.
@@ -409,8 +417,10 @@ fn rule(number: u32) -> Rule {
         libc::SYS_ioctl => Rule::NoneOf(1, &TYPING),
         // The init has its users' ids, and may do with less than it needs.
         libc::SYS_prlimit64 => Rule::NoneOf(0, &[1]),
-        libc::SYS_personality => Rule::OneOf(0, &PERSONALITIES),
-        libc::SYS_socket | libc::SYS_socketpair => Rule::OneOf(0, &FAMILIES),
+        libc::SYS_personality => Rule::OneOf(0, &PERSONALITIES, Errno::EPERM),
+        libc::SYS_socket => Rule::Socket,
+        // No other one of our families has pairs; this is what the kernel says, but it makes the sockets first.
+        libc::SYS_socketpair => Rule::OneOf(0, &[UNIX], Errno::EOPNOTSUPP),
         _ if ALLOWED.iter().any(|calls| calls.contains(&call)) => Rule::Allow,
         _ if AGE.iter().any(|known| known.contains(&number)) => Rule::Refuse,
         _ => Rule::Unknown,
@@ -475,33 +485,84 @@ fn search(ranges: &[(u32, Rule)]) -> Vec<sock_filter> {
 }
 
 fn verdict(rule: Rule) -> Vec<sock_filter> {
-    let (allow, refuse) = (answer(libc::SECCOMP_RET_ALLOW), answer(error(Errno::EPERM)));
-    let listed = |index, values: &[u32], found, other| {
-        let last = values.len();
-        let compare = |(passed, value): (usize, &u32)| {
-            jump(libc::BPF_JEQ, *value, distance(last - passed), 0)
-        };
-        let compare = values.iter().enumerate().map(compare);
-        let load = std::iter::once(load(data::argument(index)));
-        load.chain(compare).chain([other, found]).collect()
-    };
+    let (allow, refuse) = (answer(libc::SECCOMP_RET_ALLOW), error(Errno::EPERM));
     match rule {
         Rule::Allow => vec![allow],
         Rule::Refuse => vec![refuse],
-        Rule::Unknown => vec![answer(error(Errno::ENOSYS))],
+        Rule::Unknown => vec![error(Errno::ENOSYS)],
         Rule::Without(index, bits) => vec![
             load(data::argument(index)),
             jump(libc::BPF_JSET, bits, 0, 1),
             refuse,
             allow,
         ],
-        Rule::OneOf(index, values) => listed(index, values, allow, refuse),
+        Rule::OneOf(index, values, other) => listed(index, values, allow, error(other)),
         Rule::NoneOf(index, values) => listed(index, values, refuse, allow),
+        Rule::Socket => socket(),
     }
 }
 
-fn error(errno: Errno) -> u32 {
-    libc::SECCOMP_RET_ERRNO | (errno as i32).cast_unsigned()
+/// Which sockets there are: (family, type, protocol), as the kernel takes them (socket(2), `inet_create` in
+/// net/ipv4/af_inet.c, `inet6_create` in net/ipv6/af_inet6.c).
+///
+/// Of the internet's families TCP, MPTCP (262, which Go listens with), UDP and that of `ping`. Anything else, and
+/// any of these with another's type, the kernel looks for among its modules (SCTP, DCCP, L2TP, SMC), with a
+/// process of the host, before it asks who wants it. Raw sockets are complete without, and want `CAP_NET_RAW`.
+///
+/// Of netlink only `NETLINK_ROUTE`, that of `getifaddrs`(3): what is sent by `NETLINK_USERSOCK` (2) waits in the
+/// kernel's memory on nobody's account, and others load modules. What asks for `NETLINK_AUDIT` (PAM) and
+/// `NETLINK_SOCK_DIAG` (`ss`) goes on without at this error.
+fn socket() -> Vec<sock_filter> {
+    const TYPES: u32 = 0xf;
+    const STREAM: u32 = 1;
+    const DATAGRAM: u32 = 2;
+    const RAW: u32 = 3;
+    let (allow, other) = (
+        answer(libc::SECCOMP_RET_ALLOW),
+        error(Errno::EPROTONOSUPPORT),
+    );
+    let protocols = |values: &[u32]| listed(2, values, allow, other);
+    let internet = |datagrams: &[u32]| {
+        let kind = [load(data::argument(1)), mask(TYPES)];
+        [
+            kind.to_vec(),
+            when(RAW, vec![allow]),
+            when(STREAM, protocols(&[0, 6, 262])),
+            when(DATAGRAM, protocols(datagrams)),
+            vec![other],
+        ]
+        .concat()
+    };
+    [
+        vec![load(data::argument(0))],
+        when(UNIX, vec![allow]),
+        when(INET, internet(&[0, 17, 1])),
+        when(INET6, internet(&[0, 17, 58])),
+        when(NETLINK, protocols(&[0])),
+        when(PACKET, vec![allow]),
+        vec![error(Errno::EPERM)],
+    ]
+    .concat()
+}
+
+/// The answer `found` if the argument is one of these, else `other`.
+fn listed(index: u32, values: &[u32], found: sock_filter, other: sock_filter) -> Vec<sock_filter> {
+    let last = values.len();
+    let compare =
+        |(passed, value): (usize, &u32)| jump(libc::BPF_JEQ, *value, distance(last - passed), 0);
+    let compare = values.iter().enumerate().map(compare);
+    let load = std::iter::once(load(data::argument(index)));
+    load.chain(compare).chain([other, found]).collect()
+}
+
+/// Goes into `block`, which answers in any case, if what is loaded is this value, else past it.
+fn when(value: u32, block: Vec<sock_filter>) -> Vec<sock_filter> {
+    let skip = jump(libc::BPF_JEQ, value, 0, distance(block.len()));
+    [vec![skip], block].concat()
+}
+
+fn error(errno: Errno) -> sock_filter {
+    answer(libc::SECCOMP_RET_ERRNO | (errno as i32).cast_unsigned())
 }
 
 fn distance(instructions: usize) -> u8 {
@@ -510,6 +571,11 @@ fn distance(instructions: usize) -> u8 {
 
 fn load(offset: u32) -> sock_filter {
     instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset, 0, 0)
+}
+
+/// Keeps these bits of what is loaded.
+fn mask(bits: u32) -> sock_filter {
+    instruction(libc::BPF_ALU | libc::BPF_AND | libc::BPF_K, bits, 0, 0)
 }
 
 fn answer(value: u32) -> sock_filter {
@@ -565,6 +631,10 @@ mod tests {
                         }
                         offset => panic!("a load from {offset}"),
                     };
+                    continue;
+                }
+                0x54 => {
+                    accumulator &= one.k;
                     continue;
                 }
                 0x06 => return (said(one.k), steps),
@@ -707,9 +777,6 @@ mod tests {
             (libc::SYS_ioctl, 1, 0x5412, EPERM),
             (libc::SYS_ioctl, 1, 0x541c, EPERM),
             (libc::SYS_socket, 0, 1, Said::Allowed),
-            (libc::SYS_socket, 0, 2, Said::Allowed),
-            (libc::SYS_socket, 0, 10, Said::Allowed),
-            (libc::SYS_socket, 0, 16, Said::Allowed),
             (libc::SYS_socket, 0, 17, Said::Allowed),
             // AF_ALG, AF_VSOCK, AF_TIPC, AF_XDP.
             (libc::SYS_socket, 0, 38, EPERM),
@@ -717,7 +784,8 @@ mod tests {
             (libc::SYS_socket, 0, 30, EPERM),
             (libc::SYS_socket, 0, 44, EPERM),
             (libc::SYS_socketpair, 0, 1, Said::Allowed),
-            (libc::SYS_socketpair, 0, 30, EPERM),
+            (libc::SYS_socketpair, 0, 2, Said::Error(Errno::EOPNOTSUPP)),
+            (libc::SYS_socketpair, 0, 30, Said::Error(Errno::EOPNOTSUPP)),
             (libc::SYS_personality, 0, 0, Said::Allowed),
             (libc::SYS_personality, 0, 0xffff_ffff, Said::Allowed),
             // ADDR_NO_RANDOMIZE, READ_IMPLIES_EXEC.
@@ -731,6 +799,48 @@ mod tests {
             );
             let said = ask_with(call, index, argument | high);
             assert_eq!(said, wanted, "{call} {argument:#x} with a high half");
+        }
+    }
+
+    #[test]
+    fn sockets_are_those_that_need_no_module_and_have_an_account() {
+        const RAW: u64 = 3;
+        let allowed = |family, kind, protocol| match (family, kind) {
+            (16, _) => protocol == 0,
+            (2 | 10, RAW) => true,
+            (2 | 10, 1) => [0, 6, 262].contains(&protocol),
+            (2, 2) => [0, 1, 17].contains(&protocol),
+            (10, 2) => [0, 17, 58].contains(&protocol),
+            _ => false,
+        };
+        let families = [2, 10, 16].into_iter();
+        // SCTP has a type (5) of its own, and so has DCCP (6).
+        let kinds = families.flat_map(|family| (1..=6).map(move |kind| (family, kind)));
+        // NETLINK_USERSOCK is 2, NETLINK_SOCK_DIAG 4, DCCP 33, L2TP 115, UDP-Lite 136, SMC 256.
+        let protocols = [0, 1, 2, 4, 6, 17, 33, 58, 115, 132, 136, 255, 256, 262];
+        let high = 0xdead_beef_0000_0000;
+        for (family, kind) in kinds {
+            for protocol in protocols {
+                let wanted = if allowed(family, kind, protocol) {
+                    Said::Allowed
+                } else {
+                    Said::Error(Errno::EPROTONOSUPPORT)
+                };
+                // SOCK_NONBLOCK | SOCK_CLOEXEC
+                for arguments in [
+                    [family, kind, protocol, 1, 2, 3],
+                    [
+                        family | high,
+                        kind | 0x8_0800 | high,
+                        protocol | high,
+                        0,
+                        0,
+                        0,
+                    ],
+                ] {
+                    assert_eq!(ask(libc::SYS_socket, arguments), wanted, "{arguments:?}");
+                }
+            }
         }
     }
 
