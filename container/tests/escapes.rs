@@ -192,6 +192,19 @@ fn sockets_that_the_kernel_keeps_elsewhere_or_has_modules_for_are_refused() {
 }
 
 #[test]
+fn nobody_gets_a_core_for_itself() {
+    // PR_SCHED_CORE_CREATE for itself. A kernel with cores of one thread says ENODEV, one without the option EINVAL.
+    let take = "take 157 62 1 0 0 0\n";
+    let (filtered, open) = (place(&[]), place(&["--without=filter"]));
+    for user in ["vcap", ""] {
+        assert_eq!(calls(&filtered, user, take), ["take EINVAL"], "{user}");
+        let said = calls(&open, user, take);
+        let known = ["take ok", "take ENODEV", "take EINVAL"];
+        assert!(known.contains(&&said[0][..]), "{user}: {said:?}");
+    }
+}
+
+#[test]
 fn the_init_is_behind_the_filter_too() {
     for (without, seccomp) in [(&[][..], "2"), (&["--without=filter"], "0")] {
         let place = place(without);

@@ -11,6 +11,7 @@
 //!   those five only what needs no module and stores nothing outside of the container's memory ([`socket`]);
 //! * `ioctl` without `TIOCSTI` and `TIOCLINUX`, which type into terminals (CVE-2019-10063: the kernel looks
 //!   at the low 32 bits of a request only, and so do we);
+//! * `prctl` without `PR_SCHED_CORE`, which takes threads of cores from neighbours;
 //! * no 32-bit calls, by neither entry: their numbers are others.
 //!
 //! A known call that is not allowed is `EPERM`. One that is newer than the list is `ENOSYS`, so that a C
@@ -43,6 +44,8 @@ const NETLINK: u32 = 16;
 const PACKET: u32 = 17;
 /// `TIOCSTI`, `TIOCLINUX`.
 const TYPING: [u32; 2] = [0x5412, 0x541c];
+/// `PR_SCHED_CORE`: whoever has a cookie of its own has a core's other threads to itself, and its neighbours wait.
+const CORES: [u32; 1] = [62];
 /// `PER_LINUX`, `PER_LINUX32`, each with and without `UNAME26`, and the question for it.
 const PERSONALITIES: [u32; 5] = [0, 8, 0x2_0000, 0x2_0008, u32::MAX];
 
@@ -253,7 +256,6 @@ const PROCESSES: &[c_long] = &[
     libc::SYS_pause,
     libc::SYS_pidfd_open,
     libc::SYS_pidfd_send_signal,
-    libc::SYS_prctl,
     libc::SYS_process_mrelease,
     // Within the container only, and no way around the filter (since Linux 4.8).
     libc::SYS_process_vm_readv,
@@ -402,8 +404,8 @@ enum Rule {
     Without(u32, u32),
     /// Allowed if this argument is one of these, else this error.
     OneOf(u32, &'static [u32], Errno),
-    /// Allowed if this argument is none of these.
-    NoneOf(u32, &'static [u32]),
+    /// Allowed if this argument is none of these, else this error.
+    NoneOf(u32, &'static [u32], Errno),
     /// As [`socket`] says.
     Socket,
 }
@@ -414,9 +416,11 @@ fn rule(number: u32) -> Rule {
     match call {
         libc::SYS_clone => Rule::Without(0, NEW_NAMESPACES),
         libc::SYS_clone3 => Rule::Unknown,
-        libc::SYS_ioctl => Rule::NoneOf(1, &TYPING),
+        libc::SYS_ioctl => Rule::NoneOf(1, &TYPING, Errno::EPERM),
+        // As of a kernel without it.
+        libc::SYS_prctl => Rule::NoneOf(0, &CORES, Errno::EINVAL),
         // The init has its users' ids, and may do with less than it needs.
-        libc::SYS_prlimit64 => Rule::NoneOf(0, &[1]),
+        libc::SYS_prlimit64 => Rule::NoneOf(0, &[1], Errno::EPERM),
         libc::SYS_personality => Rule::OneOf(0, &PERSONALITIES, Errno::EPERM),
         libc::SYS_socket => Rule::Socket,
         // No other one of our families has pairs; this is what the kernel says, but it makes the sockets first.
@@ -485,19 +489,19 @@ fn search(ranges: &[(u32, Rule)]) -> Vec<sock_filter> {
 }
 
 fn verdict(rule: Rule) -> Vec<sock_filter> {
-    let (allow, refuse) = (answer(libc::SECCOMP_RET_ALLOW), error(Errno::EPERM));
+    let allow = answer(libc::SECCOMP_RET_ALLOW);
     match rule {
         Rule::Allow => vec![allow],
-        Rule::Refuse => vec![refuse],
+        Rule::Refuse => vec![error(Errno::EPERM)],
         Rule::Unknown => vec![error(Errno::ENOSYS)],
         Rule::Without(index, bits) => vec![
             load(data::argument(index)),
             jump(libc::BPF_JSET, bits, 0, 1),
-            refuse,
+            error(Errno::EPERM),
             allow,
         ],
         Rule::OneOf(index, values, other) => listed(index, values, allow, error(other)),
-        Rule::NoneOf(index, values) => listed(index, values, refuse, allow),
+        Rule::NoneOf(index, values, found) => listed(index, values, error(found), allow),
         Rule::Socket => socket(),
     }
 }
@@ -668,11 +672,12 @@ mod tests {
         ask(call, arguments)
     }
 
-    const LOOKED_AT: [c_long; 7] = [
+    const LOOKED_AT: [c_long; 8] = [
         libc::SYS_clone,
         libc::SYS_clone3,
         libc::SYS_ioctl,
         libc::SYS_personality,
+        libc::SYS_prctl,
         libc::SYS_prlimit64,
         libc::SYS_socket,
         libc::SYS_socketpair,
@@ -776,6 +781,9 @@ mod tests {
             (libc::SYS_ioctl, 1, 0x5401, Said::Allowed),
             (libc::SYS_ioctl, 1, 0x5412, EPERM),
             (libc::SYS_ioctl, 1, 0x541c, EPERM),
+            // PR_SET_NAME, PR_SCHED_CORE.
+            (libc::SYS_prctl, 0, 15, Said::Allowed),
+            (libc::SYS_prctl, 0, 62, Said::Error(Errno::EINVAL)),
             (libc::SYS_socket, 0, 1, Said::Allowed),
             (libc::SYS_socket, 0, 17, Said::Allowed),
             // AF_ALG, AF_VSOCK, AF_TIPC, AF_XDP.
