@@ -1119,14 +1119,49 @@ fn what_the_kernel_counts_for_users_is_counted_for_each_container() {
     }
 }
 
+/// This test's mounts are its own from here on.
+fn apart() {
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
+    run("/usr/bin/mount", &["--make-rprivate", "/"]);
+}
+
+fn run(program: &str, arguments: &[&str]) {
+    let end = support::output(program, arguments).0;
+    assert_eq!(end, Status::Exited(0), "{program} {arguments:?}");
+}
+
+#[test]
+fn nothing_of_others_is_written_out() {
+    // A file system that is no container's, and a file whose content is not on its disk yet.
+    const CONTENT: &[u8] = b"somebody else's, and not on the disk";
+    apart();
+    let is_written = |without: &[&'static str]| {
+        let place = place(without);
+        let (image, disk) = (place.dir.join("disk.img"), place.dir.join("disk"));
+        let file = std::fs::File::create(&image).unwrap();
+        file.set_len(16 << 20).unwrap();
+        std::fs::create_dir(&disk).unwrap();
+        let (path, at) = (image.to_str().unwrap(), disk.to_str().unwrap());
+        run("/usr/sbin/mkfs.ext4", &["-q", path]);
+        run("/usr/bin/mount", &["-o", "loop", path, at]);
+        std::fs::write(disk.join("file"), CONTENT).unwrap();
+        for user in ["vcap", ""] {
+            assert_eq!(calls(&place, user, "sync 162\n"), ["sync ok"]);
+        }
+        // The loop device's bytes are the image's.
+        let bytes = std::fs::read(&image).unwrap();
+        run("/usr/bin/umount", &["--lazy", at]);
+        bytes.windows(CONTENT.len()).any(|part| part == CONTENT)
+    };
+    assert!(is_written(&["--without=filter"]));
+    // Somebody else may have called sync(2) meanwhile, but not every time.
+    assert!((0..5).any(|_| !is_written(&[])));
+}
+
 #[test]
 fn the_blocks_of_the_hosts_root_are_not_for_containers() {
     // A file system of its own, of which half is set aside for root.
-    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).unwrap();
-    assert_eq!(
-        support::output("/usr/bin/mount", &["--make-rprivate", "/"]).0,
-        Status::Exited(0)
-    );
+    apart();
     for (without, filled) in [(&[][..], 0..65), (&["--without=account"], 80..101)] {
         let mut files = files(without);
         let (image, disk) = (files.dir.join("disk.img"), files.dir.join("disk"));
@@ -1136,16 +1171,8 @@ fn the_blocks_of_the_hosts_root_are_not_for_containers() {
             .unwrap();
         std::fs::create_dir(&disk).unwrap();
         let (image, at) = (image.to_str().unwrap(), disk.to_str().unwrap());
-        for (program, arguments) in [
-            ("/usr/sbin/mkfs.ext4", &["-q", "-m", "50", image][..]),
-            ("/usr/bin/mount", &["-o", "loop", image, at]),
-        ] {
-            assert_eq!(
-                support::output(program, arguments).0,
-                Status::Exited(0),
-                "{program}"
-            );
-        }
+        run("/usr/sbin/mkfs.ext4", &["-q", "-m", "50", image]);
+        run("/usr/bin/mount", &["-o", "loop", image, at]);
         for layer in ["upper", "work"] {
             std::fs::create_dir(disk.join(layer)).unwrap();
         }
@@ -1156,10 +1183,7 @@ fn the_blocks_of_the_hosts_root_are_not_for_containers() {
         place.run_inside("busybox dd if=/dev/zero of=/root/fill bs=64k 2> /dev/null");
         let stat = nix::sys::statvfs::statvfs(&disk).unwrap();
         let percent = 100 - stat.blocks_free() * 100 / stat.blocks();
-        assert_eq!(
-            support::output("/usr/bin/umount", &["--lazy", at]).0,
-            Status::Exited(0)
-        );
+        run("/usr/bin/umount", &["--lazy", at]);
         drop(place);
         assert!(
             filled.contains(&percent),
