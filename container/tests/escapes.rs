@@ -204,6 +204,92 @@ fn nobody_gets_a_core_for_itself() {
     }
 }
 
+/// The user namespace of a process.
+fn users_of(pid: impl std::fmt::Display) -> OwnedFd {
+    std::fs::File::open(format!("/proc/{pid}/ns/user"))
+        .unwrap()
+        .into()
+}
+
+#[test]
+fn no_other_users_can_be_joined() {
+    let enter = |place: &Place, user: &str, users: &OwnedFd| {
+        let client = place.client();
+        let file = job(&["/bin/hostile", "enter"]).to_memfd().unwrap();
+        let (out, stdout) = pipe();
+        let three = [users.as_fd(), stdout.as_fd(), stdout.as_fd()];
+        client
+            .run(user, file.as_fd(), Stdio::Descriptors(three), None)
+            .unwrap();
+        drop(stdout);
+        read_all(&out)
+    };
+    let neighbour = neighbour(&[]);
+    let (hosts, neighbours) = (users_of("self"), users_of(neighbour.pid));
+    let all: [&[&str]; 3] = [&[], &["--without=filter"], &["--without=capabilities"]];
+    for without in all {
+        let place = place(without);
+        for user in ["vcap", ""] {
+            assert_eq!(enter(&place, user, &hosts), "EPERM\n", "{user}");
+            assert_eq!(enter(&place, user, &neighbours), "EPERM\n", "{user}");
+            let own = enter(&place, user, &users_of(place.pid));
+            assert_eq!(own, "EINVAL\n", "{user}");
+        }
+    }
+    // The host's root may.
+    let (out, stdout) = pipe();
+    let fds = [(neighbours.as_fd(), 0), (stdout.as_fd(), 1)];
+    let child = Child::spawn(
+        hostile().to_str().unwrap(),
+        &["hostile", "enter"],
+        &[],
+        &fds,
+    );
+    drop(stdout);
+    assert_eq!(
+        (read_all(&out).as_str(), child.wait()),
+        ("ok\n", Status::Exited(0))
+    );
+}
+
+/// What filters that are compiled may take of the machine's memory, to be put back.
+struct JitLimit(String);
+
+impl JitLimit {
+    const PATH: &str = "/proc/sys/net/core/bpf_jit_limit";
+
+    fn exhaust() -> Self {
+        let before = std::fs::read_to_string(Self::PATH).unwrap();
+        std::fs::write(Self::PATH, "1").unwrap();
+        Self(before)
+    }
+}
+
+impl Drop for JitLimit {
+    fn drop(&mut self) {
+        std::fs::write(Self::PATH, &self.0).unwrap();
+    }
+}
+
+/// In the virtual machine only, where nobody else needs filters meanwhile.
+#[test]
+fn filters_of_apps_take_from_no_container_to_be() {
+    if std::env::var_os("OSTLER_VM").is_none() {
+        eprintln!(
+            "skipped: a machine without memory for filters: it is tried in the virtual machine"
+        );
+        return;
+    }
+    let before = place(&[]);
+    assert_eq!(inside(&before, "vcap", &["filter"], "").0, "ok\n");
+    let _limit = JitLimit::exhaust();
+    // ENOTSUPP (524), as of a kernel that compiles all filters: who has no right over the machine gets none.
+    assert_eq!(inside(&before, "vcap", &["filter"], "").0, "unnamed\n");
+    let after = place(&[]);
+    assert_eq!(inside(&after, "vcap", &["filter"], "").0, "unnamed\n");
+    assert!(calls(&after, "vcap", "setns 308 0 0")[0].ends_with(" EPERM"));
+}
+
 #[test]
 fn the_init_is_behind_the_filter_too() {
     for (without, seccomp) in [(&[][..], "2"), (&["--without=filter"], "0")] {

@@ -75,11 +75,14 @@ pub(super) fn make(
 
     wait_for_go(control)?;
     network::configure(launch.network.as_ref())?;
+    // With the host's rights still: what the kernel has for compiled filters is one store for the whole machine
+    // (net.core.bpf_jit_limit), which apps can use up, and which only the host's root may go beyond
+    // (`bpf_jit_charge_modmem` in kernel/bpf/core.c). Later, no container could be made then.
+    seccomp::shut()?;
     cross(users)?;
     // By pid 1 itself, as the container's root: that is what a peer's SO_PEERPIDFD and SO_PEERCRED tell.
     let backlog = Backlog::new(BACKLOG).context("listen", BACKLOG)?;
     listen(&listener, backlog).context("listen", launch.socket.display())?;
-    seccomp::shut()?;
     renounce()?;
     fdpass::send(control, &Event::Ready.encode(), &[], MsgFlags::empty())
         .context("sendmsg", "control")?;
