@@ -20,6 +20,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 /// Most connections that have not said anything yet; the oldest one goes when one more comes.
 const MAX_VISITORS: usize = 64;
 
+/// Most processes that are reaped before others have their turn: apps can leave orphans without end.
+const MAX_REAPED: usize = 64;
+
 /// What a ready descriptor belongs to.
 #[derive(Clone, Copy)]
 enum Source {
@@ -40,14 +43,7 @@ enum Door {
 
 /// Serves for ever.
 pub(super) fn serve(server: Server) -> ! {
-    let mut hall = Hall {
-        server,
-        jobs: Jobs::default(),
-        visitors: BTreeMap::new(),
-        arrivals: 0,
-        door: Door::Open,
-        buffer: vec![0; MAX_REQUEST],
-    };
+    let mut hall = Hall::new(server);
     loop {
         hall.turn();
     }
@@ -60,10 +56,24 @@ struct Hall {
     visitors: BTreeMap<u64, OwnedFd>,
     arrivals: u64,
     door: Door,
+    /// Processes may have ended of which no signal will tell any more.
+    unreaped: bool,
     buffer: Vec<u8>,
 }
 
 impl Hall {
+    fn new(server: Server) -> Self {
+        Self {
+            server,
+            jobs: Jobs::default(),
+            visitors: BTreeMap::new(),
+            arrivals: 0,
+            door: Door::Open,
+            unreaped: false,
+            buffer: vec![0; MAX_REQUEST],
+        }
+    }
+
     fn turn(&mut self) {
         let ready = self.wait();
         self.door = Door::Open;
@@ -77,7 +87,8 @@ impl Hall {
         }
     }
 
-    /// Blocks until something is ready. A failed poll (no memory for it) is a turn without news.
+    /// Blocks until something is ready, if nothing is left of the last turn. A failed poll (no memory for it) is a
+    /// turn without news.
     fn wait(&self) -> Vec<Source> {
         let starting = self
             .jobs
@@ -97,22 +108,31 @@ impl Hall {
             .iter()
             .map(|(_, fd)| PollFd::new(*fd, PollFlags::POLLIN))
             .collect();
-        if poll(&mut fds, PollTimeout::NONE).is_err() {
+        let timeout = if self.unreaped {
+            PollTimeout::ZERO
+        } else {
+            PollTimeout::NONE
+        };
+        if poll(&mut fds, timeout).is_err() {
             return Vec::new();
         }
-        let ready = watched
-            .iter()
-            .zip(&fds)
-            .filter(|(_, fd)| fd.any().unwrap_or(false));
+        let ready = watched.iter().zip(&fds).filter(|((source, _), fd)| {
+            let left = self.unreaped && matches!(source, Source::Signals);
+            left || fd.any().unwrap_or(false)
+        });
         ready.map(|((source, _), _)| *source).collect()
     }
 
     fn reap(&mut self) {
-        // One signal may stand for many children: drain the descriptor, then take all that ended.
-        while let Ok(Some(_)) = self.server.signals.read_signal() {}
-        while let Some((pid, status)) = process::reap() {
-            self.jobs.ended(pid, status);
-        }
+        // One signal may stand for many children, and one that comes from here on is in the descriptor again.
+        let _ = self.server.signals.read_signal();
+        self.unreaped = (0..MAX_REAPED).all(|_| {
+            let ended = process::reap();
+            if let Some((pid, status)) = ended {
+                self.jobs.ended(pid, status);
+            }
+            ended.is_some()
+        });
     }
 
     fn accept(&mut self) {
@@ -195,4 +215,51 @@ fn refuse(visitor: &OwnedFd) {
         errno: Errno::EINVAL as i32,
     };
     let _ = fdpass::send(visitor, &status.encode(), &[], MsgFlags::MSG_DONTWAIT);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Hall, MAX_REAPED, Server, Source};
+    use crate::sys::process;
+    use nix::fcntl::OFlag;
+    use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, posix_spawn};
+    use nix::sys::signal::{SigSet, Signal};
+    use nix::sys::signalfd::{SfdFlags, SignalFd};
+    use nix::sys::wait::{Id, WaitPidFlag, waitid};
+    use nix::unistd::pipe2;
+    use std::ffi::CStr;
+
+    /// Waits until this many children have ended, and leaves them as they are.
+    fn zombies(count: usize) {
+        for _ in 0..count {
+            let (actions, attributes) = (
+                PosixSpawnFileActions::init().unwrap(),
+                PosixSpawnAttr::init().unwrap(),
+            );
+            let nothing: [&CStr; 0] = [];
+            let argv = [c"true"];
+            let pid = posix_spawn("/bin/true", &actions, &attributes, &argv, &nothing).unwrap();
+            waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
+        }
+    }
+
+    #[test]
+    fn orphans_are_reaped_some_at_a_turn_and_none_is_forgotten() {
+        let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
+        // In the place of the socket something that nobody knocks at.
+        let (listener, _writer) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        let signals = SignalFd::with_flags(&SigSet::from(Signal::SIGCHLD), flags).unwrap();
+        let mut hall = Hall::new(Server { listener, signals });
+        zombies(2 * MAX_REAPED + 1);
+        hall.reap();
+        assert!(hall.unreaped);
+        // No signal tells of them: this thread blocks none.
+        let ready = hall.wait();
+        assert!(ready.iter().any(|source| matches!(source, Source::Signals)));
+        hall.turn();
+        assert!(hall.unreaped);
+        hall.turn();
+        assert!(!hall.unreaped);
+        assert_eq!(process::reap(), None);
+    }
 }
