@@ -27,9 +27,10 @@ use std::path::{Path, PathBuf};
 use support::{Files, Place, wait_until};
 
 /// What says too much of the host or does too much to it.
-const HIDDEN: [&str; 13] = [
+const HIDDEN: [&str; 15] = [
     "/proc/acpi",
     "/proc/asound",
+    "/proc/diskstats",
     "/proc/interrupts",
     "/proc/kcore",
     "/proc/keys",
@@ -39,6 +40,7 @@ const HIDDEN: [&str; 13] = [
     "/proc/scsi",
     "/proc/timer_list",
     "/proc/timer_stats",
+    "/sys/devices/virtual/block",
     "/sys/devices/virtual/powercap",
     "/sys/firmware",
 ];

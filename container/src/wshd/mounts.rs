@@ -37,9 +37,11 @@ const LINKS: [(&str, &str); 5] = [
     ("pts/ptmx", "ptmx"),
 ];
 /// What says too much of the host or does too much to it: hidden.
-const MASKED: [&str; 13] = [
+const MASKED: [&str; 15] = [
     "proc/acpi",
     "proc/asound",
+    // Of neighbours' disks: what each reads and writes.
+    "proc/diskstats",
     "proc/interrupts",
     "proc/kcore",
     "proc/keys",
@@ -48,6 +50,8 @@ const MASKED: [&str; 13] = [
     "proc/scsi",
     "proc/timer_list",
     "proc/timer_stats",
+    // Also by /sys/block, /sys/class/block and /sys/dev/block, which lead to it: loop devices name their files.
+    "sys/devices/virtual/block",
     "sys/devices/virtual/powercap",
     "sys/firmware",
     "proc/kmsg",
