@@ -36,6 +36,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, ChildStdout, Command, ExitStatus, Stdio},
     sync::atomic::{AtomicU32, Ordering},
+    time::Instant,
 };
 use support::{Place, job, sh};
 
@@ -467,6 +468,40 @@ say(b"ee\n"); status(2, 0)
     );
     fs::write(go(&dir.job()), "").unwrap();
     assert_eq!(output().0, "ee\n");
+    assert_eq!(job.code(), 0);
+}
+
+#[test]
+fn what_brings_no_bytes_is_not_looked_at_all_the_time() {
+    let dir = Scratch::new();
+    // It takes out of its pipe again what it has put in.
+    let script = r#"
+read = os.open("/proc/self/fd/1", os.O_RDONLY | os.O_NONBLOCK)
+supervisor = os.getppid()
+while not os.path.exists(sys.argv[1]) and os.getppid() == supervisor:
+    for _ in range(1000):
+        os.write(1, b"x")
+        try: os.read(read, 9)
+        except BlockingIOError: pass
+os.close(read); status(2, 0)
+"#;
+    let job = supervise_python(script, &dir.job());
+    pause(200);
+    let switches = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", job.child.id())).unwrap();
+        let line = |line: &str| {
+            line.strip_prefix("voluntary_ctxt_switches:\t")?
+                .parse()
+                .ok()
+        };
+        status.lines().find_map(line).unwrap()
+    };
+    let (began, before): (_, u128) = (Instant::now(), switches());
+    pause(1000);
+    // A look and a rest are two, and one look is for free between two rests of 2 ms.
+    let (count, took) = (switches() - before, began.elapsed().as_millis());
+    assert!(count < 3 * took, "{count} in {took} ms");
+    fs::write(go(&dir.job()), "").unwrap();
     assert_eq!(job.code(), 0);
 }
 

@@ -39,9 +39,18 @@ pub(super) struct Source {
     pub(super) open: bool,
     /// Nobody can write to it any more.
     pub(super) hung_up: bool,
-    /// It holds the beginning of a line, which is taken at this time.
-    pub(super) held_until: Option<Instant>,
+    /// It holds the beginning of a line.
+    pub(super) held: Option<Held>,
     hold_max: usize,
+}
+
+/// The beginning of a line that waits for its end.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Held {
+    /// When it is taken without.
+    pub(super) until: Instant,
+    /// Its length when it was last looked at.
+    bytes: usize,
 }
 
 /// Looks at what is at the front of a pipe, without taking it.
@@ -72,7 +81,7 @@ impl Source {
             ready: true,
             open: true,
             hung_up: false,
-            held_until: None,
+            held: None,
             hold_max,
         })
     }
@@ -92,23 +101,27 @@ impl Source {
                 nothing @ (Seen::Empty | Seen::Closed) => {
                     self.open = matches!(nothing, Seen::Empty);
                     self.ready = false;
-                    self.held_until = None;
+                    self.held = None;
                     return Ok(moved);
                 }
             };
-            let due = self.held_until.is_some_and(|until| until <= now);
+            let due = self.held.is_some_and(|held| held.until <= now);
+            let known = self.held.map_or(0, |held| held.bytes);
             let patience = if self.hung_up || due {
                 Patience::Spent
             } else {
                 Patience::Hold
             };
-            let Some(bytes) = cut(waiting, self.hold_max, patience) else {
-                self.held_until.get_or_insert(now + LINE_WAIT);
+            let Some(bytes) = cut(waiting, known, self.hold_max, patience) else {
+                self.held = Some(Held {
+                    until: self.held.map_or(now + LINE_WAIT, |held| held.until),
+                    bytes: waiting.len(),
+                });
                 self.ready = false;
                 return Ok(moved);
             };
             moved += spool.take(self.stream, self.pipe.as_fd(), bytes)?;
-            self.held_until = None;
+            self.held = None;
         }
         self.ready = true;
         Ok(moved)
@@ -124,7 +137,7 @@ impl Source {
             }
             left -= taken.min(left);
         }
-        self.held_until = None;
+        self.held = None;
         self.ready = true;
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! The loop.
 
 use super::{
-    pace::Pace,
+    pace::{Pace, REST},
     readers::Readers,
     source::{Peek, Source},
 };
@@ -12,7 +12,7 @@ use crate::{
 };
 use nix::{
     errno::Errno,
-    poll::{PollFd, PollFlags, poll},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
     unistd::read,
 };
@@ -49,9 +49,6 @@ struct StatusPipe {
     frame: [u8; Status::SIZE],
     filled: usize,
 }
-
-/// Milliseconds that it rests: a line that comes meanwhile is so much later.
-const REST: u8 = 2;
 
 const LISTENER: u64 = 0;
 const STATUS: u64 = 1;
@@ -129,7 +126,8 @@ impl Supervisor {
             }
             let moved = self.work(exit)?;
             let ends = self.status.is_none() && self.sources.is_empty();
-            if !ends && self.pace.rests_after(moved, Instant::now()) {
+            let rests = |moved| self.pace.rests_after(moved, Instant::now());
+            if !ends && moved.is_some_and(rests) {
                 self.rest()?;
             }
         }
@@ -195,15 +193,16 @@ impl Supervisor {
         let mut fds: Vec<PollFd<'_>> = status
             .map(|status| PollFd::new(status.pipe.as_fd(), PollFlags::POLLIN))
             .collect();
-        match poll(&mut fds, REST) {
+        let rest = PollTimeout::try_from(REST).unwrap_or(PollTimeout::ZERO);
+        match poll(&mut fds, rest) {
             Err(Errno::EINTR) => Ok(()),
             polled => polled.map(drop).context("poll", "status pipe"),
         }
     }
 
     /// Moves what there is to the spool, and records the exit behind what the job wrote before it. Bytes of output that
-    /// were moved.
-    fn work(&mut self, exit: Option<Status>) -> Result<usize, SysError> {
+    /// were moved; `None`: no output was looked at.
+    fn work(&mut self, exit: Option<Status>) -> Result<Option<usize>, SysError> {
         if let Some(status) = exit
             && !self.spool.tail().exited()
         {
@@ -214,11 +213,11 @@ impl Supervisor {
             self.unsynced = true;
         }
         let now = Instant::now();
-        let mut moved = 0;
+        let mut moved = None;
         let has_begun = self.has_begun();
         for source in self.sources.iter_mut().filter(|_| has_begun) {
-            if source.ready || source.held_until.is_some_and(|until| until <= now) {
-                moved += source.pump(&mut self.spool, &mut self.peek, now)?;
+            if source.ready || source.held.is_some_and(|held| held.until <= now) {
+                *moved.get_or_insert(0) += source.pump(&mut self.spool, &mut self.peek, now)?;
             }
         }
         for closed in self.sources.extract_if(.., |source| !source.open) {
@@ -234,7 +233,7 @@ impl Supervisor {
         if self.unsynced {
             self.spool.sync()?;
         }
-        if moved > 0 || self.unsynced {
+        if moved.is_some_and(|moved| moved > 0) || self.unsynced {
             self.readers.wake();
         }
         self.unsynced = false;
@@ -274,7 +273,8 @@ fn timeout(sources: &[Source], now: Instant) -> EpollTimeout {
     if sources.iter().any(|source| source.ready) {
         return EpollTimeout::ZERO;
     }
-    let next = sources.iter().filter_map(|source| source.held_until).min();
+    let held = sources.iter().filter_map(|source| source.held);
+    let next = held.map(|held| held.until).min();
     next.map_or(EpollTimeout::NONE, |until| {
         // Rounded up, or the last millisecond would be spent spinning.
         let wait = until
