@@ -91,6 +91,17 @@ pub struct Link {
     pub mtu: u32,
 }
 
+/// The hardware addresses of a container's link: of the host's end, and of its own. The agent gives them, `wshd` knows
+/// whom the container speaks to, and nobody has to ask. They are as good as random, as a handle is: apps make ids of
+/// theirs. Addresses of one's own choice (IEEE 802c), which udev leaves alone (systemd.link(5), `MACAddressPolicy=`).
+#[must_use]
+pub fn hardware_addresses(handle: &str) -> [[u8; 6]; 2] {
+    let digits = handle.chars().filter_map(|digit| digit.to_digit(32));
+    let number = digits.fold(0_u64, |number, digit| number << 5 | u64::from(digit));
+    let [.., a, b, c, d, e] = number.to_be_bytes();
+    [[0x02, a, b, c, d, e], [0x12, a, b, c, d, e]]
+}
+
 /// A container's set-up.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Launch {
@@ -362,7 +373,7 @@ fn link(value: &[u8]) -> Result<Link, Malformed> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Access, Bind, Event, Ids, Launch, Link, MAX_EVENT};
+    use super::{Access, Bind, Event, Ids, Launch, Link, MAX_EVENT, hardware_addresses};
     use crate::fields::{Malformed, Writer};
     use std::net::Ipv4Addr;
 
@@ -402,6 +413,22 @@ mod tests {
         for launch in [small(), full] {
             assert_eq!(Launch::decode(&launch.encode()), Ok(launch));
         }
+    }
+
+    #[test]
+    fn hardware_addresses_are_of_ones_own_choice_and_differ_as_handles_do() {
+        let all = ["178l4d6v637", "178l4d6v638", "178m4d6v637", ""].map(hardware_addresses);
+        assert_eq!(
+            all[0],
+            [
+                [0x02, 0xa9, 0x1a, 0x6f, 0x98, 0x67],
+                [0x12, 0xa9, 0x1a, 0x6f, 0x98, 0x67]
+            ]
+        );
+        let all = all.concat();
+        assert!(all.iter().all(|one| one[0] & 3 == 2), "{all:?}");
+        let different: std::collections::BTreeSet<_> = all.iter().collect();
+        assert_eq!(different.len(), all.len());
     }
 
     #[test]

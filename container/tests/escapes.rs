@@ -16,13 +16,14 @@ mod support;
 use container::client::Stdio;
 use container::fields::program_memfd;
 use container::job::{JobRequest, Rlimit};
-use container::launch::{Access, Bind, Ids};
+use container::launch::{Access, Bind, Ids, Link, hardware_addresses};
 use container::status::{Status, Step};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use std::collections::BTreeSet;
 use std::io::Write;
+use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -765,6 +766,60 @@ fn an_app_has_no_raw_sockets() {
         calls(&place, "", sockets),
         ["icmp ok", "ip ok", "frames ok"]
     );
+}
+
+/// A container with a link at whose other end nobody is.
+fn linked(without: &[&'static str]) -> Place {
+    let mut files = files(without);
+    files.launch.network = Some(Link {
+        name: "eth0".to_owned(),
+        address: Ipv4Addr::new(10, 254, 0, 2),
+        prefix: 30,
+        gateway: Ipv4Addr::new(10, 254, 0, 1),
+        mtu: 1400,
+    });
+    Place::make(files, &[], None)
+}
+
+/// The kernel's table of neighbours is one for all namespaces, and does not drop those that it is asking for: with
+/// a thousand of them it is full everywhere. Two hundred show it and hurt nobody.
+#[test]
+fn whom_an_app_sends_to_is_asked_for_on_no_link() {
+    let strangers = ["strangers", "eth0", "200"];
+    // Still, or in vain.
+    let asked = |place: &Place, family: &str| {
+        let wanted = "neigh show dev eth0 nud incomplete nud failed".split(' ');
+        let words: Vec<&str> = [family].into_iter().chain(wanted).collect();
+        support::ip(place.pid, &words).lines().count()
+    };
+    let fixed = linked(&[]);
+    for user in ["vcap", ""] {
+        assert_eq!(
+            inside(&fixed, user, &strangers, "").0,
+            "200 0 ok\n",
+            "{user}"
+        );
+        assert_eq!((asked(&fixed, "-4"), asked(&fixed, "-6")), (0, 0), "{user}");
+    }
+    // But they are known to the kernel, and the one neighbour there is for ever.
+    let known = support::ip(fixed.pid, &["neigh", "show", "dev", "eth0", "nud", "noarp"]);
+    assert!(known.contains("198.18.0.1 "), "{known}");
+    let [host, _] = hardware_addresses(&fixed.handle).map(|one| one.map(|b| format!("{b:02x}")));
+    let permanent = support::ip(
+        fixed.pid,
+        &["neigh", "show", "dev", "eth0", "nud", "permanent"],
+    );
+    let host = format!("10.254.0.1 lladdr {} PERMANENT", host.join(":"));
+    assert_eq!(permanent.trim(), host);
+
+    let open = linked(&["--without=neighbours"]);
+    // IPv6 once it has an address, which the kernel looks for on the link first.
+    for family in ["-4", "-6"] {
+        support::wait_until("the kernel asks for all of them", || {
+            inside(&open, "vcap", &strangers, "");
+            asked(&open, family) == 200
+        });
+    }
 }
 
 #[test]

@@ -219,14 +219,18 @@ async fn what_somebody_does_to_a_link_is_undone_and_told() {
     assert!(serves());
     let was = format!("link={link:?} was=");
     tool("ip", &["address", "flush", "dev", link]);
-    host.logged(0, &format!("{was}\"without its address\""))
-        .await;
+    host.logged(
+        0,
+        &format!("{was}\"without its address, without its neighbour\""),
+    )
+    .await;
     assert!(serves());
     // While nobody looks.
     host.kill9().await;
     tool("ip", &["link", "set", link, "down"]);
     host.start_agent().await;
-    host.logged(0, &format!("{was}\"down\"")).await;
+    host.logged(0, &format!("{was}\"down, without its neighbour\""))
+        .await;
     assert!(serves());
     // Somebody else's, with such a name.
     tool("ip", &["link", "add", "os-mgmt", "type", "bridge"]);
@@ -276,4 +280,47 @@ async fn a_host_that_gets_another_address_moves_its_routes() {
         .await;
     assert_eq!(find["stats"]["host"], second, "{find}");
     host.stop("probe").await;
+}
+
+/// Sends to so many addresses that nobody has, as if they were at the other end of its link (198.18.0.0 and on), and
+/// says how many the kernel took; again and again.
+const KNOCKER: &str = r#"exec perl -e '
+  use Socket; $| = 1;
+  socket my $socket, PF_INET, SOCK_DGRAM, 0 or die;
+  setsockopt $socket, SOL_SOCKET, 25, "eth0" or die "SO_BINDTODEVICE: $!";
+  for (1 .. 120) {
+    my $sent = 0;
+    # MSG_DONTROUTE, MSG_DONTWAIT
+    for my $n (1 .. 4000) { $sent++ if send $socket, "x", 0x44, pack_sockaddr_in(9, pack "N", 0xc6120000 + $n) }
+    print "$sent\n";
+    select undef, undef, undef, 0.5;
+  }'"#;
+
+/// The kernel's table of neighbours has room for 1024, and is one for all namespaces.
+#[tokio::test]
+async fn an_app_that_looks_for_strangers_costs_nobody_his_neighbours() {
+    let host = Host::start().await;
+    let (_listeners, [open, _]) = outside(&host);
+    host.run(probe(&host, "neighbour", json!([]))).await;
+    let neighbour = port(&host, "neighbour").await;
+    let mut knocker = host.output("knocker").await;
+    let message = host.message("knocker", &Droplet::shell(KNOCKER));
+    host.run(message).await;
+    for round in 1..=3 {
+        knocker
+            .until("another round", |output| {
+                output.text(0, "stdout").lines().count() >= round
+            })
+            .await;
+        let sent = knocker.text(0, "stdout");
+        assert!(sent.lines().all(|line| line == "4000"), "{sent}");
+        assert!(reaches(neighbour, Network::OUTSIDE, open));
+    }
+    // One that is made meanwhile, and that nobody has spoken with.
+    host.run(probe(&host, "later", json!([]))).await;
+    let later = port(&host, "later").await;
+    assert!(reaches(later, Network::OUTSIDE, open));
+    for droplet in ["knocker", "neighbour", "later"] {
+        host.stop(droplet).await;
+    }
 }

@@ -96,7 +96,6 @@ fn wanted(config: &Config) -> Wanted<'_> {
         helpers: &config.helpers,
         resolv_conf: engine::resolv_conf(&config.network.dns),
         host_dns: allows_dns(&config.network),
-        instances: config.resources.instances,
     }
 }
 

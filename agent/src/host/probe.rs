@@ -87,8 +87,6 @@ pub struct Wanted<'a> {
     pub resolv_conf: String,
     /// Whether containers may reach a name server on this host.
     pub host_dns: bool,
-    /// How many instances there may be.
-    pub instances: usize,
 }
 
 fn ok(name: &str, meaning: impl Into<String>) -> Finding {
@@ -160,10 +158,6 @@ pub fn all(wanted: &Wanted<'_>) -> Vec<Finding> {
         names(network::strange_links().map_err(|errno| errno.to_string())),
         kernel_log(fs::File::open("/dev/kmsg").map_err(|error| error.to_string())),
         conntrack(read_trimmed("/proc/sys/net/netfilter/nf_conntrack_max").as_deref()),
-        neighbours(
-            read_trimmed("/proc/sys/net/ipv4/neigh/default/gc_thresh3").as_deref(),
-            wanted.instances,
-        ),
         ports(&wanted.ports),
         terminals(read_trimmed("/proc/sys/dev/tty/legacy_tiocsti").as_deref()),
     ]);
@@ -775,9 +769,6 @@ fn name_servers(resolv_conf: &str, is_here: impl Fn(Ipv4Addr) -> bool, host_dns:
     ok(name, servers.join(", "))
 }
 
-/// Room for neighbours that are no instances'.
-const OTHER_NEIGHBOURS: usize = 24;
-
 /// Who was killed for want of memory is read there.
 fn kernel_log(opened: Result<fs::File, String>) -> Finding {
     let name = "the kernel's log";
@@ -803,24 +794,6 @@ fn conntrack(most: Option<&str>) -> Finding {
             let advice = "Load the module nf_conntrack";
             finding(name, Level::Warn, "not loaded yet", advice)
         }
-    }
-}
-
-/// The kernel has one table of link neighbours for all network namespaces (arp(7)); an instance that talks is in it
-/// twice, as the host's neighbour and with the host as its own.
-fn neighbours(most: Option<&str>, instances: usize) -> Finding {
-    let name = "neighbour table";
-    let needed = instances.saturating_mul(2).saturating_add(OTHER_NEIGHBOURS);
-    match most.and_then(|most| most.parse::<usize>().ok()) {
-        Some(most) if most < needed => {
-            let meaning = format!(
-                "{most} entries at most, and {instances} instances (`resources.instances`) that talk at once need {needed}"
-            );
-            let advice = "Set net.ipv4.neigh.default.gc_thresh3, by sysctl, to more than that, or allow fewer instances";
-            finding(name, Level::Warn, meaning, advice)
-        }
-        Some(most) => ok(name, format!("{most} entries at most")),
-        None => ok(name, "its size does not show"),
     }
 }
 
@@ -1039,9 +1012,6 @@ mod tests {
             (conntrack(Some("65536")), Good, "65536 connections"),
             (conntrack(None), Warn, "nf_conntrack"),
             (kernel_log(Err("no".to_owned())), Warn, "CAP_SYSLOG"),
-            (neighbours(Some("1024"), 500), Good, "1024 entries"),
-            (neighbours(Some("1024"), 501), Warn, "gc_thresh3"),
-            (neighbours(None, 501), Good, "not show"),
             (tcp(Some(true)), Good, "counted"),
             (tcp(None), Good, "yet"),
             (tcp(Some(false)), Warn, "nosocket"),

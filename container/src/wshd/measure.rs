@@ -53,6 +53,8 @@ pub(super) enum Measure {
     Directory,
     /// `/etc/passwd` and `/etc/group` are files, and not too long.
     PlainFiles,
+    /// The neighbours on its link are told to the kernel, which looks for no others.
+    Neighbours,
 }
 
 impl Measure {
@@ -83,6 +85,7 @@ impl Measure {
             Self::JobDescriptors => "--without=job-descriptors",
             Self::Directory => "--without=directory",
             Self::PlainFiles => "--without=plain-files",
+            Self::Neighbours => "--without=neighbours",
         };
         !cfg!(debug_assertions) || std::env::args_os().all(|argument| argument != without)
     }

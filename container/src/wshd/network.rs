@@ -1,17 +1,43 @@
-//! The container's network, by rtnetlink(7): interfaces up, address, default route.
+//! The container's network, by rtnetlink(7): interfaces up, address, neighbour, default route.
+//!
+//! The kernel has one table of link neighbours for all network namespaces, for IPv4 and for IPv6 (arp(7),
+//! net/core/neighbour.c). Whom an app sends to on its own link without a router (`MSG_DONTROUTE`, `SO_DONTROUTE`) becomes an
+//! entry there, as many as it likes; while the kernel asks for each of them (`NUD_INCOMPLETE`, some seconds) none can be
+//! dropped, and a full table takes no neighbour of anybody's. On a link without ARP nobody is asked for: such an
+//! entry (`NUD_NOARP`) goes as soon as room is wanted. So the one neighbour there is, the host, is told to the kernel
+//! (`NUD_PERMANENT`, which is in nobody's way). IPv6 is off: there is nobody to speak it with.
 
+use super::measure::Measure;
 use crate::fault::{Context, SysError};
-use crate::launch::Link;
+use crate::launch::{Link, hardware_addresses};
 use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
 use nix::libc;
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{
     AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, recv, send, socket,
 };
+use nix::sys::stat::Mode;
+use nix::unistd::write;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-/// Brings `lo` up, and the link with its address and default route if there is one.
-pub(super) fn configure(link: Option<&Link>) -> Result<(), SysError> {
+/// Sees to it that links that come from here on have no IPv6; `lo`, which is there already, keeps its own. While the
+/// host's `/proc` is there: the container's cannot be written.
+pub(super) fn leave_out_ipv6() -> Result<(), SysError> {
+    let path = "/proc/sys/net/ipv6/conf/default/disable_ipv6";
+    if !Measure::Neighbours.holds() {
+        return Ok(());
+    }
+    let file = match open(path, OFlag::O_WRONLY | OFlag::O_CLOEXEC, Mode::empty()) {
+        // A kernel without IPv6 has nothing to leave out.
+        Err(Errno::ENOENT) => return Ok(()),
+        file => file.context("open", path)?,
+    };
+    write(&file, b"1").context("write", path).map(drop)
+}
+
+/// Brings `lo` up, and the link with its address, its neighbour and default route if there is one.
+pub(super) fn configure(handle: &str, link: Option<&Link>) -> Result<(), SysError> {
     let kind = SockType::Raw;
     let netlink = socket(
         AddressFamily::Netlink,
@@ -20,7 +46,7 @@ pub(super) fn configure(link: Option<&Link>) -> Result<(), SysError> {
         SockProtocol::NetlinkRoute,
     )
     .context("socket", "AF_NETLINK")?;
-    ask(&netlink, &up(index("lo")?, 0), "lo up")?;
+    ask(&netlink, &up(index("lo")?, IFF_UP, 0), "lo up")?;
     let Some(link) = link else { return Ok(()) };
     let index = index(&link.name)?;
     ask(
@@ -28,11 +54,23 @@ pub(super) fn configure(link: Option<&Link>) -> Result<(), SysError> {
         &address(index, link),
         &format!("address {}/{}", link.address, link.prefix),
     )?;
+    let fixed = Measure::Neighbours.holds();
     ask(
         &netlink,
-        &up(index, link.mtu),
+        &up(
+            index,
+            if fixed { IFF_UP | IFF_NOARP } else { IFF_UP },
+            link.mtu,
+        ),
         &format!("{} up, mtu {}", link.name, link.mtu),
     )?;
+    if fixed {
+        ask(
+            &netlink,
+            &neighbour(index, handle, link),
+            &format!("neighbour {}", link.gateway),
+        )?;
+    }
     ask(
         &netlink,
         &default_route(index, link),
@@ -44,12 +82,14 @@ fn index(name: &str) -> Result<u32, SysError> {
     if_nametoindex(name).context("if_nametoindex", name)
 }
 
-/// `RTM_NEWLINK` with `struct ifinfomsg`: flag `IFF_UP`, and the MTU unless it is 0.
-fn up(index: u32, mtu: u32) -> Vec<u8> {
-    const IFF_UP: u32 = 1;
+const IFF_UP: u32 = 1;
+const IFF_NOARP: u32 = 1 << 7;
+
+/// `RTM_NEWLINK` with `struct ifinfomsg`: flags to be set, and the MTU unless it is 0.
+fn up(index: u32, flags: u32, mtu: u32) -> Vec<u8> {
     let mut message = header(libc::RTM_NEWLINK, 0);
     message.extend([0, 0, 0, 0]);
-    message.extend([index, IFF_UP, IFF_UP].map(u32::to_ne_bytes).concat());
+    message.extend([index, flags, flags].map(u32::to_ne_bytes).concat());
     if mtu > 0 {
         attribute(&mut message, libc::IFLA_MTU, &mtu.to_ne_bytes());
     }
@@ -63,6 +103,21 @@ fn address(index: u32, link: &Link) -> Vec<u8> {
     message.extend(index.to_ne_bytes());
     attribute(&mut message, libc::IFA_LOCAL, &link.address.octets());
     attribute(&mut message, libc::IFA_ADDRESS, &link.address.octets());
+    finish(message)
+}
+
+/// `RTM_NEWNEIGH` with `struct ndmsg`: the host's end, for ever. After the link is up: a change of its flags forgets
+/// them all.
+fn neighbour(index: u32, handle: &str, link: &Link) -> Vec<u8> {
+    const NUD_PERMANENT: u16 = 0x80;
+    let [host, _] = hardware_addresses(handle);
+    let mut message = header(libc::RTM_NEWNEIGH, create());
+    message.extend([INET, 0, 0, 0]);
+    message.extend(index.to_ne_bytes());
+    message.extend(NUD_PERMANENT.to_ne_bytes());
+    message.extend([0, 0]);
+    attribute(&mut message, libc::NDA_DST, &link.gateway.octets());
+    attribute(&mut message, libc::NDA_LLADDR, &host);
     finish(message)
 }
 
@@ -151,6 +206,8 @@ mod tests {
     use nix::sched::{CloneFlags, unshare};
     use std::net::Ipv4Addr;
 
+    const HANDLE: &str = "178l4d6v637";
+
     /// A link to nowhere is enough: `lo` under another address in a namespace of this test's own.
     #[test]
     fn a_link_gets_its_address_and_its_route() {
@@ -163,13 +220,13 @@ mod tests {
                 gateway: Ipv4Addr::new(10, 254, 7, 1),
                 mtu: 1400,
             };
-            configure(Some(&link)).unwrap();
-            let again = configure(Some(&link)).unwrap_err();
+            configure(HANDLE, Some(&link)).unwrap();
+            let again = configure(HANDLE, Some(&link)).unwrap_err();
             let absent = Link {
                 name: "none".to_owned(),
                 ..link
             };
-            let absent = configure(Some(&absent)).unwrap_err();
+            let absent = configure(HANDLE, Some(&absent)).unwrap_err();
             let routes = std::fs::read_to_string("/proc/thread-self/net/route").unwrap();
             (routes, again.to_string(), absent.to_string())
         });

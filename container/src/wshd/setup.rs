@@ -64,6 +64,7 @@ pub(super) fn make(
         mount(None::<&str>, "/", None::<&str>, private, None::<&str>)
             .context("mount", "/ private")?;
     }
+    network::leave_out_ipv6()?;
     root::place_disk(disk, &launch)?;
     let root = root::mount_overlay(&launch, &users)?;
     mounts::mount_kernel(&root, launch.tmpfs_bytes)?;
@@ -74,7 +75,7 @@ pub(super) fn make(
     process::prepare_limits();
 
     wait_for_go(control)?;
-    network::configure(launch.network.as_ref())?;
+    network::configure(&launch.handle, launch.network.as_ref())?;
     // With the host's rights still: what the kernel has for compiled filters is one store for the whole machine
     // (net.core.bpf_jit_limit), which apps can use up, and which only the host's root may go beyond
     // (`bpf_jit_charge_modmem` in kernel/bpf/core.c). Later, no container could be made then.

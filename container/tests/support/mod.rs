@@ -184,6 +184,9 @@ impl Place {
         let ours = std::fs::read_link(format!("/proc/self/fd/{}", netns.as_raw_fd())).unwrap();
         assert_eq!(theirs, ours);
         assert_eq!(launcher.wait(), Status::Exited(0), "the launcher ends");
+        if files.launch.network.is_some() {
+            wire(pid);
+        }
         fdpass::send(&control, GO, &[], MsgFlags::empty()).unwrap();
         // From here on its death is the guard's.
         let (dir, handle) = (files.dir.clone(), files.launch.handle.clone());
@@ -558,6 +561,24 @@ fn start(files: &Files, groups: &[BorrowedFd<'_>]) -> (OwnedFd, Child) {
     let argv = [&[title.as_str()], &files.without[..]].concat();
     let child = Child::spawn(files.wshd.to_str().unwrap(), &argv, &secret, &fds);
     (control, child)
+}
+
+/// Gives a container a link, whose other end stays in the same network namespace, and up.
+fn wire(pid: i32) {
+    for words in ["link add eth0 type veth peer name far", "link set far up"] {
+        ip(pid, &words.split(' ').collect::<Vec<_>>());
+    }
+}
+
+/// What `ip` says in the network namespace of a process.
+pub(crate) fn ip(pid: i32, arguments: &[&str]) -> String {
+    let namespace = format!("--net=/proc/{pid}/ns/net");
+    let (status, said) = output(
+        "/usr/bin/nsenter",
+        &[&[&namespace, "/usr/sbin/ip"], arguments].concat(),
+    );
+    assert_eq!(status, Status::Exited(0), "{arguments:?}: {said}");
+    said
 }
 
 fn heard(control: &OwnedFd) -> (Event, Vec<OwnedFd>) {

@@ -6,6 +6,7 @@
 
 use super::super::blocking;
 use super::{Lease, NetworkError, sysctl};
+use container::launch::hardware_addresses;
 use futures_util::TryStreamExt as _;
 use nix::errno::Errno;
 use rtnetlink::packet_route::address::{AddressAttribute, AddressMessage, AddressScope};
@@ -63,6 +64,10 @@ pub(super) struct HostEnd {
     pub(super) handle: Option<String>,
     /// Whether it is up.
     pub(super) up: bool,
+    /// Whether nobody is asked on it for hardware addresses. An older agent's containers ask, and answer.
+    pub(super) silent: bool,
+    /// Its hardware address.
+    pub(super) hardware: Vec<u8>,
 }
 
 /// An IPv4 address of this host.
@@ -104,7 +109,7 @@ impl Links {
     }
 
     /// Makes the pair, its inner end in `netns` from the first moment (down and without an address:
-    /// that is the container's own to do), its outer end up and addressed. Undone on failure.
+    /// that is the container's own to do), its outer end up and addressed, without ARP. Undone on failure.
     pub(super) async fn create(
         &self,
         handle: &str,
@@ -113,12 +118,16 @@ impl Links {
         mtu: u32,
     ) -> Result<(), NetworkError> {
         let link = name(handle);
+        let [ours, theirs] = hardware_addresses(handle).map(Vec::from);
         let inside = LinkUnspec::new_with_name(INSIDE)
+            .address(theirs)
             .mtu(mtu)
             .setns_by_fd(netns.as_raw_fd())
             .build();
         let pair = LinkMessageBuilder::<LinkVeth>::new_with_info_kind(InfoKind::Veth)
             .name(link.clone())
+            .address(ours)
+            .arp(false)
             .mtu(mtu)
             .set_info_data(InfoData::Veth(InfoVeth::Peer(inside)))
             .up()
@@ -129,7 +138,7 @@ impl Links {
             .execute()
             .await
             .map_err(|error| failed("make", &link, error))?;
-        let ready = self.configure(&link, lease).await;
+        let ready = self.configure(handle, &link, lease).await;
         if ready.is_err() {
             // The first error is the one to tell; the link dies with its namespace anyway.
             let _ = self.delete(&link).await;
@@ -138,11 +147,12 @@ impl Links {
     }
 
     /// The other end is still down, so nothing passes before the settings hold.
-    async fn configure(&self, link: &str, lease: &Lease) -> Result<(), NetworkError> {
+    async fn configure(&self, handle: &str, link: &str, lease: &Lease) -> Result<(), NetworkError> {
         self.set(link).await?;
         let missing = || failed("find", link, rtnetlink::Error::RequestFailed);
         let index = self.index(link).await?.ok_or_else(missing)?;
-        self.give(index, link, lease).await.map(drop)
+        self.give(index, link, lease).await?;
+        self.introduce(index, (handle, link), lease).await
     }
 
     /// Gives a host end its settings; tells whether it did not forward.
@@ -308,7 +318,20 @@ fn host_end(link: &LinkMessage) -> Option<HostEnd> {
         link: name.to_owned(),
         handle: handle(name).filter(|_| is_veth(link)).map(str::to_owned),
         up: link.header.flags.contains(LinkFlags::Up),
+        silent: link.header.flags.contains(LinkFlags::Noarp),
+        hardware: hardware_of(link).to_vec(),
     })
+}
+
+fn hardware_of(link: &LinkMessage) -> &[u8] {
+    let hardware = link.attributes.iter().find_map(|attribute| {
+        if let LinkAttribute::Address(hardware) = attribute {
+            Some(hardware.as_slice())
+        } else {
+            None
+        }
+    });
+    hardware.unwrap_or_default()
 }
 
 fn name_of(link: &LinkMessage) -> Option<&str> {

@@ -19,6 +19,7 @@ mod gap;
 mod here;
 mod link;
 mod look;
+mod neighbour;
 mod nfnetlink;
 #[cfg(test)]
 mod outward;

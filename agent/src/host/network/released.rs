@@ -1,8 +1,7 @@
 //! What the kernel remembers of an address that was given back, tried with packets.
 
 use super::testbed::{
-    Container, Namespace, OUTSIDE, attached, converse, datagrams, ip, on_host, outside, received,
-    run,
+    Container, Namespace, OUTSIDE, attached, converse, datagrams, on_host, outside, received, run,
 };
 use super::{Attached, Network, NetworkConfig, Posture};
 use std::io;
@@ -47,11 +46,7 @@ async fn heir(network: &Network, gone: Container) -> Namespace {
     let namespace = Namespace::new();
     let heir = Attached::new(TWO, gone.lease.clone());
     network.attach(heir, namespace.0.as_fd()).await.unwrap();
-    namespace.inside(|| {
-        ip(&format!("addr add {}/30 dev eth0", gone.lease.container));
-        ip("link set eth0 up");
-        ip(&format!("route add default via {}", gone.lease.host));
-    });
+    namespace.move_in(TWO, &gone.lease);
     namespace
 }
 

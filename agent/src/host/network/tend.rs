@@ -1,18 +1,18 @@
 //! Noticing that somebody else has changed the host's end of a container's link, and putting it back.
 //!
 //! ```text
-//! kernel ── rtnetlink's events ─▶ which link? ─ waits for more ─▶ up, address, settings, limit
+//! kernel ── rtnetlink's events ─▶ which link? ─ waits for more ─▶ up, address, neighbour, settings, limit
 //! ```
 //!
-//! `ip link set down`, `ip address flush` and a manager of networks that takes all links for its own cut a
-//! container off; `tc qdisc del` frees it of its limit; `sysctl net.ipv4.ip_forward=0` cuts off all of them.
+//! `ip link set down`, `ip address flush`, `ip neigh del` and a manager of networks that takes all links for its own cut
+//! a container off; `tc qdisc del` frees it of its limit; `sysctl net.ipv4.ip_forward=0` cuts off all of them.
 //! The kernel tells of all that, and of links that come and go as well: these are nobody's when they are looked
 //! at. A link that somebody removes is gone, for the container's end goes with it. A limit that somebody changes
 //! stays as he wants it until the next agent looks. Addresses of the host itself are heeded for [`super::here`].
 
 use super::decode::{Message, find, messages};
 use super::here::Here;
-use super::link::{self, HostEnd, Links, failed};
+use super::link::{self, Links, failed};
 use super::rules::{FORWARDING, Rules};
 use super::watch::{AGAIN, PATIENCE, Watch, listen};
 use super::{Lease, NetworkError, sysctl};
@@ -31,14 +31,16 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
 use tracing::warn;
 
-/// Multicast groups of linux/rtnetlink.h, as bind(2) wants them: LINK, TC, IPV4_IFADDR, IPV4_ROUTE, IPV4_NETCONF.
-const GROUPS: u32 = 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 23;
+/// Multicast groups of linux/rtnetlink.h, as bind(2) wants them: LINK, NEIGH, TC, IPV4_IFADDR, IPV4_ROUTE, IPV4_NETCONF.
+const GROUPS: u32 = 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 23;
 const RTM_NEWLINK: u16 = 16;
 const RTM_NEWADDR: u16 = 20;
 const RTM_DELADDR: u16 = 21;
 const RTM_NEWROUTE: u16 = 24;
+const RTM_DELNEIGH: u16 = 29;
 const RTM_DELQDISC: u16 = 37;
 const RT_TABLE_MAIN: u8 = 254;
+const AF_INET: u8 = 2;
 const RTM_NEWNETCONF: u16 = 80;
 const IFLA_IFNAME: u16 = 3;
 const IFA_LABEL: u16 = 3;
@@ -94,6 +96,8 @@ fn touched(message: Message<'_>) -> Option<Touched> {
             let &[_, length, _, _, table, ..] = body.first_chunk::<12>()?;
             (length == 0 && table == RT_TABLE_MAIN).then_some(Touched::Addresses)
         }
+        // struct ndmsg; the kernel drops others' all the time, which costs a look at the name of their link.
+        RTM_DELNEIGH => (*body.first()? == AF_INET).then_some(Touched::Link(word(4)?)),
         // struct tcmsg; what has no handle was there before anybody put something.
         RTM_DELQDISC => (word(8)? != 0).then_some(Touched::Link(word(4)?)),
         // struct netconfmsg.
@@ -322,10 +326,11 @@ impl Tender {
             self.strangers.remove(&index);
             return Ok(());
         }
-        let Some(HostEnd { link, handle, up }) = self.links.host_end(index).await? else {
+        let Some(end) = self.links.host_end(index).await? else {
             return Ok(());
         };
-        let Some(handle) = handle else {
+        let link = end.link.as_str();
+        let Some(handle) = end.handle.as_deref() else {
             if self.strangers.insert(index) {
                 warn!(
                     link,
@@ -335,21 +340,21 @@ impl Tender {
             }
             return Ok(());
         };
-        let Some((lease, _)) = self.shall(&handle).await else {
+        let Some((lease, _)) = self.shall(handle).await else {
             return Ok(());
         };
-        let up = match up {
+        let up = match end.up {
             true => Ok(false),
-            false => self.links.set_up(index, &link).await.map(|()| true),
+            false => self.links.set_up(index, link).await.map(|()| true),
         };
+        let address = self.links.give(index, link, &lease).await;
+        let neighbour = self.links.acquaint(index, (handle, &end), &lease).await;
         let steps = [
             ("down", up),
-            (
-                "without its address",
-                self.links.give(index, &link, &lease).await,
-            ),
-            ("not forwarding", self.links.set(&link).await),
-            ("without its limit", self.shape(&handle, &link).await),
+            ("without its address", address),
+            ("without its neighbour", neighbour),
+            ("not forwarding", self.links.set(link).await),
+            ("without its limit", self.shape(handle, link).await),
         ];
         let done = steps.iter().filter(|(_, done)| matches!(done, Ok(true)));
         let was: Vec<_> = done.map(|(what, _)| *what).collect();

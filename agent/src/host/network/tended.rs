@@ -1,7 +1,7 @@
 //! What somebody else changes of containers' links, and what becomes of it.
 
 use super::testbed::{
-    Container, OUTSIDE, a_while, attached, converse, eventually, on_host, open, outside, run,
+    Container, HOST, OUTSIDE, a_while, attached, converse, eventually, on_host, open, outside, run,
 };
 use super::watch::listen;
 use super::{Attached, Bandwidth, link};
@@ -13,14 +13,21 @@ use std::os::fd::AsRawFd as _;
 const ONE: &str = "0000000000a";
 const TWO: &str = "0000000000b";
 
-/// A container's link as a person sees it, and whether the host forwards what comes from it.
-fn end(handle: &str) -> (String, String) {
+/// A container's link as a person sees it, who is at its other end, and whether the host forwards what comes from it.
+fn end(handle: &str) -> (String, String, String) {
     let link = link::name(handle);
     let forwards = format!("/proc/sys/net/ipv4/conf/{link}/forwarding");
     (
         run("ip", &format!("address show dev {link}")),
+        neighbours(handle),
         fs::read_to_string(forwards).unwrap(),
     )
+}
+
+/// Who is known for ever.
+fn neighbours(handle: &str) -> String {
+    let link = link::name(handle);
+    run("ip", &format!("neigh show dev {link} nud permanent"))
 }
 
 fn is_up(handle: &str) -> bool {
@@ -47,8 +54,13 @@ fn what_somebody_changes_of_a_link_is_put_back() {
         eventually("both are up", ready).await;
         let before = (end(ONE), end(TWO));
         let link = link::name(ONE);
-        let changes: [&[String]; 4] = [
+        assert!(!before.0.1.is_empty());
+        let container = one.lease.container;
+        let changes: [&[String]; 7] = [
             &[format!("link set {link} down")],
+            &[format!("neigh del {container} dev {link}")],
+            &[format!("neigh flush dev {link} nud all")],
+            &[format!("link set {link} address 02:00:00:00:00:01")],
             &[format!("address flush dev {link}")],
             &[
                 format!("address flush dev {link}"),
@@ -130,6 +142,25 @@ fn forwarding_that_somebody_switches_off_is_on_again() {
 }
 
 #[test]
+fn a_link_of_an_older_agent_goes_on_asking_for_its_neighbour() {
+    on_host(|| async {
+        let (outside, network) = (outside(), open().await);
+        let listener = outside.listen(80);
+        let one = Container::of_an_older_agent(&network, ONE);
+        let ours = [attached(ONE, &one.lease, &[(61_001, 8080)])];
+        network.rebuild(&ours).await.unwrap();
+        let inner = one.namespace.listen(8080);
+        for _ in 0..2 {
+            eventually("it forwards", || is_up(ONE) && end(ONE).2 == "1\n").await;
+            converse(&listener, &mut one.namespace.connect(OUTSIDE, 80).unwrap());
+            converse(&inner, &mut outside.connect(HOST, 61_001).unwrap());
+            assert_eq!(neighbours(ONE), "");
+            set_down(ONE);
+        }
+    });
+}
+
+#[test]
 fn links_that_are_not_attached_are_left_as_they_are() {
     on_host(|| async {
         let network = open().await;
@@ -203,8 +234,8 @@ fn links_that_are_right_are_not_written() {
         };
         eventually("both are up", ready).await;
         a_while().await;
-        // Links, addresses, settings. Of what queues on them the kernel tells when it is asked, too.
-        let events = listen(SockProtocol::NetlinkRoute, 1 | 1 << 4 | 1 << 23).unwrap();
+        // Links, neighbours, addresses, settings. Of what queues on them the kernel tells when it is asked, too.
+        let events = listen(SockProtocol::NetlinkRoute, 1 | 1 << 2 | 1 << 4 | 1 << 23).unwrap();
         let heard = || recv(events.as_raw_fd(), &mut [0; 4096], MsgFlags::empty());
         let attached: Vec<_> = live.iter().map(|(_, attached)| attached.clone()).collect();
         network.rebuild(&attached).await.unwrap();

@@ -1,6 +1,7 @@
 //! Hosts to test with: network namespaces of the test's own, joined by virtual cables.
 
-use super::{Attached, Lease, Network, NetworkConfig, program};
+use super::{Attached, Lease, Network, NetworkConfig, link, program};
+use container::launch::hardware_addresses;
 use nix::sched::{CloneFlags, setns, unshare};
 use std::fs::File;
 use std::future::Future;
@@ -81,21 +82,45 @@ impl Namespace {
         })
     }
 
-    /// A new namespace at the other end of a cable, with its default route to here.
-    pub(super) fn beside(link: &str, here: Ipv4Addr, there: Ipv4Addr) -> Self {
+    /// A new namespace at the other end of a cable, whose end here is up.
+    fn joined(link: &str, there: &str) -> Self {
         let namespace = Self::new();
-        ip(&format!("link add {link} type veth peer name uplink"));
-        ip(&format!("addr add {here}/24 dev {link}"));
-        ip(&format!("link set {link} up"));
         let descriptor = namespace.0.as_raw_fd();
         let path = format!("/proc/{}/fd/{descriptor}", std::process::id());
-        ip(&format!("link set uplink netns {path}"));
+        ip(&format!(
+            "link add {link} type veth peer name {there} netns {path}"
+        ));
+        ip(&format!("link set {link} up"));
+        namespace
+    }
+
+    /// A new namespace at the other end of a cable, with its default route to here.
+    pub(super) fn beside(link: &str, here: Ipv4Addr, there: Ipv4Addr) -> Self {
+        let namespace = Self::joined(link, "uplink");
+        ip(&format!("addr add {here}/24 dev {link}"));
         namespace.inside(|| {
             ip(&format!("addr add {there}/24 dev uplink"));
             ip("link set uplink up");
             ip(&format!("route add default via {here}"));
         });
         namespace
+    }
+
+    /// What `wshd` does for a container of this handle.
+    pub(super) fn move_in(&self, handle: &str, lease: &Lease) {
+        self.inside(|| {
+            ip(&format!(
+                "addr add {}/{} dev eth0",
+                lease.container, lease.prefix
+            ));
+            ip("link set eth0 arp off up");
+            let [host, _] = hardware_addresses(handle).map(|one| one.map(|b| format!("{b:02x}")));
+            let (gateway, host) = (lease.host, host.join(":"));
+            ip(&format!(
+                "neigh add {gateway} lladdr {host} nud permanent dev eth0"
+            ));
+            ip(&format!("route add default via {gateway}"));
+        });
     }
 
     pub(super) fn listen(&self, port: u16) -> TcpListener {
@@ -136,6 +161,19 @@ impl Container {
         let mut attached = Attached::new(handle, lease.clone());
         how(&mut attached);
         network.attach(attached, namespace.0.as_fd()).await.unwrap();
+        namespace.move_in(handle, &lease);
+        Self { namespace, lease }
+    }
+
+    /// One that an agent has made whose containers asked for their neighbours, and that is not attached yet.
+    pub(super) fn of_an_older_agent(network: &Network, handle: &str) -> Self {
+        let lease = network.reserve().unwrap().0;
+        let link = link::name(handle);
+        let namespace = Namespace::joined(&link, "eth0");
+        ip(&format!(
+            "addr add {}/{} dev {link}",
+            lease.host, lease.prefix
+        ));
         namespace.inside(|| {
             ip(&format!(
                 "addr add {}/{} dev eth0",
