@@ -531,7 +531,7 @@ fn engine_config(config: &Config) -> EngineConfig {
             egress: config.network.egress,
             allow: config.network.allow.clone(),
             deny: config.network.deny.clone(),
-            standing: None,
+            ..NetworkConfig::default()
         },
         spool_bytes: config.spool_bytes,
         jobs: 1 + config.hooks.files().count(),

@@ -2,9 +2,17 @@
 
 use super::table::CONNECTIONS_MAX;
 use super::testbed::{
-    Container, HOST, OUTSIDE, assert_rejected, converse, datagrams, on_host, open, open_hospitable,
-    outside, received, run, without,
+    Container, HOST, Namespace, OUTSIDE, assert_rejected, attached, converse, datagrams, exchange,
+    on_host, open, open_hospitable, outside, received, run, without,
 };
+use super::{Network, NetworkConfig};
+use nix::errno::Errno;
+use nix::sys::socket::sockopt::ReuseAddr;
+use nix::sys::socket::{
+    AddressFamily, SockFlag, SockType, SockaddrIn, bind, connect, setsockopt, socket,
+};
+use std::net::SocketAddrV4;
+use std::os::fd::AsRawFd as _;
 
 const ONE: &str = "0000000000a";
 const TWO: &str = "0000000000b";
@@ -72,6 +80,110 @@ fn connections_to_the_host_count_too() {
         run("nft", &format!("add chain ip deaf input {hook}"));
         flood(&one, HOST, 6000);
         assert!(remembered() < CONNECTIONS_MAX + 50, "{}", remembered());
+    });
+}
+
+/// Begins so many connections to a mapped port of the host, each from a port of its own, and completes none.
+fn knock(outside: &Namespace, count: u16) {
+    outside.inside(|| {
+        for port in 0..count {
+            let from = SockaddrIn::new(192, 0, 2, 2, 10_000 + port);
+            let kind = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+            let socket = socket(AddressFamily::Inet, SockType::Stream, kind, None).unwrap();
+            setsockopt(&socket, ReuseAddr, &true).unwrap();
+            bind(socket.as_raw_fd(), &from).unwrap();
+            let to = SocketAddrV4::new(HOST, 61_001);
+            let begun = connect(socket.as_raw_fd(), &SockaddrIn::from(to));
+            assert_eq!(begun, Err(Errno::EINPROGRESS));
+        }
+    });
+}
+
+/// For how many more seconds each one is remembered that is only begun. The line: ipv4 2 tcp 6 <seconds left> SYN_SENT …
+fn half_open() -> Vec<u32> {
+    let text = std::fs::read_to_string("/proc/thread-self/net/nf_conntrack").unwrap();
+    let lines = text.lines().filter(|line| line.contains("SYN_SENT"));
+    let left = lines.map(|line| line.split_whitespace().nth(4).unwrap());
+    left.map(|left| left.parse().unwrap()).collect()
+}
+
+#[test]
+fn what_others_open_to_an_app_leaves_room_for_its_neighbours() {
+    on_host(|| async {
+        // A few, so that all are begun before the first is forgotten.
+        let few = NetworkConfig {
+            visits: 512,
+            ..NetworkConfig::default()
+        };
+        let (outside, network) = (outside(), Network::open(&few).await.unwrap());
+        let one = Container::new(&network, ONE).await;
+        let two = Container::new(&network, TWO).await;
+        network.map_port(ONE, 61_001, 8080).await.unwrap();
+        network.map_port(TWO, 61_002, 8080).await.unwrap();
+        let inner = [&one, &two].map(|container| container.namespace.listen(8080));
+        let mut early = outside.connect(HOST, 61_001).unwrap();
+        let mut kept = converse(&inner[0], &mut early);
+        // It accepts what comes, and never says so.
+        one.namespace.inside(|| {
+            run("nft", "add table ip deaf");
+            let hook = "{ type filter hook input priority 0 ; }";
+            run("nft", &format!("add chain ip deaf input {hook}"));
+            run(
+                "nft",
+                "add rule ip deaf input tcp flags & (syn | ack) == syn drop",
+            );
+        });
+        knock(&outside, 800);
+        let count = remembered();
+        assert!((512..512 + 50).contains(&count), "{count}");
+        let swamped = run("nft", "list chain inet ostler swamped");
+        assert!(!swamped.contains("packets 0 "), "{swamped}");
+        let left = half_open();
+        assert!(!left.is_empty() && left.iter().all(|left| *left <= 10));
+        // What is open goes on; the app's own, and its neighbour's, are others.
+        exchange(&mut early, &mut kept);
+        let listener = outside.listen(80);
+        converse(&listener, &mut one.namespace.connect(OUTSIDE, 80).unwrap());
+        converse(&inner[1], &mut outside.connect(HOST, 61_002).unwrap());
+        without(network, "welcomed");
+        knock(&outside, 800);
+        assert!(remembered() >= 800, "{}", remembered());
+        assert!(half_open().iter().any(|left| *left > 10));
+    });
+}
+
+#[test]
+fn a_table_of_an_older_agent_gets_the_bound_and_connections_go_on() {
+    on_host(|| async {
+        let (outside, network) = (outside(), open().await);
+        let one = Container::new(&network, ONE).await;
+        network.map_port(ONE, 61_001, 8080).await.unwrap();
+        let inner = one.namespace.listen(8080);
+        let mut early = outside.connect(HOST, 61_001).unwrap();
+        let mut kept = converse(&inner, &mut early);
+        without(network, "forward");
+        for old in [
+            "add rule inet ostler forward ct state established,related accept",
+            "add rule inet ostler forward ct status dnat accept",
+            "flush chain inet ostler welcomed",
+            "delete chain inet ostler welcomed",
+            "delete chain inet ostler swamped",
+            "delete set inet ostler visits",
+            "delete ct timeout inet ostler visit",
+        ] {
+            run("nft", old);
+        }
+        exchange(&mut early, &mut kept);
+        let network = open().await;
+        let live = [attached(ONE, &one.lease, &[(61_001, 8080)])];
+        network.rebuild(&live).await.unwrap();
+        exchange(&mut early, &mut kept);
+        converse(&inner, &mut outside.connect(HOST, 61_001).unwrap());
+        let counted = run("nft", "list set inet ostler visits");
+        assert!(
+            counted.contains(&one.lease.container.to_string()),
+            "{counted}"
+        );
     });
 }
 

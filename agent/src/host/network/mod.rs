@@ -75,7 +75,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use subnet::Subnet;
-use table::{HostAccess, Policy};
+use table::{HostAccess, Policy, VISITS_MAX};
 use tend::Tending;
 use tokio::time::sleep;
 use tracing::{debug, warn};
@@ -113,6 +113,8 @@ pub struct NetworkConfig {
     pub allow: Vec<(Ipv4Addr, Ipv4Addr)>,
     /// Those that none may reach without a rule of its own.
     pub deny: Vec<(Ipv4Addr, Ipv4Addr)>,
+    /// How many connections others may have open to a container at once.
+    pub visits: u32,
     /// Where it is kept which address and port were given out last and which rest, so that the next agent
     /// does not give out what this one has just released; nowhere when `None`.
     pub standing: Option<PathBuf>,
@@ -133,6 +135,7 @@ impl Default for NetworkConfig {
             egress: Posture::Open,
             allow: Vec::new(),
             deny: Vec::new(),
+            visits: VISITS_MAX,
             standing: None,
         }
     }
@@ -647,6 +650,7 @@ fn policy(config: &NetworkConfig, uplinks: BTreeSet<String>) -> Policy {
         posture: config.egress,
         allow: config.allow.clone(),
         deny: config.deny.clone(),
+        visits: config.visits,
         uplinks,
     }
 }

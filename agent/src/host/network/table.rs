@@ -18,6 +18,7 @@
 //!          └ hosts, networks ─▶ services (icmp) ─▶ anything ─▶ decided: passed, logged
 //!                └──────── nothing of it ─────────────▶ unlisted ─▶ allow, else refused
 //! whatever is accepted ─▶ admitted ─▶ so many at once, else crowded: refused
+//! what comes to a mapped port ─▶ welcomed ─▶ so many at once, else swamped: dropped
 //! ```
 
 use super::conntrack::Connection;
@@ -51,6 +52,17 @@ pub(super) const CONNECTIONS_MAX: u32 = 4096;
 /// For how many seconds a closed one, which is not counted, is remembered: the last packet of its end may
 /// have to be sent again. Linux has 120.
 const CLOSED_SECONDS: u32 = 5;
+
+/// What others have open to containers: these containers' addresses, each with the connections that the kernel counts for it.
+const VISITS: &str = "visits";
+/// How long what others opened, or are about to, is remembered.
+const VISIT: &str = "visit";
+/// How many connections others may have open to a container at once, as [`CONNECTIONS_MAX`] for its own. More, because many
+/// wait (web sockets) where an app serves many; not many more, because it is the host that pays for the count.
+pub(super) const VISITS_MAX: u32 = 8192;
+/// For how many seconds one is remembered that was not completed, from the last packet on. Linux has 120 and 60: whoever
+/// completes none would need fewer packets to keep an app full. A server repeats its word after 1, 2, 4, 8.
+const HALF_OPEN_SECONDS: u32 = 10;
 
 /// How long what was asked of a name server is remembered.
 const QUESTION: &str = "question";
@@ -93,7 +105,7 @@ pub(super) const SET_NAMES: [&str; 9] = [
 ];
 
 /// What the operator lets containers do.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(super) struct Policy {
     /// What they may open connections to on the host itself.
     pub(super) host: HostAccess,
@@ -103,8 +115,23 @@ pub(super) struct Policy {
     pub(super) allow: Vec<(Ipv4Addr, Ipv4Addr)>,
     /// Those that nobody may reach without a rule of its own.
     pub(super) deny: Vec<(Ipv4Addr, Ipv4Addr)>,
+    /// How many connections others may have open to each at once.
+    pub(super) visits: u32,
     /// Links with the host's own address or its way to the world: no bridges of Docker's, whatever they look like.
     pub(super) uplinks: BTreeSet<String>,
+}
+
+impl Default for Policy {
+    fn default() -> Self {
+        Self {
+            host: HostAccess::default(),
+            posture: Posture::default(),
+            allow: Vec::new(),
+            deny: Vec::new(),
+            visits: VISITS_MAX,
+            uplinks: BTreeSet::new(),
+        }
+    }
 }
 
 /// What containers may open connections to on the host itself.
@@ -183,6 +210,10 @@ fn crowd() -> String {
         "add set inet ostler {CONNECTIONS} {{ type ipv4_addr; size 65535; flags dynamic; }}\n\
          add ct timeout inet ostler {BRIEF} {{ protocol tcp; l3proto ip; \
          policy = {{ close : {CLOSED_SECONDS}, time_wait : {CLOSED_SECONDS} }}; }}\n\
+         add set inet ostler {VISITS} {{ type ipv4_addr; size 65535; flags dynamic; }}\n\
+         add ct timeout inet ostler {VISIT} {{ protocol tcp; l3proto ip; \
+         policy = {{ syn_sent : {HALF_OPEN_SECONDS}, syn_recv : {HALF_OPEN_SECONDS}, \
+         close : {CLOSED_SECONDS}, time_wait : {CLOSED_SECONDS} }}; }}\n\
          add ct timeout inet ostler {QUESTION} {{ protocol udp; l3proto ip; \
          policy = {{ unreplied : {ASKED_SECONDS}, replied : {ASKED_SECONDS} }}; }}\n"
     )
@@ -208,6 +239,10 @@ fn rules(policy: &Policy) -> Vec<String> {
             "$allow_open" => rules.extend(to(&policy.allow, "outside", "goto admitted")),
             "$count" => rules.push(format!(
                 "admitted add @{CONNECTIONS} {{ ip saddr ct count over {CONNECTIONS_MAX} }} goto crowded"
+            )),
+            "$count_visits" => rules.push(format!(
+                "welcomed add @{VISITS} {{ ip daddr ct count over {} }} goto swamped",
+                policy.visits
             )),
             "$deny" => rules.extend(to(
                 &policy.deny,
@@ -391,9 +426,9 @@ const BASE_CHAINS: [(&str, &str); 6] = [
 ];
 
 /// Those that a rule leads to.
-pub(super) const CHAINS: [&str; 11] = [
+pub(super) const CHAINS: [&str; 13] = [
     "outgoing", "services", "messages", "anything", "decided", "unlisted", "outside", "passed",
-    "logged", "admitted", "crowded",
+    "logged", "admitted", "crowded", "welcomed", "swamped",
 ];
 
 /// By chain, in order. Before connection tracking (`raw_in`) a reply to 127.0.0.1 still bears the
@@ -411,7 +446,8 @@ pub(super) const CHAINS: [&str; 11] = [
 /// store by: `ip_forward` has just made it from the type of service. Who passes has none again. Where
 /// ports would be, an ICMP message has its type and code. The kernel's log says by `IN=` who it was; many
 /// messages at once are too many for it. What is refused is never remembered: a connection enters the
-/// kernel's table behind the last chain.
+/// kernel's table behind the last chain. What others open beyond its number is dropped, as a full backlog does, so that they
+/// try again in a second: a refusal would have a router take the app for gone.
 const RULES: &str = r#"
     raw_in iifname != "lo" ip daddr 127.0.0.0/8 drop
     raw_in iifname != "os-*" accept
@@ -429,7 +465,7 @@ const RULES: &str = r#"
     forward ct state invalid drop
     forward iifname "os-*" oifname "os-*" reject with icmpx admin-prohibited
     forward iifname "os-*" goto outgoing
-    forward ct status dnat accept
+    forward ct status dnat goto welcomed
     forward reject with icmpx admin-prohibited
 
     input iifname != "os-*" accept
@@ -477,6 +513,12 @@ const RULES: &str = r#"
     admitted accept
     crowded limit rate 1/second burst 5 packets log prefix "ostler-full " level info
     crowded counter reject with icmpx admin-prohibited
+
+    $count_visits
+    welcomed meta l4proto tcp ct timeout set "visit"
+    welcomed accept
+    swamped limit rate 1/second burst 5 packets log prefix "ostler-full " level info
+    swamped counter drop
 "#;
 
 /// Lets the container speak from its address, and from no other.
@@ -557,6 +599,7 @@ mod tests {
         let none = BTreeSet::new();
         let kept = script(&Policy::default(), &none, &[]);
         assert!(kept.contains("inet ostler input reject with icmpx admin-prohibited\n"));
+        assert!(kept.contains("{ ip daddr ct count over 8192 } goto swamped\n"));
         assert!(kept.contains("(ip daddr & 255.0.0.0 ^ 0.128.0.0) map @networks"));
         assert!(kept.contains("(th dport & 65280 ^ 128) map @service_ranges"));
         for absent in ["$", "element", "ip daddr {"] {
@@ -677,10 +720,10 @@ mod tests {
             let listed = || nftables.layout().unwrap().size();
             program::run("nft", &["-f", "-"], &afresh(&script)).unwrap();
             let size = script_size(&script);
-            assert_eq!(size, (19, rules(&policy()).len()));
+            assert_eq!(size, (21, rules(&policy()).len()));
             assert_eq!(listed(), size);
             run("nft", "delete chain inet ostler a_note");
-            assert_eq!(listed().0, 18);
+            assert_eq!(listed().0, 20);
             run("nft", "flush chain inet ostler raw_in");
             assert_eq!(listed().1, size.1 - 5);
         });

@@ -58,8 +58,10 @@ pub(super) fn run(program: &'static str, arguments: &str) -> String {
 
 /// What `nft --stateless` lists, without what the kernel counts, and forgets in its own time.
 pub(super) fn listed(arguments: &str) -> String {
-    let counted = ["flush", "set", "inet", "ostler", "connections"];
-    let _no_table_yet = program::run("nft", &counted, "");
+    for counted in ["connections", "visits"] {
+        let flush = ["flush", "set", "inet", "ostler", counted];
+        let _no_table_yet = program::run("nft", &flush, "");
+    }
     run("nft", &format!("--stateless {arguments}"))
 }
 
