@@ -375,7 +375,7 @@ fn world(
     let records = Records::open(&config.base)?;
     Ok(World {
         id,
-        droplets: Droplets::open(&config.base, fetch_options(&config))?,
+        droplets: Droplets::open(&config.base, fetch_options(&config, &engine))?,
         crashes: Crashes::open(&config.base, config.crashes.clone(), lifetime)?,
         depth: Depth::of(records.clone(), &config.base),
         records,
@@ -539,15 +539,17 @@ fn engine_config(config: &Config) -> EngineConfig {
     }
 }
 
-fn fetch_options(config: &Config) -> FetchOptions {
+fn fetch_options(config: &Config, engine: &Engine) -> FetchOptions {
     let space = Space::new(&config.base, engine_config(config).output_bytes());
+    // Where nothing is bounded, nothing is promised.
+    let bounded = engine.disk_left(std::iter::empty(), 1).is_some();
     FetchOptions {
         inactivity: config.droplets.inactivity,
         total: config.droplets.total,
         max_bytes: config.droplets.max_bytes,
         max_unpacked_bytes: config.droplets.max_unpacked_bytes,
         files: config.droplets.files.clone(),
-        space: Some(space),
+        space: bounded.then_some(space),
         ..FetchOptions::default()
     }
 }

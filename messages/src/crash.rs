@@ -21,7 +21,7 @@ pub struct Crash {
     pub exit_status: i32,
     /// The signal that ended it, if one did.
     pub signal: Option<i32>,
-    /// In words.
+    /// In words; `droplet.exited` may have less of them.
     pub exit_description: String,
     /// Whether it ended for want of memory.
     pub oom: bool,

@@ -294,6 +294,7 @@ async fn a_droplet_takes_nothing_of_the_disk_that_is_promised_or_the_agents_own(
         "{exit}"
     );
     // Nothing of it stays, and what fits is taken.
+    adverts.arrived();
     adverts
         .until("the rest", |advert| (50..200).contains(&free(advert)))
         .await;

@@ -188,11 +188,12 @@ async fn watch_link(
 async fn look(client: &Client, link: &watch::Sender<Link>) {
     drop(timeout(TAKEOVER, client.flush()).await);
     let connected = client.connection_state() == State::Connected;
-    // Output has headers: such a server would end the connection at the first line of it, again and again.
+    // Output has headers: a server before 2.2 would end the connection at the first line of it, again and again. (A newer one that is
+    // configured so refuses this client.)
     let has_headers = client.server_info().headers;
     if connected && !has_headers {
         error!(
-            "this nats-server knows no headers (it is older than 2.2, or has no_header_support): nothing is said to it, apps run on; replace it"
+            "this nats-server knows no headers (it is older than 2.2): nothing is said to it, apps run on; replace it"
         );
     }
     let now = Link {

@@ -357,19 +357,18 @@ fn map_layer(layer: &Path, users: &OwnedFd) -> Result<(), Errno> {
 const DESK: &str = ".ostler-probe-";
 
 /// Removes the desks of processes that were killed.
-fn remove_of_the_dead(there: &Path) -> std::io::Result<()> {
-    for entry in fs::read_dir(there)? {
-        let entry = entry?;
+fn remove_of_the_dead(there: &Path) {
+    for entry in fs::read_dir(there).into_iter().flatten().flatten() {
         let name = entry.file_name();
         let owner = name.to_str().and_then(|name| name.strip_prefix(DESK));
         let Some(owner) = owner.and_then(|owner| owner.parse::<u32>().ok()) else {
             continue;
         };
         if owner == std::process::id() || !Path::new(&format!("/proc/{owner}")).exists() {
-            fs::remove_dir_all(entry.path())?;
+            // Its owner may just be at it, too.
+            let _gone = fs::remove_dir_all(entry.path());
         }
     }
-    Ok(())
 }
 
 /// A directory beside or below the base, for as long as this lives.
@@ -380,7 +379,7 @@ struct Desk {
 impl Desk {
     fn new(base: &Path) -> std::io::Result<Self> {
         let there = base.ancestors().find(|path| path.is_dir()).unwrap_or(base);
-        remove_of_the_dead(there)?;
+        remove_of_the_dead(there);
         let path = there.join(format!("{DESK}{}", std::process::id()));
         fs::create_dir(&path)?;
         let desk = Self { path };
@@ -569,7 +568,7 @@ fn swap(limited: Option<bool>, swaps: &str) -> Finding {
 /// How the disk of one instance will be limited.
 fn disk(wanted: &Wanted<'_>) -> Finding {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let quotas = project_quotas(wanted.base, &mounts)
+    let quotas = disk::has_project_quotas(wanted.base, &mounts)
         .then_some(())
         .ok_or("its file system is not mounted with prjquota (ext4, xfs)");
     let images = match Path::new("/dev/loop-control").exists() {
@@ -621,24 +620,6 @@ fn helpers(directory: &Path) -> Finding {
     let meaning = format!("\"{there}\" has no {}", absent.join(", "));
     let advice = "Install them, or correct `helpers` in the configuration";
     finding(name, Level::Missing, meaning, advice)
-}
-
-/// Whether the file system that holds this path counts by project, after `/proc/self/mountinfo` (proc(5)).
-fn project_quotas(path: &Path, mountinfo: &str) -> bool {
-    let holder = mountinfo
-        .lines()
-        .filter(|line| {
-            let point = line.split(' ').nth(4);
-            point.is_some_and(|point| path.starts_with(point))
-        })
-        // The last of the longest covers the others.
-        .max_by_key(|line| line.split(' ').nth(4).map_or(0, str::len));
-    let options = holder
-        .and_then(|line| line.rsplit(' ').next())
-        .unwrap_or("");
-    options
-        .split(',')
-        .any(|option| matches!(option, "prjquota" | "pquota"))
 }
 
 /// Does something in a network namespace of a thread that ends.
@@ -1086,7 +1067,7 @@ mod tests {
     fn quotas_are_those_of_the_file_system_that_holds_the_base() {
         let mounts = "1 0 8:1 / / rw - ext4 /dev/a rw\n2 1 8:2 / /var/lib rw - xfs /dev/b rw,prjquota\n\
                       3 2 8:3 / /var/lib/other rw - ext4 /dev/c rw\n";
-        let there = |path: &str| project_quotas(Path::new(path), mounts);
+        let there = |path: &str| disk::has_project_quotas(Path::new(path), mounts);
         let seen = [
             "/var/lib/ostler",
             "/var/lib",

@@ -411,6 +411,24 @@ fn project_quotas_limit_bytes_and_inodes_where_the_kernel_has_them() {
     });
 }
 
+#[test]
+fn project_quotas_are_taken_also_where_a_full_disk_lets_nobody_try_them() {
+    world(|world| async move {
+        if !has_projects(&world.base) {
+            return;
+        }
+        engine(&world, DiskWay::Auto).await.close().await;
+        let fill = "for size in 64M 4M 256K 16K 4K; do i=0; \
+                    while fallocate -l $size \"$0/f$size.$i\" 2>/dev/null; do i=$((i+1)); done; done; \
+                    i=0; while mkdir \"$0/d$i\" 2>/dev/null; do i=$((i+1)); done";
+        run(&["sh", "-c", fill, &world.base.display().to_string()]);
+        let engine = engine(&world, DiskWay::Auto).await;
+        assert_eq!(engine.shared.disks.describe(), "project quotas");
+        engine.close().await;
+        run(&["umount", &world.base.display().to_string()]);
+    });
+}
+
 /// A kernel may have one file system's quotas and not the other's.
 #[test]
 fn project_quotas_of_xfs_limit_bytes_and_inodes_where_the_kernel_has_them() {

@@ -5,9 +5,8 @@
 //!
 //! ```text
 //! <base>/droplets/<digest>/<uid>-<gid>/        a whole layer: app -> /home/vcap/app, home/vcap/…
-//! <base>/droplets/.new-<digest>-<try>/         one in the making; worthless after a restart
+//! <base>/droplets/.new-<life>-<try>/           one in the making; worthless in another life of the agent
 //! <base>/droplets/.trash-<digest>              one on its way out
-//! <base>/droplets/.old-<life>-<n>/             what an earlier life of the agent left of those
 //! ```
 //!
 //! A layer gets its final name by a rename, after everything in it has reached the disk. So whatever
@@ -122,7 +121,9 @@ struct Inner {
     /// The names of those that are being moved out of the way, by a disk that may take its time.
     leaving: watch::Sender<HashSet<String>>,
     slots: Arc<Semaphore>,
-    /// Tells two tries for one droplet apart.
+    /// Tells the tries of one life of the agent from those of another,
+    life: String,
+    /// and from each other.
     tries: AtomicU64,
 }
 
@@ -156,7 +157,15 @@ impl Droplets {
             .mode(0o700)
             .create(&dir)
             .map_err(|error| DropletError::disk("make directory", &dir, error))?;
-        clear_away(&dir)?;
+        let mut left = names_in(&dir)?;
+        left.retain(|name| name.starts_with('.'));
+        let there = dir.clone();
+        // Beside what comes next: there may be millions of files. Nothing that is made has such a name.
+        in_background(move || {
+            for name in left {
+                logged(remove_tree(&there.join(name)));
+            }
+        });
         let running = Mutex::new(HashMap::new());
         let slots = Arc::new(Semaphore::new(PARALLEL));
         Ok(Self {
@@ -167,6 +176,7 @@ impl Droplets {
                 asked: Mutex::default(),
                 leaving: watch::Sender::default(),
                 slots,
+                life: crate::random::hex(4),
                 tries: AtomicU64::new(0),
             }),
         })
@@ -360,27 +370,6 @@ impl Droplets {
     }
 }
 
-/// Takes what an agent that was killed left unfinished out of the way of those to come, and has it removed beside them: there may
-/// be millions of files.
-fn clear_away(dir: &Path) -> Result<(), DropletError> {
-    let life = crate::random::hex(4);
-    let left = names_in(dir)?
-        .into_iter()
-        .filter(|name| name.starts_with('.'));
-    let mut gone = Vec::new();
-    for (number, name) in left.enumerate() {
-        let (from, to) = (dir.join(name), dir.join(format!(".old-{life}-{number}")));
-        let moved = fs::rename(&from, &to);
-        gone.extend(logged(moved.map_err(|e| DropletError::disk("rename", &from, e))).map(|()| to));
-    }
-    in_background(move || {
-        for left in gone {
-            logged(remove_tree(&left));
-        }
-    });
-    Ok(())
-}
-
 /// What the holders do is too short to leave a half-changed value behind.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -407,7 +396,7 @@ impl Inner {
         let layer = self.layer(wanted);
         // Its own: a try that was given up may still be at work on another one.
         let number = self.tries.fetch_add(1, Ordering::Relaxed);
-        let new = self.dir.join(format!(".new-{digest}-{number}"));
+        let new = self.dir.join(format!(".new-{}-{number}", self.life));
         make_directory(&new, 0o700)?;
         let began = Instant::now();
         let made = self.make(source, wanted, &new, deadline, stop);

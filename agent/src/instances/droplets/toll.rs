@@ -1,4 +1,4 @@
-//! A droplet on its way stops before it takes what instances were promised of the disk.
+//! A droplet on its way stops before it takes what containers were promised of the disk.
 
 use super::error::DropletError;
 use crate::host::depot::disk::Space;
@@ -6,8 +6,8 @@ use crate::host::depot::disk::Space;
 /// Bytes that are written between two looks. Sixteen at once may so take twice of what the agent keeps for itself.
 const STEP: u64 = 8 << 20;
 
-/// What a file takes beside its bytes, and at least.
-pub(super) const FILE: u64 = 4096;
+/// What a file, a directory or a link takes beside its bytes, and at least.
+pub(super) const ENTRY: u64 = 4096;
 
 /// Looks from time to time whether there is room for more.
 #[derive(Debug)]

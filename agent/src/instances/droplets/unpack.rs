@@ -25,7 +25,7 @@ use tar::{Archive, Entry};
 use super::error::DropletError;
 use super::meter::{Budget, Meter};
 use super::stop::Stop;
-use super::toll::{FILE, Toll};
+use super::toll::{ENTRY, Toll};
 use super::tree::{open_below, open_directory};
 use super::{FetchOptions, Owner};
 
@@ -203,7 +203,6 @@ impl Unpacker<'_> {
     ) -> Result<(), DropletError> {
         self.count()?;
         self.unlink(spot)?;
-        self.toll.pay(FILE)?;
         let flags =
             OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let file = openat(
@@ -317,7 +316,7 @@ impl Unpacker<'_> {
                 max: self.options.max_entries,
             });
         }
-        Ok(())
+        self.toll.pay(ENTRY)
     }
 
     fn unreachable(&self, parents: &Path, errno: Errno) -> DropletError {

@@ -175,7 +175,7 @@ const SAVE_AGAIN: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(4);
 
 /// The same for what cannot go on without. A busy disk is slow for a while.
-const MUST: Duration = Duration::from_secs(10);
+pub const MUST: Duration = Duration::from_secs(10);
 
 /// Why the record on disk is not what it should be.
 #[derive(Debug)]

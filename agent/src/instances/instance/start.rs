@@ -80,20 +80,17 @@ impl Instance {
     pub(super) async fn resume(&mut self) -> End {
         let mut remains = self.remains.take();
         while let Some(Remains::Unknown(why)) = &remains {
-            // Whether it lives nobody knows: nothing is announced, and nothing killed.
+            // Whether it lives nobody knows: nothing is announced, and nothing killed but what shall be stopped.
             error!(
                 handle = self.record.handle,
                 why, "a container cannot be adopted yet"
             );
             self.heed_for(ADOPT_AGAIN).await;
-            if self.record.stopping.is_some() {
-                // It cannot be asked to end; but it shall not run on.
-                let ended = self.world.engine.end_processes(&self.record.handle).await;
-                if let Err(error) = ended {
-                    error!(handle = self.record.handle, error = %chain(&error), "not everything is dead");
-                }
-            }
             remains = Some(Remains::of(&self.world, &self.record).await);
+            let is_unknown = matches!(remains, Some(Remains::Unknown(_)));
+            if is_unknown && self.record.stopping.is_some() {
+                remains = Some(self.end_unknown().await);
+            }
         }
         let died = match remains {
             Some(Remains::Alive(container)) => {
@@ -136,6 +133,21 @@ impl Instance {
             }
             Some(_) | None => self.begin_again().await,
         }
+    }
+
+    /// Ends what shall be stopped and cannot be asked to, and looks for it again.
+    async fn end_unknown(&mut self) -> Remains {
+        self.close_route();
+        let ended = self.world.engine.end_processes(&self.record.handle).await;
+        let remains = Remains::of(&self.world, &self.record).await;
+        // Whoever waits for the end is not kept waiting.
+        self.stuck = match (&remains, ended) {
+            (Remains::Unknown(_), Err(error)) => Some(chain(&error).to_string()),
+            (Remains::Unknown(why), Ok(())) => Some(why.clone()),
+            (Remains::Alive(_) | Remains::Dead(..), _) => None,
+        };
+        self.tell();
+        remains
     }
 
     /// Takes up the container of an earlier life.

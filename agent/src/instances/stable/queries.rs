@@ -2,7 +2,7 @@
 
 use super::commands::candidate;
 use super::{Answers, Duration, Duty, Instant, Query, Stable, Stall, now, timeout_at};
-use crate::instances::instance::{Measured, MeasuredDisk, View};
+use crate::instances::instance::{MUST, Measured, MeasuredDisk, View};
 use crate::instances::ledger::{Amount, Room};
 use messages::command::{DiscoverRequest, Query as Asked, discover_delay_ms};
 use messages::filter::Filter;
@@ -117,7 +117,8 @@ impl Stable {
     }
 
     /// Whether there is what an instance needs beside memory and disk space: a place in the heartbeat, an address, ports, and
-    /// a disk that answers.
+    /// a disk that
+    /// answers: beyond what a start waits for it, it would be refused.
     pub(super) fn takes_one_more(&self, droplet: &str) -> bool {
         let room = Room {
             instances: 1,
@@ -125,7 +126,7 @@ impl Stable {
         };
         self.room_for(room).is_ok()
             && self.world.engine.has_place()
-            && self.world.scribes.lateness().time().is_zero()
+            && self.world.scribes.lateness().time() < MUST
     }
 
     fn droplet_status(&self, answers: &Answers) {

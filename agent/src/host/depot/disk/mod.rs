@@ -19,6 +19,7 @@ mod quota;
 mod space;
 
 pub use free::Free;
+pub use quota::has_project_quotas;
 pub use space::Space;
 
 use super::{Directory, handles};

@@ -34,7 +34,7 @@ pub(super) struct Project {
 
 impl Projects {
     /// Tries whether a directory in `base` can be bounded; why not, if it cannot. Where that cannot be tried now, it is believed of
-    /// a file system that counts for projects.
+    /// a file system that says so.
     pub(super) fn probe(base: &Path) -> Result<Self, String> {
         /// Enough for a directory.
         const LIMIT: Limit = Limit {
@@ -61,7 +61,7 @@ impl Projects {
         let shown = tried();
         let _gone = fs::remove_dir(&path);
         let shown = match shown {
-            Err(error) if error.is_passing() && counts(base) => {
+            Err(error) if error.is_passing() && has_project_quotas(base, &mounts()) => {
                 tracing::warn!(%error, "a trial of project quotas was given up");
                 return Ok(projects);
             }
@@ -107,9 +107,27 @@ impl Projects {
     }
 }
 
-/// Whether the file system of a directory counts for projects.
-fn counts(base: &Path) -> bool {
-    open_directory(base).is_ok_and(|base| quota::quota(base.as_fd(), FIRST).is_ok())
+/// Whether the file system that holds this path limits projects, after `/proc/self/mountinfo` (proc(5)).
+#[must_use]
+pub fn has_project_quotas(path: &Path, mountinfo: &str) -> bool {
+    let holder = mountinfo
+        .lines()
+        .filter(|line| {
+            let point = line.split(' ').nth(4);
+            point.is_some_and(|point| path.starts_with(point))
+        })
+        // The last of the longest covers the others.
+        .max_by_key(|line| line.split(' ').nth(4).map_or(0, str::len));
+    let options = holder
+        .and_then(|line| line.rsplit(' ').next())
+        .unwrap_or("");
+    options
+        .split(',')
+        .any(|option| matches!(option, "prjquota" | "pquota"))
+}
+
+fn mounts() -> String {
+    fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default()
 }
 
 /// The number of the so-and-so-manieth project.
