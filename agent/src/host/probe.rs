@@ -568,7 +568,8 @@ fn swap(limited: Option<bool>, swaps: &str) -> Finding {
 /// How the disk of one instance will be limited.
 fn disk(wanted: &Wanted<'_>) -> Finding {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    let quotas = disk::has_project_quotas(wanted.base, &mounts)
+    let base = { wanted.base.canonicalize() }.unwrap_or_else(|_| wanted.base.to_owned());
+    let quotas = disk::has_project_quotas(&base, &mounts)
         .then_some(())
         .ok_or("its file system is not mounted with prjquota (ext4, xfs)");
     let images = match Path::new("/dev/loop-control").exists() {

@@ -9,7 +9,8 @@ pub(super) enum Patience {
 
 /// How many of the bytes at the front of a pipe to take now: up to the last line's end; all of them
 /// if no line ends here and it is not worth waiting (`hold_max` bytes, or patience is spent); else
-/// none. In the first `known` of them an earlier look saw no line's end; if there are less now, somebody else reads.
+/// none. In the first `known` of them an earlier look saw no line's end; where somebody else reads, they may be other ones, which
+/// are taken with the rest.
 pub(super) fn cut(
     waiting: &[u8],
     known: usize,

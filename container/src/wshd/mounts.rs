@@ -37,15 +37,18 @@ const LINKS: [(&str, &str); 5] = [
     ("pts/ptmx", "ptmx"),
 ];
 /// What says too much of the host or does too much to it: hidden.
-const MASKED: [&str; 15] = [
+const MASKED: [&str; 19] = [
     "proc/acpi",
     "proc/asound",
-    // Of neighbours' disks: what each reads and writes.
+    // Of neighbours' disks: how large each is, and what it reads and writes.
     "proc/diskstats",
+    "proc/fs/ext4",
+    "proc/fs/jbd2",
     "proc/interrupts",
     "proc/kcore",
     "proc/keys",
     "proc/latency_stats",
+    "proc/partitions",
     "proc/sched_debug",
     "proc/scsi",
     "proc/timer_list",
@@ -54,6 +57,7 @@ const MASKED: [&str; 15] = [
     "sys/devices/virtual/block",
     "sys/devices/virtual/powercap",
     "sys/firmware",
+    "sys/fs/ext4",
     "proc/kmsg",
 ];
 /// What may be read only.
@@ -144,6 +148,17 @@ pub(super) fn mask(root: &Root) -> Result<(), SysError> {
         Err(error) if matches!(error.errno, Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
         other => other.map(Some),
     };
+    let read_only = READ_ONLY_PATHS.iter();
+    for path in read_only
+        .copied()
+        .filter(|_| Measure::WriteProtection.holds())
+    {
+        if let Some(target) = present(path)? {
+            let attributes = READ_ONLY | NO_SUID | NO_DEV | NO_EXEC;
+            bind(target.as_fd(), target.as_fd(), attributes, path)?;
+        }
+    }
+    // Over those, which would show again what is below them.
     let null = device("null", 1, 3)?;
     let masked = MASKED.iter().filter(|_| Measure::Masks.holds());
     for path in masked.copied() {
@@ -165,16 +180,6 @@ pub(super) fn mask(root: &Root) -> Result<(), SysError> {
                 READ_ONLY | NO_SUID | NO_EXEC,
                 path,
             )?;
-        }
-    }
-    let read_only = READ_ONLY_PATHS.iter();
-    for path in read_only
-        .copied()
-        .filter(|_| Measure::WriteProtection.holds())
-    {
-        if let Some(target) = present(path)? {
-            let attributes = READ_ONLY | NO_SUID | NO_DEV | NO_EXEC;
-            bind(target.as_fd(), target.as_fd(), attributes, path)?;
         }
     }
     Ok(())

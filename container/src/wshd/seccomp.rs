@@ -5,17 +5,17 @@
 //! a container without capabilities. Tighter than either:
 //!
 //! * no keyrings (`add_key`, `keyctl`, `request_key`): they are not divided by namespaces as files are;
-//! * no `io_uring_*`, `bpf`, `userfaultfd`, `perf_event_open`, no namespace or mount of any kind, whatever
+//! * no `io_uring_*`, `bpf`, `userfaultfd`, `perf_event_open`, no new namespace or mount of any kind, whatever
 //!   capabilities a job has;
 //! * `socket` for five families; the others are doors to kernel modules, and vsock leads to the hypervisor. Of
-//!   those five only what needs no module and stores nothing outside of the container's memory ([`socket`]);
+//!   those five only what needs no module, and no netlink between apps ([`socket`]);
 //! * `ioctl` without `TIOCSTI` and `TIOCLINUX`, which type into terminals (CVE-2019-10063: the kernel looks
-//!   at the low 32 bits of a request only, and so do we);
+//!   at the low 32 bits of a request only, and so do we), and without those for bridges and VLANs, which load modules;
 //! * `prctl` without `PR_SCHED_CORE`, which takes threads of cores from neighbours;
 //! * `sync` does nothing, as all that it could do is others';
 //! * no 32-bit calls, by neither entry: their numbers are others.
 //!
-//! A known call that is not allowed is `EPERM`. One that is newer than the list is `ENOSYS`, so that a C
+//! A known call that is not allowed is `EPERM`, where nothing else stands beside its rule. One that is newer than the list is `ENOSYS`, so that a C
 //! library takes its older way; `clone3`, whose flags no filter can see, too. A protocol that is not
 //! allowed is `EPROTONOSUPPORT`, as of a kernel without it.
 
@@ -45,8 +45,11 @@ const INET: u32 = 2;
 const INET6: u32 = 10;
 const NETLINK: u32 = 16;
 const PACKET: u32 = 17;
-/// `TIOCSTI`, `TIOCLINUX`.
-const TYPING: [u32; 2] = [0x5412, 0x541c];
+/// `TIOCSTI`, `TIOCLINUX`; `SIOCGIFBR`, `SIOCSIFBR`, `SIOCBRADDBR`, `SIOCBRDELBR`, `SIOCGIFVLAN`, `SIOCSIFVLAN`, for which the
+/// kernel starts `modprobe` before it asks who wants them (`sock_ioctl` of net/socket.c).
+const REQUESTS: [u32; 8] = [
+    0x5412, 0x541c, 0x8940, 0x8941, 0x89a0, 0x89a1, 0x8982, 0x8983,
+];
 /// `PR_SCHED_CORE`: whoever has a cookie of its own has a core's other threads to itself, and its neighbours wait.
 const CORES: [u32; 1] = [62];
 /// `PER_LINUX`, `PER_LINUX32`, each with and without `UNAME26`, and the question for it.
@@ -420,7 +423,7 @@ fn rule(number: u32) -> Rule {
     match call {
         libc::SYS_clone => Rule::Without(0, NEW_NAMESPACES),
         libc::SYS_clone3 => Rule::Unknown,
-        libc::SYS_ioctl => Rule::NoneOf(1, &TYPING, Errno::EPERM),
+        libc::SYS_ioctl => Rule::NoneOf(1, &REQUESTS, Errno::EPERM),
         // As of a kernel without it.
         libc::SYS_prctl => Rule::NoneOf(0, &CORES, Errno::EINVAL),
         // With the filter on, the init crosses into its user namespace yet (setup.rs); all other kinds it has by
@@ -456,7 +459,7 @@ pub(super) fn shut() -> Result<(), SysError> {
 }
 
 /// The policy as a program of classic BPF (seccomp(2), linux/filter.h). Neighbours with the same rule are
-/// one range, and ranges are found by halves, so that no call costs more than some fifteen steps; calls
+/// one range, and ranges are found by halves, so that no call costs more than some thirty steps; calls
 /// that are allowed whatever their arguments are the kernel (5.11) remembers, and asks no more.
 fn program() -> Vec<sock_filter> {
     let past = AGE.iter().map(|known| known.end() + 1).max();
@@ -527,10 +530,12 @@ fn verdict(rule: Rule) -> Vec<sock_filter> {
 ///
 /// Of the internet's families TCP, MPTCP (262, which Go listens with), UDP and that of `ping`. Anything else, and
 /// any of these with another's type, the kernel looks for among its modules (SCTP, DCCP, L2TP, SMC), with a
-/// process of the host, before it asks who wants it. Raw sockets are complete without, and want `CAP_NET_RAW`.
+/// process of the host, before it asks who wants it. Raw sockets, which want `CAP_NET_RAW`, are complete without, but for
+/// protocol 0, which is none.
 ///
-/// Of netlink only `NETLINK_ROUTE`, that of `getifaddrs`(3): what is sent by `NETLINK_USERSOCK` (2) waits in the
-/// kernel's memory on nobody's account, and others load modules. What asks for `NETLINK_AUDIT` (PAM) and
+/// Of netlink only `NETLINK_ROUTE`, that of `getifaddrs`(3), and `NETLINK_KOBJECT_UEVENT` (15), which libudev opens: what is
+/// sent by `NETLINK_USERSOCK` (2) waits in the kernel's memory on nobody's account, and others load modules. (Answers that are
+/// not read wait there, too: `net.core.rmem_max` bounds them for each socket.) What asks for `NETLINK_AUDIT` (PAM) and
 /// `NETLINK_SOCK_DIAG` (`ss`) goes on without at this error.
 fn socket() -> Vec<sock_filter> {
     const TYPES: u32 = 0xf;
@@ -546,7 +551,7 @@ fn socket() -> Vec<sock_filter> {
         let kind = [load(data::argument(1)), mask(TYPES)];
         [
             kind.to_vec(),
-            when(RAW, vec![allow]),
+            when(RAW, listed(2, &[0], other, allow)),
             when(STREAM, protocols(&[0, 6, 262])),
             when(DATAGRAM, protocols(datagrams)),
             vec![other],
@@ -558,7 +563,7 @@ fn socket() -> Vec<sock_filter> {
         when(UNIX, vec![allow]),
         when(INET, internet(&[0, 17, 1])),
         when(INET6, internet(&[0, 17, 58])),
-        when(NETLINK, protocols(&[0])),
+        when(NETLINK, protocols(&[0, 15])),
         when(PACKET, vec![allow]),
         vec![error(Errno::EPERM)],
     ]
@@ -723,6 +728,11 @@ mod tests {
             slowest = slowest.max(steps);
         }
         assert!(slowest <= 13, "{slowest} steps");
+        // The longest that is allowed: AF_INET6, SOCK_DGRAM, IPPROTO_ICMPV6.
+        let socket = u32::try_from(libc::SYS_socket).unwrap();
+        let (said, steps) = interpret(ARCHITECTURE, socket, [10, 2, 58, 0, 0, 0]);
+        assert_eq!(said, Said::Allowed);
+        assert!(steps <= 30, "{steps} steps");
         let length = PROGRAM.len();
         assert!(length < 256, "{length} instructions");
     }
@@ -809,6 +819,9 @@ mod tests {
             (libc::SYS_ioctl, 1, 0x5401, Said::Allowed),
             (libc::SYS_ioctl, 1, 0x5412, EPERM),
             (libc::SYS_ioctl, 1, 0x541c, EPERM),
+            (libc::SYS_ioctl, 1, 0x8940, EPERM),
+            (libc::SYS_ioctl, 1, 0x8983, EPERM),
+            (libc::SYS_ioctl, 1, 0x8912, Said::Allowed),
             // CLONE_NEWUSER; with CLONE_NEWNS, as a process descriptor takes it; CLONE_NEWNET, any.
             (libc::SYS_setns, 1, 0x1000_0000, Said::Allowed),
             (libc::SYS_setns, 1, 0x1002_0000, EPERM),
@@ -847,8 +860,8 @@ mod tests {
     fn sockets_are_those_that_need_no_module_and_have_an_account() {
         const RAW: u64 = 3;
         let allowed = |family, kind, protocol| match (family, kind) {
-            (16, _) => protocol == 0,
-            (2 | 10, RAW) => true,
+            (16, _) => [0, 15].contains(&protocol),
+            (2 | 10, RAW) => protocol != 0,
             (2 | 10, 1) => [0, 6, 262].contains(&protocol),
             (2, 2) => [0, 1, 17].contains(&protocol),
             (10, 2) => [0, 17, 58].contains(&protocol),
@@ -858,7 +871,7 @@ mod tests {
         // SCTP has a type (5) of its own, and so has DCCP (6).
         let kinds = families.flat_map(|family| (1..=6).map(move |kind| (family, kind)));
         // NETLINK_USERSOCK is 2, NETLINK_SOCK_DIAG 4, DCCP 33, L2TP 115, UDP-Lite 136, SMC 256.
-        let protocols = [0, 1, 2, 4, 6, 17, 33, 58, 115, 132, 136, 255, 256, 262];
+        let protocols = [0, 1, 2, 4, 6, 15, 17, 33, 58, 115, 132, 136, 255, 256, 262];
         let high = 0xdead_beef_0000_0000;
         for (family, kind) in kinds {
             for protocol in protocols {

@@ -34,8 +34,9 @@ impl Links {
         added.map_err(|error| failed("name the neighbour of", link, error))
     }
 
-    /// Gives a silent host end its hardware address and its neighbour; tells whether it lacked one. The kernel drops
-    /// the neighbour when somebody sets the link down, or takes its last address.
+    /// Gives a host end of ours its hardware address and its neighbour, and has it ask nobody; tells whether something was missing.
+    /// The kernel drops the neighbour when somebody sets the link down, has it ask, or takes its last address. Of an older agent
+    /// is what asks by a hardware address of its own.
     pub(super) async fn acquaint(
         &self,
         index: u32,
@@ -44,11 +45,15 @@ impl Links {
     ) -> Result<bool, NetworkError> {
         let [ours, theirs] = hardware_addresses(handle);
         let same = end.hardware == ours;
-        if !end.silent || (same && self.knows(index, lease, &theirs).await?) {
+        let of_an_older_agent = !end.silent && !same;
+        let right = end.silent && same && self.knows(index, lease, &theirs).await?;
+        if of_an_older_agent || right {
             return Ok(false);
         }
-        if !same {
-            let ours = LinkUnspec::new_with_index(index).address(ours.to_vec());
+        if !(same && end.silent) {
+            let ours = LinkUnspec::new_with_index(index)
+                .address(ours.to_vec())
+                .arp(false);
             let set = self.handle.link().set(ours.build()).execute().await;
             set.map_err(|error| failed("give a hardware address to", &end.link, error))?;
         }

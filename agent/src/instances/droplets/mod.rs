@@ -160,7 +160,8 @@ impl Droplets {
         let mut left = names_in(&dir)?;
         left.retain(|name| name.starts_with('.'));
         let there = dir.clone();
-        // Beside what comes next: there may be millions of files. Nothing that is made has such a name.
+        // Beside what comes next: there may be millions of files. What is made from now on has another name, and what is
+        // removed is to be removed.
         in_background(move || {
             for name in left {
                 logged(remove_tree(&there.join(name)));

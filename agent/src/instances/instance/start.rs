@@ -92,6 +92,7 @@ impl Instance {
                 remains = Some(self.end_unknown().await);
             }
         }
+        self.stuck = None;
         let died = match remains {
             Some(Remains::Alive(container)) => {
                 self.found(container).await;

@@ -10,7 +10,7 @@ use nix::sys::statvfs::fstatvfs;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 /// The first number of a project of ours, and how many there are: more than containers, of which each has one as long as there are
@@ -61,7 +61,7 @@ impl Projects {
         let shown = tried();
         let _gone = fs::remove_dir(&path);
         let shown = match shown {
-            Err(error) if error.is_passing() && has_project_quotas(base, &mounts()) => {
+            Err(error) if error.is_passing() && has_project_quotas(&whole(base), &mounts()) => {
                 tracing::warn!(%error, "a trial of project quotas was given up");
                 return Ok(projects);
             }
@@ -124,6 +124,11 @@ pub fn has_project_quotas(path: &Path, mountinfo: &str) -> bool {
     options
         .split(',')
         .any(|option| matches!(option, "prjquota" | "pquota"))
+}
+
+/// The path without links; as it is where that cannot be told.
+fn whole(base: &Path) -> PathBuf {
+    base.canonicalize().unwrap_or_else(|_| base.to_owned())
 }
 
 fn mounts() -> String {
