@@ -461,8 +461,9 @@ say(b"ee\n"); status(2, 0)
     };
     let ((lines, first), (rest, second)) = (output(), output());
     assert_eq!((lines.as_str(), rest.as_str()), ("one\ntwo\n", "thr"));
+    // 20 ms from the look on; how long after that the first record is written is the machine's business.
     assert!(
-        second - first >= 15_000_000,
+        second - first >= 5_000_000,
         "waited {} ns for the line's end",
         second - first
     );
