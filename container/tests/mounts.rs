@@ -27,15 +27,18 @@ use std::path::{Path, PathBuf};
 use support::{Files, Place, wait_until};
 
 /// What says too much of the host or does too much to it.
-const HIDDEN: [&str; 15] = [
+const HIDDEN: [&str; 19] = [
     "/proc/acpi",
     "/proc/asound",
     "/proc/diskstats",
+    "/proc/fs/ext4",
+    "/proc/fs/jbd2",
     "/proc/interrupts",
     "/proc/kcore",
     "/proc/keys",
     "/proc/kmsg",
     "/proc/latency_stats",
+    "/proc/partitions",
     "/proc/sched_debug",
     "/proc/scsi",
     "/proc/timer_list",
@@ -43,6 +46,7 @@ const HIDDEN: [&str; 15] = [
     "/sys/devices/virtual/block",
     "/sys/devices/virtual/powercap",
     "/sys/firmware",
+    "/sys/fs/ext4",
 ];
 /// What nobody writes to.
 const PROTECTED: [&str; 5] = [
