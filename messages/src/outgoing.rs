@@ -454,7 +454,14 @@ fn civil(days: u64) -> (u64, u64, u64) {
 
 #[cfg(test)]
 mod tests {
-    use super::{DiskUse, ToBytes, Usage, usage_time};
+    use super::{DiskUse, ToBytes, Usage, exit_description, usage_time};
+
+    #[test]
+    fn words_of_an_exit_are_as_many_as_a_controller_keeps() {
+        let long = "ü".repeat(300);
+        assert_eq!(exit_description(&long), "ü".repeat(255));
+        assert_eq!(exit_description("a \u{1f600} \u{fffd}"), "a ? \u{fffd}");
+    }
 
     #[test]
     fn what_is_not_known_is_neither_0_nor_null() {

@@ -152,6 +152,22 @@ async fn a_container_is_found_by_its_names_and_others_are_listed() {
 }
 
 #[tokio::test]
+async fn a_stack_that_is_missing_keeps_nobody_out_of_what_runs() {
+    let host = Host::start().await;
+    app(&host, "app", 0).await;
+    let config = host.base.with_file_name("agent.toml");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let without = text.replace("debian = \"", "debian = \"/no/such");
+    assert_ne!(text, without);
+    std::fs::write(&config, without).unwrap();
+    let mut run = host.ostler("run");
+    let (code, _, err) = said(&finish(run.args(["app", "--", "true"]), b""));
+    assert_eq!(code, 0, "{err}");
+    std::fs::write(&config, text).unwrap();
+    host.stop("app").await;
+}
+
+#[tokio::test]
 async fn signals_are_passed_to_the_command() {
     let host = Host::start().await;
     app(&host, "app", 0).await;

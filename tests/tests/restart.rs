@@ -1072,6 +1072,10 @@ async fn what_cannot_be_adopted_keeps_its_address_and_can_be_stopped() {
     assert_eq!(answer["ok"], true, "{answer}");
     let dead = |tree: &Tree| tree.0.iter().all(|one| one.pid != app.pid);
     host.tree_until("its end", dead).await;
+    // Whoever waits is not kept waiting for what may not come.
+    let stop = json!({"droplet": "app", "wait": "stopped"});
+    let answer = host.request("dea.stop", &stop).await;
+    assert_eq!(answer["error"]["code"], "stuck", "{answer}");
     // Now it can be known that it is dead.
     std::fs::remove_file(&run).unwrap();
     std::fs::rename(&away, &run).unwrap();

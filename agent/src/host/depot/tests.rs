@@ -195,6 +195,19 @@ fn what_an_earlier_agent_left_in_the_trash_is_no_obstacle() {
 }
 
 #[test]
+fn what_helpers_complain_of_does_not_grow_without_end() {
+    let base = Base::new("log");
+    let depot = Depot::open(&base.0).unwrap();
+    let (directory, _) = created(&depot);
+    let path = directory.path.join("log");
+    for (before, after) in [(1 << 20, 1 << 20), ((1 << 20) + 1, 0)] {
+        fs::write(&path, vec![b'x'; before]).unwrap();
+        drop(directory.log().unwrap());
+        assert_eq!(fs::metadata(&path).unwrap().len(), after);
+    }
+}
+
+#[test]
 fn whoever_removes_the_trash_keeps_nothing_from_being_removed() {
     let base = Base::new("trashless");
     let depot = Depot::open(&base.0).unwrap();

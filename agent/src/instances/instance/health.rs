@@ -158,7 +158,7 @@ pub(crate) fn says_running(bytes: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{Check, LOOKS, healthy, listens, next, says_running};
+    use super::{Check, LOOKS, healthy, listens, next, says_running, text};
     use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
     use std::time::Duration;
 
@@ -196,9 +196,18 @@ mod tests {
     }
 
     #[test]
+    fn a_list_is_read_no_further_than_an_agent_can_each_time() {
+        let path = std::env::temp_dir().join(format!("ostler-sockets-{}", std::process::id()));
+        std::fs::write(&path, "x".repeat(3 << 20)).unwrap();
+        let read = text(path.to_str().unwrap());
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(read.unwrap().len(), 1 << 20);
+    }
+
+    #[test]
     fn listeners_are_found_in_the_kernels_own_words() {
         let found = |address: SocketAddrV4| {
-            let text = |name| std::fs::read_to_string(format!("/proc/self/net/{name}"));
+            let text = |name| text(&format!("/proc/self/net/{name}"));
             listens(
                 &text("tcp").unwrap(),
                 &text("tcp6").unwrap_or_default(),

@@ -10,7 +10,7 @@ use nix::sys::statvfs::fstatvfs;
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 /// The first number of a project of ours, and how many there are: more than containers, of which each has one as long as there are
@@ -61,7 +61,7 @@ impl Projects {
         let shown = tried();
         let _gone = fs::remove_dir(&path);
         let shown = match shown {
-            Err(error) if error.is_passing() && has_project_quotas(&whole(base), &mounts()) => {
+            Err(error) if error.is_passing() && has_project_quotas(base) => {
                 tracing::warn!(%error, "a trial of project quotas was given up");
                 return Ok(projects);
             }
@@ -107,9 +107,15 @@ impl Projects {
     }
 }
 
-/// Whether the file system that holds this path limits projects, after `/proc/self/mountinfo` (proc(5)).
+/// Whether the file system that holds this path is mounted with limits for projects (proc(5), `mountinfo`).
 #[must_use]
-pub fn has_project_quotas(path: &Path, mountinfo: &str) -> bool {
+pub fn has_project_quotas(path: &Path) -> bool {
+    let whole = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    let mounts = fs::read_to_string("/proc/thread-self/mountinfo");
+    limits_projects(&whole, &mounts.unwrap_or_default())
+}
+
+fn limits_projects(path: &Path, mountinfo: &str) -> bool {
     let holder = mountinfo
         .lines()
         .filter(|line| {
@@ -126,16 +132,7 @@ pub fn has_project_quotas(path: &Path, mountinfo: &str) -> bool {
         .any(|option| matches!(option, "prjquota" | "pquota"))
 }
 
-/// The path without links; as it is where that cannot be told.
-fn whole(base: &Path) -> PathBuf {
-    base.canonicalize().unwrap_or_else(|_| base.to_owned())
-}
-
-fn mounts() -> String {
-    fs::read_to_string("/proc/thread-self/mountinfo").unwrap_or_default()
-}
-
-/// The number of the so-and-so-manieth project.
+/// The number of the `nth` project.
 fn number(nth: u32) -> u32 {
     FIRST + nth % NUMBERS
 }
@@ -239,5 +236,42 @@ impl Project {
             limit.inodes,
         )
         .context("quotactl_fd", format_args!("project {}", self.number))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{FIRST, NUMBERS, limits_projects, number};
+    use std::path::Path;
+
+    #[test]
+    fn quotas_are_those_of_the_file_system_that_holds_the_base() {
+        let mounts = "1 0 8:1 / / rw - ext4 /dev/a rw\n2 1 8:2 / /var/lib rw - xfs /dev/b rw,prjquota\n\
+                      3 2 8:3 / /var/lib/other rw - ext4 /dev/c rw\n";
+        let there = |path: &str| limits_projects(Path::new(path), mounts);
+        let seen = [
+            "/var/lib/ostler",
+            "/var/lib",
+            "/var",
+            "/var/library",
+            "/var/lib/other/x",
+        ]
+        .map(there);
+        assert_eq!(seen, [true, true, false, false, false]);
+    }
+
+    #[test]
+    fn numbers_come_again_and_none_is_left_out() {
+        let last = FIRST + NUMBERS - 1;
+        let given = [
+            0,
+            1,
+            NUMBERS - 1,
+            NUMBERS,
+            u32::MAX,
+            u32::MAX.wrapping_add(1),
+        ]
+        .map(number);
+        assert_eq!(given, [FIRST, FIRST + 1, last, FIRST, last, FIRST]);
     }
 }
