@@ -62,7 +62,7 @@ enum Verb {
     },
     /// Run a command in a container and wait for it.
     ///
-    /// Standard input, output and error are the command's own; in a terminal it gets one of the
+    /// Pipes are the command's own, files are copied to and from; in a terminal it gets one of the
     /// container's, which follows the size of yours. TERM, INT, HUP and QUIT are passed on. The exit code is
     /// the command's, 128+n when signal n ended it, 127: no such command, 126: it cannot be executed, 125
     /// or 1: it was not run, and why is said. No agent needs to run.

@@ -49,10 +49,11 @@ const HIDDEN: [&str; 19] = [
     "/sys/fs/ext4",
 ];
 /// What nobody writes to.
-const PROTECTED: [&str; 5] = [
+const PROTECTED: [&str; 6] = [
     "/proc/bus",
     "/proc/fs",
     "/proc/irq",
+    "/proc/pressure",
     "/proc/sys",
     "/proc/sysrq-trigger",
 ];

@@ -88,6 +88,36 @@ async fn a_command_runs_with_its_streams_user_variables_limits_and_exit_code() {
     assert!(err.contains("as 'nobody-here'"), "{err}");
 }
 
+/// Whoever is inside as the same user could keep them, and write to the host's disk for ever.
+#[tokio::test]
+async fn a_persons_files_are_not_the_jobs() {
+    let host = Host::start().await;
+    let handle = app(&host, "app", 0).await;
+    let (input, output) = (host.base.join("../input"), host.base.join("../output"));
+    std::fs::write(&input, "in\n".repeat(100_000)).unwrap();
+    std::fs::write(&output, "before\n").unwrap();
+    let append = || File::options().append(true).open(&output).unwrap();
+    let script = "for fd in 0 1 2; do readlink /proc/self/fd/$fd | cut -d: -f1; done; wc -l; \
+                  for i in $(seq 200); do echo out $i; echo err $i >&2; done; exit 3";
+    let status = host
+        .ostler("run")
+        .args([&handle[..], "--user", "vcap", "--", "sh", "-c", script])
+        .stdin(File::open(&input).unwrap())
+        .stdout(append())
+        .stderr(append())
+        .status()
+        .unwrap();
+    assert_eq!(status.code(), Some(3));
+    let told = std::fs::read_to_string(&output).unwrap();
+    let lines = (1..=200).map(|i| format!("out {i}\nerr {i}\n"));
+    let wanted = format!(
+        "before\n{}100000\n{}",
+        "pipe\n".repeat(3),
+        lines.collect::<String>()
+    );
+    assert_eq!(told, wanted);
+}
+
 #[tokio::test]
 async fn a_large_input_comes_whole_and_ends() {
     const SIZE: usize = 16 << 20;

@@ -1,8 +1,8 @@
 //! `wsh`: runs a program in a container and waits for it.
 //!
 //! It hands its own descriptors to `wshd`, so the program reads and writes them without anybody between;
-//! only a person's terminal is not handed over: then the job gets a terminal of the container's, and
-//! this process copies. Killing it does not kill the job.
+//! only a person's terminal and files are not handed over, which others inside could keep: then the job gets a terminal of the
+//! container's, or pipes, and this process copies. Killing it does not kill the job.
 //!
 //! Under a supervisor (`iomux-spawn`) the job comes in a memory file, and its status goes down a pipe
 //! that is passed on to `wshd` as well: this process may be killed and no status is lost. Once it has
@@ -20,7 +20,7 @@ use crate::sys::{inherit, terminal};
 use follow::{End, Keys, Output, Peer, Relay, Supervisor};
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
-use nix::sys::stat::Mode;
+use nix::sys::stat::{Mode, SFlag, fstat};
 use nix::unistd::{dup2_stderr, dup2_stdout};
 use options::{Choice, Options};
 use person::{Raw, Signals};
@@ -119,7 +119,8 @@ fn let_go() -> Result<(), SysError> {
     dup2_stderr(&null).context("dup2", "stderr")
 }
 
-/// A person's job without a terminal of its own. What is the person's terminal is relayed.
+/// A person's job without a terminal of its own. What is the person's terminal, or a file, is relayed: whoever is inside with the
+/// same user could take the descriptor from the job, and read and write there for ever.
 fn plain(
     peer: &Peer<'_>,
     signals: &Signals,
@@ -129,17 +130,19 @@ fn plain(
 ) -> Result<End, SysError> {
     let (stdin, stdout, stderr) = (std::io::stdin(), std::io::stdout(), std::io::stderr());
     let mut relays = Vec::new();
-    let mut instead = |terminal: bool, output: Output| -> Result<Option<OwnedFd>, SysError> {
-        if !terminal {
-            return Ok(None);
-        }
+    let mut instead = |output: Output| -> Result<OwnedFd, SysError> {
         let (relay, writer) = Relay::new(output)?;
         relays.push(relay);
-        Ok(Some(writer))
+        Ok(writer)
     };
-    let out = instead(stdout.is_terminal(), Output::Stdout)?;
-    let err = instead(stderr.is_terminal(), Output::Stderr)?;
-    let (mut keys, in_) = if stdin.is_terminal() {
+    let [from, to, and] = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()].map(kept);
+    let out = to.map(|_| instead(Output::Stdout)).transpose()?;
+    let err = match &out {
+        // By one pipe, or their lines would not come in their order.
+        Some(out) if to == and => Some(out.try_clone().context("dup", "relay")?),
+        _ => and.map(|_| instead(Output::Stderr)).transpose()?,
+    };
+    let (mut keys, in_) = if from.is_some() {
         let (keys, reader) = Keys::new()?;
         (Some(keys), Some(reader))
     } else {
@@ -154,6 +157,13 @@ fn plain(
         .run(&options.user, job, Stdio::Descriptors(three), status)?;
     drop((out, err, in_));
     follow::descriptors(peer, signals, &mut relays, &mut keys)
+}
+
+/// Device and inode of what is not handed over: a terminal or a file.
+fn kept(stream: BorrowedFd<'_>) -> Option<(u64, u64)> {
+    let status = fstat(stream).ok()?;
+    let kind = SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT;
+    (kind == SFlag::S_IFREG || stream.is_terminal()).then_some((status.st_dev, status.st_ino))
 }
 
 /// The supervisor's job; the command line's program only where the job names none.

@@ -23,7 +23,8 @@ wsh: run a program in a container.
 COMMAND         searched in the container's PATH; default: the user's shell
 
 Where standard input and output are a terminal, the command gets one of the container's, which follows
-the size of yours. Otherwise it gets your pipes and files themselves.
+the size of yours. Otherwise it gets your pipes
+themselves; files are copied to and from, which nobody inside could keep.
 
 The exit code is the command's, or 128+n when signal n ended it; 127: no such command, 126: it cannot
 be executed, 125: wsh itself failed and says why. TERM, INT, HUP and QUIT are passed to the command, or

@@ -61,10 +61,12 @@ const MASKED: [&str; 19] = [
     "proc/kmsg",
 ];
 /// What may be read only.
-const READ_ONLY_PATHS: [&str; 5] = [
+const READ_ONLY_PATHS: [&str; 6] = [
     "proc/bus",
     "proc/fs",
     "proc/irq",
+    // Whoever may write asks the kernel to watch the whole host.
+    "proc/pressure",
     "proc/sys",
     "proc/sysrq-trigger",
 ];
@@ -81,9 +83,9 @@ pub(super) fn mount_kernel(root: &Root, shm_bytes: u64) -> Result<(), SysError> 
         root,
         "dev/pts",
         "devpts",
-        // Terminals are devices.
+        // Terminals are devices. The host has 3,072 for all containers (kernel.pty.max - kernel.pty.reserve).
         MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC,
-        "newinstance,ptmxmode=0666,mode=0600,max=256",
+        "newinstance,ptmxmode=0666,mode=0600,max=32",
     )?;
     let shm = format!("mode=1777,size={shm_bytes},nr_inodes=65536,{owner}");
     fresh(root, "dev/shm", "tmpfs", SAFE, &shm)?;

@@ -7,8 +7,8 @@
 //! * no keyrings (`add_key`, `keyctl`, `request_key`): they are not divided by namespaces as files are;
 //! * no `io_uring_*`, `bpf`, `userfaultfd`, `perf_event_open`, no new namespace or mount of any kind, whatever
 //!   capabilities a job has;
-//! * `socket` for five families; the others are doors to kernel modules, and vsock leads to the hypervisor. Of
-//!   those five only what needs no module, and no netlink between apps ([`socket`]);
+//! * `socket` for four families; the others are doors to kernel modules, and vsock leads to the hypervisor. Of
+//!   those four only what needs no module, and no netlink between apps ([`socket`]);
 //! * `ioctl` without `TIOCSTI` and `TIOCLINUX`, which type into terminals (CVE-2019-10063: the kernel looks
 //!   at the low 32 bits of a request only, and so do we), and without those for bridges and VLANs, which load modules;
 //! * `prctl` without `PR_SCHED_CORE`, which takes threads of cores from neighbours;
@@ -39,16 +39,16 @@ const AGE: [std::ops::RangeInclusive<u32>; 2] = [0..=335, 424..=466];
 const NEW_NAMESPACES: u32 = 0x7e02_0000;
 /// `CLONE_NEWUSER`.
 const NEW_USER: u32 = 0x1000_0000;
-/// The families that may be: `AF_PACKET` wants `CAP_NET_RAW`.
+/// The families that may be.
 const UNIX: u32 = 1;
 const INET: u32 = 2;
 const INET6: u32 = 10;
 const NETLINK: u32 = 16;
-const PACKET: u32 = 17;
-/// `TIOCSTI`, `TIOCLINUX`; `SIOCGIFBR`, `SIOCSIFBR`, `SIOCBRADDBR`, `SIOCBRDELBR`, `SIOCGIFVLAN`, `SIOCSIFVLAN`, for which the
-/// kernel starts `modprobe` before it asks who wants them (`sock_ioctl` of net/socket.c).
-const REQUESTS: [u32; 8] = [
-    0x5412, 0x541c, 0x8940, 0x8941, 0x89a0, 0x89a1, 0x8982, 0x8983,
+/// `TIOCSTI`, `TIOCLINUX`; `TIOCSETD`, `SIOCGIFBR`, `SIOCSIFBR`, `SIOCBRADDBR`, `SIOCBRDELBR`, `SIOCGIFVLAN`, `SIOCSIFVLAN`, for which
+/// the kernel starts `modprobe` before it asks who wants them (`tty_ldisc_get` of drivers/tty/tty_ldisc.c, where
+/// `dev.tty.ldisc_autoload` is 1, as it mostly is; `sock_ioctl` of net/socket.c).
+const REQUESTS: [u32; 9] = [
+    0x5412, 0x541c, 0x5423, 0x8940, 0x8941, 0x89a0, 0x89a1, 0x8982, 0x8983,
 ];
 /// `PR_SCHED_CORE`: whoever has a cookie of its own has a core's other threads to itself, and its neighbours wait.
 const CORES: [u32; 1] = [62];
@@ -530,8 +530,8 @@ fn verdict(rule: Rule) -> Vec<sock_filter> {
 ///
 /// Of the internet's families TCP, MPTCP (262, which Go listens with), UDP and that of `ping`. Anything else, and
 /// any of these with another's type, the kernel looks for among its modules (SCTP, DCCP, L2TP, SMC), with a
-/// process of the host, before it asks who wants it. Raw sockets, which want `CAP_NET_RAW`, are complete without, but for
-/// protocol 0, which is none.
+/// process of the host, before it asks who wants it. Raw and packet sockets want `CAP_NET_RAW`, which nobody inside has: rings for
+/// packets, and what raw sockets keep, are on nobody's account, and fragments by hand fill the one store of the whole host.
 ///
 /// Of netlink only `NETLINK_ROUTE`, that of `getifaddrs`(3), and `NETLINK_KOBJECT_UEVENT` (15), which libudev opens: what is
 /// sent by `NETLINK_USERSOCK` (2) waits in the kernel's memory on nobody's account, and others load modules. (Answers that are
@@ -551,7 +551,7 @@ fn socket() -> Vec<sock_filter> {
         let kind = [load(data::argument(1)), mask(TYPES)];
         [
             kind.to_vec(),
-            when(RAW, listed(2, &[0], other, allow)),
+            when(RAW, vec![error(Errno::EPERM)]),
             when(STREAM, protocols(&[0, 6, 262])),
             when(DATAGRAM, protocols(datagrams)),
             vec![other],
@@ -564,7 +564,6 @@ fn socket() -> Vec<sock_filter> {
         when(INET, internet(&[0, 17, 1])),
         when(INET6, internet(&[0, 17, 58])),
         when(NETLINK, protocols(&[0, 15])),
-        when(PACKET, vec![allow]),
         vec![error(Errno::EPERM)],
     ]
     .concat()
@@ -815,10 +814,11 @@ mod tests {
             (libc::SYS_clone, 0, 0x1000_0000, EPERM),
             (libc::SYS_clone, 0, 0x2000_0000, EPERM),
             (libc::SYS_clone, 0, 0x4000_0000, EPERM),
-            // TCGETS, TIOCSTI, TIOCLINUX.
+            // TCGETS, TIOCSTI, TIOCLINUX, TIOCSETD.
             (libc::SYS_ioctl, 1, 0x5401, Said::Allowed),
             (libc::SYS_ioctl, 1, 0x5412, EPERM),
             (libc::SYS_ioctl, 1, 0x541c, EPERM),
+            (libc::SYS_ioctl, 1, 0x5423, EPERM),
             (libc::SYS_ioctl, 1, 0x8940, EPERM),
             (libc::SYS_ioctl, 1, 0x8983, EPERM),
             (libc::SYS_ioctl, 1, 0x8912, Said::Allowed),
@@ -831,7 +831,8 @@ mod tests {
             (libc::SYS_prctl, 0, 15, Said::Allowed),
             (libc::SYS_prctl, 0, 62, Said::Error(Errno::EINVAL)),
             (libc::SYS_socket, 0, 1, Said::Allowed),
-            (libc::SYS_socket, 0, 17, Said::Allowed),
+            // AF_PACKET.
+            (libc::SYS_socket, 0, 17, EPERM),
             // AF_ALG, AF_VSOCK, AF_TIPC, AF_XDP.
             (libc::SYS_socket, 0, 38, EPERM),
             (libc::SYS_socket, 0, 40, EPERM),
@@ -861,7 +862,6 @@ mod tests {
         const RAW: u64 = 3;
         let allowed = |family, kind, protocol| match (family, kind) {
             (16, _) => [0, 15].contains(&protocol),
-            (2 | 10, RAW) => protocol != 0,
             (2 | 10, 1) => [0, 6, 262].contains(&protocol),
             (2, 2) => [0, 1, 17].contains(&protocol),
             (10, 2) => [0, 17, 58].contains(&protocol),
@@ -877,6 +877,8 @@ mod tests {
             for protocol in protocols {
                 let wanted = if allowed(family, kind, protocol) {
                     Said::Allowed
+                } else if matches!((family, kind), (2 | 10, RAW)) {
+                    EPERM
                 } else {
                     Said::Error(Errno::EPROTONOSUPPORT)
                 };

@@ -60,15 +60,10 @@ fn a_container_lives_and_leaves_nothing() {
         assert!(told.out().starts_with(expected), "{}", told.out());
         assert!(container.usage().await.unwrap().memory_bytes > 0);
         let gateway = container.saved().lease.host;
-        let ping = job(
-            &container,
-            2,
-            &format!("ip route; ping -c 1 -W 5 {gateway}"),
-        )
-        .await;
+        let way = job(&container, 2, "ip route").await;
         assert!(
-            ping.out().contains(&format!("default via {gateway}")),
-            "{ping:?}"
+            way.out().contains(&format!("default via {gateway}")),
+            "{way:?}"
         );
         let (first, second) = tokio::join!(container.destroy(), container.destroy());
         first.and(second).unwrap();
