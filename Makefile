@@ -18,7 +18,7 @@ deps: ## installs what is missing (Debian packages, cargo-nextest)
 	@scripts/deps.sh
 
 build: deps ## the agent (release) and the five static helpers
-	cargo build --release --bin ostler
+	OSTLER_COMMIT=$$(git rev-parse --short HEAD 2>/dev/null || true) cargo build --release --bin ostler
 	cargo helpers
 
 stack: deps ## the Debian root with Ruby that sample apps run in (cached)
@@ -50,12 +50,22 @@ fuzz: deps ## RUNS inputs (100000) for each parser of foreign bytes; says how ma
 docker: build stack ## an image of the agent, and start, output, scale and stop through compose
 	@docker/try.sh
 
+# An agent may run: it meets the old program or the new one, and never none. The agent's own comes last: until then it is the old one
+# that a restart finds, with helpers that it says do not fit.
+define place
+	install -D -m 755 $(1) $(DESTDIR)$(PREFIX)/$(2).new && mv $(DESTDIR)$(PREFIX)/$(2).new $(DESTDIR)$(PREFIX)/$(2)
+
+endef
+
 install: ## installs what `make build` has built, with a unit file and a sample configuration
-	install -D -m 755 $(TARGET)/release/ostler $(DESTDIR)$(PREFIX)/bin/ostler
-	for helper in $(HELPERS); do install -D -m 755 $(OSTLER_HELPERS)/$$helper $(DESTDIR)$(PREFIX)/lib/ostler/$$helper; done
+	$(foreach helper,$(HELPERS),$(call place,$(OSTLER_HELPERS)/$(helper),lib/ostler/$(helper)))
+	$(call place,$(TARGET)/release/ostler,bin/ostler)
 	sed 's|/usr/local|$(PREFIX)|' packaging/ostler.service | install -D -m 644 /dev/stdin $(DESTDIR)/etc/systemd/system/ostler.service
 	test -e $(DESTDIR)/etc/ostler/ostler.toml || sed 's|^#: helpers = .*|helpers = "$(PREFIX)/lib/ostler"|' packaging/ostler.toml | install -D -m 644 /dev/stdin $(DESTDIR)/etc/ostler/ostler.toml
-	@echo "now name a stack in $(DESTDIR)/etc/ostler/ostler.toml, then: systemctl enable --now ostler"
+	@there=$$(sed -n 's/^helpers *= *"\(.*\)".*/\1/p' $(DESTDIR)/etc/ostler/ostler.toml); there=$${there:-/usr/local/lib/ostler}; \
+	test "$$there" = $(PREFIX)/lib/ostler || echo "$(DESTDIR)/etc/ostler/ostler.toml was there; it has the helpers in $$there, these are in $(PREFIX)/lib/ostler: correct it"
+	@echo "a first time: name a stack in $(DESTDIR)/etc/ostler/ostler.toml, then: systemctl enable --now ostler"
+	@echo "an upgrade: ostler doctor, then: systemctl daemon-reload && systemctl restart ostler (apps run on)"
 
 clean: ## what was built here (not the cache in /var/cache/ostler-dev)
 	cargo clean

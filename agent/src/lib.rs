@@ -19,5 +19,6 @@ pub use chain::chain;
 pub use log::{Out as LogOut, flush as flush_log, last_words};
 pub use quiet::Quiet;
 
-/// What this agent calls itself on the bus.
-pub const VERSION: &str = env!("CARGO_PKG_VERSION");
+/// What this agent calls itself, on the bus too: its version and, where `make build` built it, the commit (`0.1.0+1a2b3c4`,
+/// semantic versioning's build metadata).
+pub const VERSION: &str = env!("OSTLER_VERSION");

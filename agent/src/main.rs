@@ -14,7 +14,7 @@ use tracing_subscriber::{EnvFilter, Layer};
 
 /// Runs application instances in Linux containers, commanded over NATS with the DEA protocol.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(version = ostler::VERSION, max_term_width = 100)]
 struct Arguments {
     #[command(subcommand)]
     verb: Verb,

@@ -18,6 +18,7 @@ pub mod launch;
 pub mod oom;
 pub mod request;
 pub mod spool;
+pub mod stamp;
 pub mod status;
 pub mod sys;
 pub mod wsh;

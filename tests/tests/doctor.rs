@@ -215,6 +215,12 @@ async fn helpers_and_control_groups_that_are_missing_keep_the_agent_from_startin
     let wrapper = ["unshare", "--mount", "sh", "-c", hide, helpers];
     let begin = format!("helpers: \"{helpers}\" has no wshd, ");
     both_refuse(&host, &wrapper, &begin);
+    // All are there, one of them of another build: its stamp differs.
+    let other = "mount -t tmpfs tmpfs /mnt && for one in wshd wsh iomux-spawn iomux-link oom; do cp \"$0/$one\" /mnt; done && mount --bind /mnt \"$0\" && \
+                 sed -i 's/, helpers of ./, helpers of z/' \"$0/oom\" || exit 9; exec \"$@\"";
+    let wrapper = ["unshare", "--mount", "sh", "-c", other, helpers];
+    let begin = format!("helpers: in \"{helpers}\" oom is of another build than this program");
+    both_refuse(&host, &wrapper, &begin);
     let unmount = "umount --recursive --lazy /sys/fs/cgroup || exit 9; exec \"$0\" \"$@\"";
     let wrapper = ["unshare", "--mount", "sh", "-c", unmount];
     both_refuse(&host, &wrapper, "control groups: ");

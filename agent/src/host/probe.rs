@@ -9,6 +9,7 @@ use super::cgroups::{CgroupError, Cgroups, Look};
 use super::depot::disk;
 use super::network;
 use container::launch::Ids;
+use container::stamp;
 use container::sys::clone::{Side, into_namespaces};
 use container::sys::mount::cover_idmapped;
 use container::sys::{pidfd, process};
@@ -608,16 +609,36 @@ fn disk_finding(
 /// The programs that the agent starts.
 fn helpers(directory: &Path) -> Finding {
     let name = "helpers";
-    let absent: Vec<&str> = ["wshd", "wsh", "iomux-spawn", "iomux-link", "oom"]
-        .into_iter()
-        .filter(|name| !directory.join(name).is_file())
-        .collect();
-    let there = directory.display();
-    if absent.is_empty() {
-        return ok(name, format!("in \"{there}\""));
+    let (mut absent, mut others) = (Vec::new(), Vec::new());
+    for helper in ["wshd", "wsh", "iomux-spawn", "iomux-link", "oom"] {
+        match fs::read(directory.join(helper)) {
+            Ok(program) if stamp::is_in(&program) => {}
+            Ok(_) => others.push(helper),
+            Err(_) => absent.push(helper),
+        }
     }
-    let meaning = format!("\"{there}\" has no {}", absent.join(", "));
-    let advice = "Install them, or correct `helpers` in the configuration";
+    let there = directory.display();
+    let (meaning, advice) = if !absent.is_empty() {
+        (
+            format!("\"{there}\" has no {}", absent.join(", ")),
+            "Install them, or correct `helpers` in the configuration",
+        )
+    } else if !others.is_empty() {
+        (
+            format!(
+                "in \"{there}\" {} of another build than this program (`--version` tells): \
+                 no app would start, or with less around it",
+                if let [one] = others[..] {
+                    format!("{one} is")
+                } else {
+                    format!("{} are", others.join(", "))
+                }
+            ),
+            "Install those that were built with it, or correct `helpers` in the configuration",
+        )
+    } else {
+        return ok(name, format!("in \"{there}\""));
+    };
     finding(name, Level::Missing, meaning, advice)
 }
 

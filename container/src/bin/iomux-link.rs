@@ -1,5 +1,5 @@
 //! See `container::iomux_link`.
 
 fn main() -> std::process::ExitCode {
-    container::iomux_link::main()
+    container::stamp::or(container::iomux_link::main)
 }

@@ -1,5 +1,5 @@
 //! See `container::iomux_spawn`.
 
 fn main() -> std::process::ExitCode {
-    container::iomux_spawn::main()
+    container::stamp::or(container::iomux_spawn::main)
 }

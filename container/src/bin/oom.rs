@@ -1,5 +1,5 @@
 //! See `container::oom`.
 
 fn main() -> std::process::ExitCode {
-    container::oom::main()
+    container::stamp::or(container::oom::main)
 }

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    container::wsh::main()
+    container::stamp::or(container::wsh::main)
 }

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    container::wshd::main()
+    container::stamp::or(container::wshd::main)
 }
