@@ -106,7 +106,7 @@ pub fn environment(
 pub fn record(bytes: &[u8]) -> Result<Vec<u8>, (String, bool)> {
     let understood = record::understand(bytes)
         .and_then(|record| serde_json::to_vec(&record).map_err(|error| error.to_string()));
-    understood.map_err(|why| (why, record::container_of(bytes).is_some()))
+    understood.map_err(|why| (why, record::legible(bytes).container.is_some()))
 }
 
 /// How far an instance's output was told, written again.

@@ -347,17 +347,26 @@ async fn an_end_is_told_whole_whatever_cuts_the_agent_off() {
 
 #[tokio::test]
 async fn an_app_whose_record_is_another_agents_runs_on() {
-    let mut host = Host::start().await;
+    let mut host = Host::with(tests::Setup {
+        config: &[("[intervals]", "[intervals]\ndroplets = 1")],
+        ..Default::default()
+    })
+    .await;
     let mut message = host.message("app", &Droplet::sample("sinatra"));
     message["uris"] = json!(["app.example.net"]);
-    let handle = host.run(message).await["handle"]
-        .as_str()
-        .unwrap()
-        .to_owned();
+    let (handle, memory) = (host.run(message.clone()).await, &message["limits"]["mem"]);
+    let handle = handle["handle"].as_str().unwrap().to_owned();
+    let left = 4096 - memory.as_i64().unwrap();
+    let droplets = host.base.join("droplets");
+    let droplet = droplets.join(format!("sha1-{}", message["sha1"].as_str().unwrap()));
+    let unused = droplets.join("sha1-of-nobody");
     let find = json!({"droplet": "app", "include_stats": true});
     let found = host.request("dea.find.droplet", &find).await;
     let address = format!("127.0.0.1:{}", found["stats"]["port"]);
     host.kill9().await;
+    // No later scale holds its droplet.
+    std::fs::remove_dir_all(host.base.join("templates")).unwrap();
+    std::fs::create_dir(&unused).unwrap();
     let record = host
         .base
         .join("instances")
@@ -367,6 +376,10 @@ async fn an_app_whose_record_is_another_agents_runs_on() {
     std::fs::write(&record, text.replace("\"format\":1", "\"format\":2")).unwrap();
     host.start_agent().await;
     host.logged(0, "a record cannot be used").await;
+    offers(&host, left).await;
+    host.tree_until("removal of droplets", |_| !unused.exists())
+        .await;
+    assert!(droplet.exists());
     // Nothing of it is taken away or given to another.
     let other = host
         .run(host.message("other", &Droplet::sample("sleeper")))
@@ -379,7 +392,27 @@ async fn an_app_whose_record_is_another_agents_runs_on() {
     std::fs::write(&record, text).unwrap();
     host.start_agent().await;
     assert_eq!(tests::get(&address, "/env/PORT").await.unwrap().0, 200);
-    host.stop("app").await;
+    // Nobody can read what runs, until it does not run.
+    host.kill9().await;
+    std::fs::remove_dir_all(host.base.join("templates")).unwrap();
+    std::fs::create_dir(&unused).unwrap();
+    std::fs::write(&record, "{").unwrap();
+    host.start_agent().await;
+    offers(&host, left).await;
+    offers(&host, left).await;
+    assert!(droplet.exists() && unused.exists());
+    host.tree().one("wshd").signal(Signal::SIGKILL);
+    offers(&host, 4096).await;
+    host.tree_until("removal of droplets", |_| !unused.exists())
+        .await;
+}
+
+/// The next two advertisements offer, or will, so many MB of memory.
+async fn offers(host: &Host, memory: i64) {
+    let mut adverts = host.watch("dea.advertise").await;
+    adverts.next().await;
+    let offers = |advert: &Value| advert["available_memory"] == memory;
+    adverts.until("so much memory", offers).await;
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@ use super::{Container, EngineError, Saved, Shared, blocking, lock, sweep};
 use crate::chain;
 use crate::host::cgroups::Group;
 use crate::host::depot::Directory;
+use crate::host::watched;
 use container::client::Client;
 use container::fault::{Context, SysError};
 use container::sys::pidfd;
@@ -12,6 +13,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
+use tokio::io::Interest;
 
 /// What became of a container while no agent looked.
 #[derive(Debug)]
@@ -71,6 +73,24 @@ pub(super) async fn adopt(shared: &Arc<Shared>, saved: &Saved) -> Result<Adopted
         "container adopted"
     );
     Ok(Adopted::Alive(container))
+}
+
+/// See [`super::Engine::life_of`].
+pub(super) async fn life_of(
+    shared: &Shared,
+    handle: &str,
+) -> Result<Option<impl Future<Output = ()> + Send + use<>>, EngineError> {
+    let socket = shared.depot.container(handle).socket();
+    let Some((init, _)) = blocking(move || find_init(&socket)).await? else {
+        return Ok(None);
+    };
+    let init = watched(init, Interest::READABLE).context("epoll_ctl", "pidfd")?;
+    Ok(Some(async move {
+        if init.readable().await.is_err() {
+            // Only when the runtime is shutting down.
+            std::future::pending::<()>().await;
+        }
+    }))
 }
 
 /// Without it the container runs as it did; its limit cannot be changed and its use is not known.

@@ -262,6 +262,24 @@ impl Engine {
         adopt::adopt(&self.shared, saved).await
     }
 
+    /// For a container of which nobody can tell more than its handle: `None` if it is dead, else what lasts as long as
+    /// it lives.
+    ///
+    /// # Errors
+    /// Nobody knows whether it lives.
+    pub async fn life_of(
+        &self,
+        handle: &str,
+    ) -> Result<Option<impl Future<Output = ()> + Send + use<>>, EngineError> {
+        adopt::life_of(&self.shared, handle).await
+    }
+
+    /// How many bytes of memory the kernel lets a container have; `None`: it has no control group here.
+    pub async fn memory_limit(&self, handle: &str) -> Option<u64> {
+        let group = self.shared.cgroups.group(handle);
+        blocking(move || group.memory_limit()).await
+    }
+
     /// Makes the network's table hold exactly these containers, without cutting their traffic: for the
     /// start, after all were adopted.
     ///

@@ -4,12 +4,14 @@
 //! renamed, so a reader finds the old one or the new one. It holds the start message and so secrets:
 //! the directory is 0700, the file 0600.
 
+use super::droplets::Digest;
 use crate::engine::Saved;
 use crate::host::depot::is_handle;
-use messages::start::StartRequest;
+use messages::start::{MEGABYTES_MAX, StartRequest};
 use messages::state::State;
 use messages::trace::Trace;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -31,7 +33,7 @@ pub struct Record {
     /// The container's handle, for life.
     pub handle: String,
     /// The start message as it came.
-    pub start: serde_json::Value,
+    pub start: Value,
     /// The trace of the command that began it, told with its events.
     #[serde(default)]
     pub trace: Option<Trace>,
@@ -148,7 +150,7 @@ pub struct Event {
     /// Its subject.
     pub subject: String,
     /// Its body, JSON.
-    pub body: serde_json::Value,
+    pub body: Value,
 }
 
 impl Record {
@@ -215,8 +217,19 @@ pub struct Unread {
     pub path: PathBuf,
     /// Why it cannot be used.
     pub why: String,
-    /// What it says of a container, if it says that as this agent would.
+    /// What it says all the same.
+    pub legible: Legible,
+}
+
+/// What a record that cannot be used says as this agent would.
+#[derive(Debug, Default)]
+pub struct Legible {
+    /// The container.
     pub container: Option<Saved>,
+    /// The droplet that its start message wants.
+    pub droplet: Option<Digest>,
+    /// The limits.
+    pub limits: Option<Limits>,
 }
 
 /// What becomes of a record.
@@ -323,33 +336,41 @@ impl Records {
         for entry in std::fs::read_dir(&self.dir).map_err(failed)? {
             let entry = entry.map_err(failed)?;
             let path = entry.path().join("record.json");
-            let unread = |why, container| Unread {
+            let unread = |why, legible| Unread {
                 handle: entry.file_name().to_string_lossy().into_owned(),
                 path: path.clone(),
                 why,
-                container,
+                legible,
             };
             match std::fs::read(&path) {
                 Ok(bytes) => match understand(&bytes) {
                     Ok(record) => found.records.push(record),
-                    Err(why) => found.unread.push(unread(why, container_of(&bytes))),
+                    Err(why) => found.unread.push(unread(why, legible(&bytes))),
                 },
                 // An accepted start has a record; a directory without one was never answered.
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                     drop(std::fs::remove_dir_all(entry.path()));
                 }
-                Err(error) => found.unread.push(unread(error.to_string(), None)),
+                Err(error) => found
+                    .unread
+                    .push(unread(error.to_string(), Legible::default())),
             }
         }
         Ok(found)
     }
 }
 
-/// The container that a record names which cannot be used otherwise.
-pub(crate) fn container_of(bytes: &[u8]) -> Option<Saved> {
-    let mut record: serde_json::Value = serde_json::from_slice(bytes).ok()?;
-    let saved: Saved = serde_json::from_value(record.get_mut("container")?.take()).ok()?;
-    is_handle(&saved.handle).then_some(saved)
+/// What a record says that cannot be used otherwise.
+pub(crate) fn legible(bytes: &[u8]) -> Legible {
+    let record: Value = serde_json::from_slice(bytes).unwrap_or_default();
+    let part = |key: &str| record.get(key).unwrap_or(&Value::Null);
+    let container = Saved::deserialize(part("container")).ok();
+    let limits = Limits::deserialize(part("limits")).ok();
+    Legible {
+        container: container.filter(|saved| is_handle(&saved.handle)),
+        droplet: Digest::wanted_by(part("start")),
+        limits: limits.filter(|limits| limits.mem.max(limits.disk) <= MEGABYTES_MAX),
+    }
 }
 
 pub(crate) fn understand(bytes: &[u8]) -> Result<Record, String> {
@@ -483,6 +504,7 @@ pub(super) mod tests {
                 "00000000004",
                 serde_json::to_string(&Record {
                     format: 99,
+                    start: serde_json::json!({"sha1": "0a".repeat(20), "index": "a"}),
                     ..record("00000000004")
                 })
                 .unwrap(),
@@ -500,6 +522,16 @@ pub(super) mod tests {
             unread.sort_unstable();
             let all = ["00000000002", "00000000003", "00000000004"];
             assert_eq!(unread, all, "round {round}: they stay");
+            for one in &found.unread {
+                // Torn, without a droplet in its start message, and of another format.
+                let says = (one.legible.limits.is_some(), one.legible.droplet.is_some());
+                let told = match &*one.handle {
+                    "00000000002" => (false, false),
+                    "00000000003" => (true, false),
+                    _ => (true, true),
+                };
+                assert_eq!(says, told, "{}", one.handle);
+            }
         }
         assert!(
             !records.dir("00000000005").exists(),

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use serde_json::Value;
 use sha1::Digest as _;
 
 /// The digest of a droplet's archive, and so the name it is kept under.
@@ -30,6 +31,13 @@ impl Digest {
             _ => None,
         }
         .ok_or_else(|| DigestError(text.chars().take(80).collect()))
+    }
+
+    /// That of the droplet that a start message wants.
+    #[must_use]
+    pub fn wanted_by(start: &Value) -> Option<Self> {
+        let text = |key| start.get(key).and_then(Value::as_str);
+        Self::from_hex(text("sha256").or_else(|| text("sha1"))?).ok()
     }
 }
 

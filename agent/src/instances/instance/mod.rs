@@ -44,6 +44,8 @@ pub enum Change {
     Unrecorded(String, String),
     /// It has no processes, no port, no record any more.
     Gone(String),
+    /// What ran by a record that this agent cannot use has ended.
+    Deserted(String),
     /// Of the templates to be kept, all up to this number are on disk.
     Kept(u64),
     /// The disk takes so long for those up to this number that nobody waits for them any more.

@@ -286,13 +286,14 @@ impl Stable {
         }
     }
 
-    /// What is reserved, with what was promised to instances that grow.
+    /// What is reserved, with what was promised to instances that grow, and what runs by records that this agent cannot use.
     pub(super) fn reserved(&self) -> Amount {
-        ledger::reserved(self.stalls.values().map(|stall| {
+        let here = ledger::reserved(self.stalls.values().map(|stall| {
             let record = &stall.view.record;
             let promised = stall.promised();
             (record, promised.mem, promised.disk)
-        }))
+        }));
+        self.lodgers.reserved(here, self.capacity())
     }
 
     pub(super) fn accept(

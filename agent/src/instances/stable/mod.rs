@@ -7,6 +7,7 @@
 mod beats;
 mod commands;
 mod duty;
+mod lodgers;
 mod logs;
 mod pace;
 mod queries;
@@ -20,12 +21,13 @@ pub use duty::{Duty, Farewell, KEPT, left as left_of_evacuation};
 use super::droplets::Digest;
 use super::instance::{Change, Instance, Query, Reins, Remains, Update, View, Wants, instance};
 use super::outlet::{Counted, Link, Message, Unsent};
-use super::record::{Limits, Record, StopReason, Stopping, Unread};
+use super::record::{Limits, Record, StopReason, Stopping};
 use super::world::{World, now};
 use crate::chain;
 use crate::config::Intervals;
-use crate::engine::{Adopted, Container, Place, Saved};
+use crate::engine::{Place, Saved};
 use crate::host::{blocking, in_background};
+use lodgers::Lodgers;
 use messages::command::{Command, Trigger};
 use messages::reply::{ErrorCode, Reply};
 use messages::start::StartRequest;
@@ -194,10 +196,8 @@ pub struct Stable {
     heartbeats: Pace,
     adverts: Pace,
     routes: Pace,
-    /// What runs, but by records of another agent's: their addresses and ports are not given away.
-    _kept: Vec<Container>,
-    /// The handles of records that this agent cannot use: what bears them is not nobody's.
-    unread: Vec<String>,
+    /// What may run by records that this agent cannot use.
+    lodgers: Lodgers,
     /// What is perhaps nobody's. Whoever looks for it has it.
     sighted: Arc<Mutex<BTreeSet<String>>>,
     /// Whoever removes what is on the disk for nobody has it.
@@ -224,7 +224,7 @@ impl Stable {
     ) -> Result<Self, Box<dyn std::error::Error>> {
         let records = world.records.clone();
         let found = blocking(move || records.load()).await?;
-        let kept = keep_unread(&world, &found.unread).await;
+        let (lodgers, ends) = Lodgers::take_in(&world, &found.unread).await;
         // All are adopted before anything new is made: what lives takes its addresses and ports out of
         // the pools.
         let mut adopted = Vec::new();
@@ -246,11 +246,11 @@ impl Stable {
             .iter()
             .map(|saved| saved.handle.clone())
             .collect();
-        known.extend(found.unread.iter().map(|unread| unread.handle.clone()));
+        known.extend(lodgers.handles().cloned());
         let unread_saved: Vec<&Saved> = found
             .unread
             .iter()
-            .filter_map(|unread| unread.container.as_ref())
+            .filter_map(|unread| unread.legible.container.as_ref())
             .collect();
         let mut live = saved(|remains| !matches!(remains, Remains::Dead(..)));
         live.extend(unread_saved);
@@ -260,8 +260,10 @@ impl Stable {
         let again = again.filter(|handle| !known.contains(handle)).collect();
         world.engine.sweep_beside(&known, &again).await;
         info!(adopted = adopted.len(), "took over what was here");
-        let unread = found.unread.into_iter().map(|unread| unread.handle);
-        let mut stable = Self::new(world, changed, (kept, unread.collect())).await;
+        let mut stable = Self::new(world, changed, lodgers).await;
+        for end in ends {
+            stable.tasks.spawn(end);
+        }
         for (record, remains) in adopted {
             stable.take_in(record, remains);
         }
@@ -273,7 +275,7 @@ impl Stable {
     async fn new(
         world: Arc<World>,
         changed: mpsc::UnboundedReceiver<Change>,
-        (kept, unread): (Vec<Container>, Vec<String>),
+        lodgers: Lodgers,
     ) -> Self {
         let told = world.changes.clone();
         let (templates, writer) = Templates::open(&world.config.base, told).await;
@@ -300,8 +302,7 @@ impl Stable {
             duty: Duty::Serving,
             bail_out: None,
             evacuation_untold: false,
-            _kept: kept,
-            unread,
+            lodgers,
             sighted: Arc::default(),
             reaping: Arc::default(),
         }
@@ -507,6 +508,10 @@ impl Stable {
                 self.tell_evacuation();
                 self.adverts.soon();
             }
+            Change::Deserted(handle) => {
+                self.lodgers.ended(&handle);
+                self.adverts.soon();
+            }
             Change::Kept(number) => {
                 self.templates.note(number);
                 self.tell_waiting(waiting::TEMPLATE);
@@ -556,10 +561,12 @@ impl Stable {
 
     /// Removes what is on the disk for nobody: what crashes left and is old, and, now and then, droplets. Those of what
     /// is here stay; so do those of what may be scaled up again, but where the disk is too full: the next scale from 0
-    /// downloads them again. What crashes left yields last.
+    /// downloads them again. What crashes left yields last. None is removed as long as something runs of which nobody can
+    /// tell by which droplet.
     fn reap_disk(&self, droplets_too: bool) {
         let starts = self.stalls.values().map(|stall| &stall.view.record.start);
         let (mut spared, may_come) = (droplets_of(starts), droplets_of(self.templates.all()));
+        let lodging = self.lodgers.droplets();
         let (droplets, crashes) = (self.world.droplets.clone(), self.world.crashes.clone());
         let turn = Arc::clone(&self.reaping);
         let seen = Instant::now();
@@ -570,7 +577,8 @@ impl Stable {
             if !crowded {
                 spared.extend(may_come);
             }
-            if droplets_too || crowded {
+            if let (Some(lodging), true) = (lodging, droplets_too || crowded) {
+                spared.extend(lodging);
                 // What came since is not among the spared, however long the disk took to be looked at.
                 let removed = droplets.reap(&spared, JUST_ASKED_FOR + seen.elapsed());
                 if removed > 0 {
@@ -588,7 +596,8 @@ impl Stable {
             // The last look has found something that resists.
             return;
         };
-        let known = self.stalls.keys().chain(&self.unread).cloned().collect();
+        let known = self.stalls.keys().chain(self.lodgers.handles());
+        let known = known.cloned().collect();
         let engine = self.world.engine.clone();
         self.tasks.spawn(async move {
             *sighted = engine.sweep_orphans(&known, sighted.clone()).await;
@@ -701,33 +710,6 @@ impl Stable {
     }
 }
 
-/// Adopts the containers of records that this agent cannot use, so that their apps run on untouched. What
-/// is adopted keeps its addresses, dead or alive. Only a shutdown takes it away, as everything.
-async fn keep_unread(world: &World, unread: &[Unread]) -> Vec<Container> {
-    let mut kept = Vec::new();
-    for one in unread {
-        error!(
-            handle = one.handle, path = %one.path.display(), why = one.why,
-            "a record cannot be used: what runs by it is left alone; start the agent that wrote it, or end this one and run `ostler clean`, which ends all apps of this host"
-        );
-        let Some(saved) = &one.container else {
-            error!(
-                handle = one.handle,
-                "nor does it say what its container has: its processes run on, but without a way to the network, and its \
-                 memory, addresses and ports are not reckoned with"
-            );
-            continue;
-        };
-        match world.engine.adopt(saved).await {
-            Ok(Adopted::Alive(container) | Adopted::Dead { container, .. }) => kept.push(container),
-            Err(error) => {
-                error!(handle = one.handle, error = %chain(&error), "its container cannot be adopted")
-            }
-        }
-    }
-    kept
-}
-
 /// What an agent that leaves says to whatever it cannot begin any more.
 pub fn shutting_down() -> Reply {
     Reply::error(
@@ -748,13 +730,8 @@ fn ticks_from(first: Instant, period: Duration) -> Interval {
 
 /// The names of the droplets that these start messages want.
 fn droplets_of<'a>(starts: impl Iterator<Item = &'a Value>) -> HashSet<String> {
-    let digest = |start: &Value| {
-        let text = |key| start.get(key).and_then(Value::as_str);
-        let hex = text("sha256").or_else(|| text("sha1"))?;
-        Digest::from_hex(hex).ok()
-    };
     starts
-        .filter_map(digest)
+        .filter_map(Digest::wanted_by)
         .map(|digest| digest.to_string())
         .collect()
 }
