@@ -34,7 +34,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, UNIX_EPOCH};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 use tracing::{info, warn};
@@ -73,7 +73,8 @@ const ESCAPED: usize = 6;
 /// One of them.
 #[derive(Debug)]
 struct Kept {
-    crash: Crash,
+    /// What there is to tell of it; nothing, where its record is of another format or cannot be read.
+    crash: Option<Crash>,
     /// When it was, in seconds since the boot, which no clock that is set changes; of those of an earlier life of the agent, as
     /// the clock stood when this one began.
     at: f64,
@@ -81,10 +82,21 @@ struct Kept {
 
 impl Kept {
     fn of(crash: Crash) -> Self {
-        let age = (now() - crash.time).max(0.0);
-        let at = since_boot() - age;
+        let at = moment(crash.time);
+        let crash = Some(crash);
         Self { crash, at }
     }
+
+    /// For another agent, written at this time.
+    fn untold(time: f64) -> Self {
+        let at = moment(time);
+        Self { crash: None, at }
+    }
+}
+
+/// A time in seconds since the epoch, in seconds since the boot.
+fn moment(time: f64) -> f64 {
+    since_boot() - (now() - time).max(0.0)
 }
 
 #[derive(Serialize, Deserialize)]
@@ -211,7 +223,7 @@ impl Crashes {
 
     /// The newest first.
     fn matching(&self, request: &LogsRequest, here: &HashSet<String>) -> Vec<Crash> {
-        let wanted = |Kept { crash, .. }: &Kept| {
+        let wanted = |crash: &&Crash| {
             let candidate = Candidate {
                 droplet: &crash.droplet,
                 version: &crash.version,
@@ -224,8 +236,9 @@ impl Crashes {
                 && handle.is_none_or(|handle| *handle == crash.handle)
         };
         let kept = self.kept();
-        let wanted = newest_first(&kept).into_iter().filter(|one| wanted(one));
-        wanted.map(|one| one.crash.clone()).collect()
+        let told = newest_first(&kept).into_iter();
+        let told = told.filter_map(|(_, one)| one.crash.as_ref());
+        told.filter(wanted).cloned().collect()
     }
 
     /// `count` bytes at `start` of one of our own files.
@@ -359,9 +372,9 @@ impl Inner {
         while self.is_crowded() {
             let oldest = self
                 .kept()
-                .values()
-                .min_by(|one, other| one.at.total_cmp(&other.at))
-                .map(|one| one.crash.handle.clone());
+                .iter()
+                .min_by(|(_, one), (_, other)| one.at.total_cmp(&other.at))
+                .map(|(handle, _)| handle.clone());
             let Some(oldest) = oldest else { break };
             self.remove(&oldest);
             removed += 1;
@@ -385,13 +398,13 @@ impl Inner {
     }
 }
 
-fn newest_first(kept: &BTreeMap<String, Kept>) -> Vec<&Kept> {
-    let mut kept: Vec<&Kept> = kept.values().collect();
-    kept.sort_by(|one, other| other.at.total_cmp(&one.at));
+fn newest_first(kept: &BTreeMap<String, Kept>) -> Vec<(&String, &Kept)> {
+    let mut kept: Vec<(&String, &Kept)> = kept.iter().collect();
+    kept.sort_by(|(_, one), (_, other)| other.at.total_cmp(&one.at));
     kept
 }
 
-/// Which crashes are older than `lifetime` at `now`, or have `per_app` newer ones of their app.
+/// Which crashes are older than `lifetime` at `now`, or have `per_app` newer ones of their app, if that is known.
 fn superfluous(
     kept: &BTreeMap<String, Kept>,
     now: f64,
@@ -399,12 +412,15 @@ fn superfluous(
     per_app: usize,
 ) -> Vec<String> {
     let mut seen: HashMap<&str, usize> = HashMap::new();
-    let old = newest_first(kept).into_iter().filter(|one| {
-        let newer = seen.entry(&one.crash.droplet).or_default();
-        *newer += 1;
-        *newer > per_app || now - one.at > lifetime.as_secs_f64()
+    let old = newest_first(kept).into_iter().filter(|(_, one)| {
+        let too_many = one.crash.as_ref().is_some_and(|crash| {
+            let newer = seen.entry(&crash.droplet).or_default();
+            *newer += 1;
+            *newer > per_app
+        });
+        too_many || now - one.at > lifetime.as_secs_f64()
     });
-    old.map(|one| one.crash.handle.clone()).collect()
+    old.map(|(handle, _)| handle.clone()).collect()
 }
 
 /// Whether more of a disk is used than crashes may see. One that counts no inodes has enough of them.
@@ -469,9 +485,9 @@ fn load(dir: &Path) -> BTreeMap<String, Kept> {
         if !is_handle(name.strip_suffix(".new").unwrap_or(&name)) {
             continue;
         }
-        match read_record(&entry.path()) {
-            Some(crash) if crash.handle == name => drop(kept.insert(name, Kept::of(crash))),
-            _ => {
+        match find(&entry.path(), &name) {
+            Some(one) => drop(kept.insert(name, one)),
+            None => {
                 warn!(name, "what is left of a crash is not whole: removed");
                 let _the_next_one_tries = fs::remove_dir_all(entry.path());
             }
@@ -480,8 +496,44 @@ fn load(dir: &Path) -> BTreeMap<String, Kept> {
     kept
 }
 
-fn read_record(dir: &Path) -> Option<Crash> {
-    understand(&fs::read(dir.join(RECORD)).ok()?)
+/// The crash in a directory of this name; `None` if it is not whole. One that another agent can tell of, or a better disk,
+/// is kept for that.
+fn find(dir: &Path, name: &str) -> Option<Kept> {
+    let path = dir.join(RECORD);
+    let kept = match fs::read(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+        Err(error) => Err(error.to_string()),
+        Ok(bytes) => match understand(&bytes) {
+            Some(crash) => Ok(crash),
+            None => Err(format!("format {}", other_format(&bytes)?)),
+        },
+    };
+    match kept {
+        Ok(crash) => (crash.handle == name).then(|| Kept::of(crash)),
+        // In the making it is nobody's, whatever it is to become.
+        Err(_) if !is_handle(name) => None,
+        Err(why) => {
+            warn!(
+                name,
+                why, "what is left of a crash is not understood, and kept as long as others"
+            );
+            Some(Kept::untold(written_at(&path).unwrap_or_else(now)))
+        }
+    }
+}
+
+/// When a file was written, in seconds since the epoch.
+fn written_at(path: &Path) -> Option<f64> {
+    let time = fs::metadata(path).and_then(|file| file.modified()).ok()?;
+    let age = time.duration_since(UNIX_EPOCH).ok()?;
+    Some(age.as_secs_f64())
+}
+
+/// The format of a record that is whole, where it is not ours.
+fn other_format(bytes: &[u8]) -> Option<Value> {
+    let mut record: Value = serde_json::from_slice(bytes).ok()?;
+    let format = record.get_mut("format")?.take();
+    (format != FORMAT).then_some(format)
 }
 
 /// The crash of a record, if it is whole and of our format.
@@ -519,7 +571,7 @@ fn show(fields: &mut Value, start: u64, mut bytes: Vec<u8>, last: bool) {
 
 #[cfg(test)]
 mod tests {
-    use super::{Kept, now, show, since_boot, superfluous};
+    use super::{Kept, RECORD, load, now, show, since_boot, superfluous, written};
     use messages::crash::Crash;
     use serde_json::json;
     use std::collections::BTreeMap;
@@ -527,7 +579,7 @@ mod tests {
 
     /// One of so many seconds after the boot, whatever the clock says.
     fn crash(handle: &str, droplet: &str, at: f64) -> (String, Kept) {
-        let crash = plain(handle, droplet, 1_000_000_000.0 - at);
+        let crash = Some(plain(handle, droplet, 1_000_000_000.0 - at));
         (handle.into(), Kept { crash, at })
     }
 
@@ -564,6 +616,8 @@ mod tests {
             crash("a3", "a", 1000.1),
             crash("b1", "b", 900.0),
             crash("c1", "c", 10.0),
+            ("x1".into(), untold(990.0)),
+            ("x2".into(), untold(20.0)),
         ]);
         let old = |lifetime, per_app| {
             let lifetime = Duration::from_secs(lifetime);
@@ -573,8 +627,49 @@ mod tests {
         };
         assert_eq!(old(10_000, 3), Vec::<String>::new());
         assert_eq!(old(10_000, 2), ["a1"]);
-        assert_eq!(old(500, 1), ["a1", "a3", "c1"]);
-        assert_eq!(old(50, 3), ["b1", "c1"]);
+        assert_eq!(old(500, 1), ["a1", "a3", "c1", "x2"]);
+        assert_eq!(old(50, 3), ["b1", "c1", "x2"]);
+    }
+
+    fn untold(at: f64) -> Kept {
+        Kept { crash: None, at }
+    }
+
+    #[test]
+    fn what_another_agent_kept_stays_for_it_and_what_is_not_whole_goes() {
+        let dir = std::env::temp_dir().join(format!("ostler-crashes-{}", std::process::id()));
+        let record = String::from_utf8(written(plain("0123456789a", "a", now())).unwrap()).unwrap();
+        let other = record.replace("\"format\":1", "\"format\":2");
+        let gone = [
+            ("0123456789b", Some(&*record)),
+            ("0123456789c", Some(&other[..other.len() - 1])),
+            ("0123456789d", Some("{}")),
+            ("0123456789e", None),
+            ("0123456789f.new", Some(&*other)),
+        ];
+        let all = [
+            ("0123456789a", Some(&*record)),
+            ("0123456789g", Some(&*other)),
+        ];
+        for (name, record) in all.iter().chain(&gone) {
+            std::fs::create_dir_all(dir.join(name)).unwrap();
+            if let Some(record) = record {
+                std::fs::write(dir.join(name).join(RECORD), record).unwrap();
+            }
+        }
+        let kept = load(&dir);
+        let told: Vec<(&str, bool)> = { kept.iter() }
+            .map(|(name, one)| (&**name, one.crash.is_some()))
+            .collect();
+        assert_eq!(told, [("0123456789a", true), ("0123456789g", false)]);
+        assert!((kept["0123456789g"].at - since_boot()).abs() < 10.0);
+        for (name, _) in all {
+            assert!(dir.join(name).join(RECORD).exists(), "{name}");
+        }
+        for (name, _) in gone {
+            assert!(!dir.join(name).exists(), "{name}");
+        }
+        std::fs::remove_dir_all(&dir).unwrap();
     }
 
     #[test]
