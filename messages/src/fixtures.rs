@@ -172,7 +172,45 @@ fn egress_rules_have_bounds() {
         assert_eq!(read.is_ok(), fits);
         let told = read.err().map(|error| error.to_string());
         assert!(told.is_none_or(|told| told.contains("at most 1000 rules")));
+        assert!(StartRequest::from_kept(&message).is_ok());
     }
+}
+
+#[test]
+fn bounds_are_for_what_comes_and_not_for_what_was_accepted_once() {
+    let long = || Value::from("x".repeat(1000));
+    for (key, beyond) in [
+        ("index", u64::MAX.into()),
+        ("version", long()),
+        ("cc_partition", long()),
+        ("request_id", long()),
+        ("stop_grace", u64::MAX.into()),
+        (
+            "limits",
+            serde_json::json!({"mem": u64::MAX, "disk": 1, "fds": 8}),
+        ),
+        (
+            "limits",
+            serde_json::json!({"mem": 1, "disk": u64::MAX, "fds": 8}),
+        ),
+        ("limits", serde_json::json!({"mem": 1, "disk": 1, "fds": 7})),
+    ] {
+        let mut message = value("dea.start");
+        message[key] = beyond.clone();
+        let refused = StartRequest::from_value(&message).unwrap_err().message;
+        assert!(refused.contains(key), "{refused}");
+        assert!(
+            StartRequest::from_kept(&message).is_ok(),
+            "{key} = {beyond}"
+        );
+        message[key] = true.into();
+        assert!(StartRequest::from_kept(&message).is_err(), "{key}");
+    }
+    let bytes = |version: usize| {
+        let version = "v".repeat(version);
+        HeartbeatEntry::bytes_at_most("app", "default", 0, &version)
+    };
+    assert_eq!((bytes(64), bytes(74)), (bytes(0), bytes(0) + 10));
 }
 
 #[test]

@@ -157,21 +157,24 @@ pub struct HeartbeatEntry {
 }
 
 impl HeartbeatEntry {
-    /// Most bytes that the entry of an instance can take in a heartbeat, whatever becomes of its version
-    /// and its state.
+    /// Most bytes that the entry of an instance of this version can take in a heartbeat, whatever becomes of the version
+    /// and of its state.
     #[must_use]
-    pub fn bytes_at_most(droplet: &str, cc_partition: &str, index: u64) -> usize {
-        let largest = Self {
+    pub fn bytes_at_most(droplet: &str, cc_partition: &str, index: u64, version: &str) -> usize {
+        let entry = |version: String| Self {
             cc_partition: cc_partition.into(),
             droplet: droplet.into(),
-            version: "v".repeat(crate::start::VERSION_MAX),
+            version,
             instance: "i".repeat(32),
             index,
             state: State::Evacuating,
             // No time of this century has more digits.
             state_timestamp: 4_102_444_800.123_456_7,
         };
-        largest.to_bytes().len() + ",".len()
+        let bytes = |version| entry(version).to_bytes().len();
+        let largest = bytes("v".repeat(crate::start::VERSION_MAX));
+        // One that was accepted when there was no such bound.
+        largest.max(bytes(version.into())) + ",".len()
     }
 }
 

@@ -110,16 +110,33 @@ pub enum Traffic {
 }
 
 impl StartRequest {
-    /// Reads a start message.
+    /// Reads a start message that came by the bus.
+    ///
+    /// # Errors
+    /// The first field that is wrong or beyond its bounds, in words.
+    pub fn from_value(value: &Value) -> Read<Self> {
+        let start = Self::from_kept(value)?;
+        let fields = Fields::of(value, "")?;
+        index(&fields)?;
+        label(&fields, "version", VERSION_MAX)?;
+        label(&fields, "cc_partition", PARTITION_MAX)?;
+        bounded(&fields.object("limits", "limits.")?)?;
+        request_id(&fields)?;
+        stop_grace(&fields)?;
+        few(&fields, &start.egress_network_rules)?;
+        Ok(start)
+    }
+
+    /// Reads one that was accepted once, perhaps by an agent that had other bounds: what runs by it runs on.
     ///
     /// # Errors
     /// The first field that is wrong, in words.
-    pub fn from_value(value: &Value) -> Read<Self> {
+    pub fn from_kept(value: &Value) -> Read<Self> {
         let fields = Fields::of(value, "")?;
         Ok(Self {
             droplet: droplet(&fields)?,
-            index: index(&fields)?,
-            version: label(&fields, "version", VERSION_MAX)?,
+            index: fields.number("index")?,
+            version: fields.string("version")?,
             name: fields.string("name")?,
             uris: fields.strings("uris")?,
             executable_uri: fields.optional_string("executableUri")?,
@@ -128,7 +145,7 @@ impl StartRequest {
             limits: limits(&fields.object("limits", "limits.")?)?,
             services: services(&fields)?,
             env: env(&fields)?,
-            cc_partition: label(&fields, "cc_partition", PARTITION_MAX)?,
+            cc_partition: fields.string("cc_partition")?,
             start_command: fields.optional_string("start_command")?,
             stack: fields.optional_string("stack")?,
             vcap_application: match fields.get("vcap_application") {
@@ -138,9 +155,9 @@ impl StartRequest {
             },
             egress_network_rules: egress(&fields)?,
             health_check_timeout: fields.optional_number("health_check_timeout")?,
-            request_id: request_id(&fields)?,
+            request_id: fields.optional_string("request_id")?,
             wait: wait(&fields, Wait::Running)?,
-            stop_grace: stop_grace(&fields)?,
+            stop_grace: fields.optional_number("stop_grace")?,
             oom_group: fields.optional_bool("oom_group")?,
         })
     }
@@ -213,10 +230,17 @@ fn hex(fields: &Fields<'_>, key: &str, length: usize) -> Read<Option<String>> {
 
 fn limits(fields: &Fields<'_>) -> Read<Limits> {
     Ok(Limits {
-        mem: megabytes(fields, "mem")?,
-        disk: megabytes(fields, "disk")?,
-        fds: open_files(fields, "fds")?,
+        mem: fields.number("mem")?,
+        disk: fields.number("disk")?,
+        fds: fields.number("fds")?,
     })
+}
+
+fn bounded(limits: &Fields<'_>) -> Read<()> {
+    megabytes(limits, "mem")?;
+    megabytes(limits, "disk")?;
+    open_files(limits, "fds")?;
+    Ok(())
 }
 
 /// MB of something.
@@ -272,10 +296,13 @@ fn egress(fields: &Fields<'_>) -> Read<Vec<EgressRule>> {
     let rules = fields
         .optional_array("egress_network_rules")?
         .unwrap_or_default();
-    let rules = rules
-        .iter()
+    let rules = rules.iter();
+    rules
         .map(|rule| egress_rule(&Fields::of(rule, "egress_network_rules[].")?))
-        .collect::<Read<Vec<EgressRule>>>()?;
+        .collect()
+}
+
+fn few(fields: &Fields<'_>, rules: &[EgressRule]) -> Read<()> {
     let ranges = rules.iter().map(|rule| match &rule.traffic {
         Traffic::Tcp(ports) | Traffic::Udp(ports) => ports.len(),
         Traffic::All | Traffic::Icmp(..) => 0,
@@ -283,7 +310,7 @@ fn egress(fields: &Fields<'_>) -> Read<Vec<EgressRule>> {
     if rules.len() > MOST_RULES || ranges.sum::<usize>() > MOST_RANGES {
         return Err(fields.refuse("egress_network_rules", MOST));
     }
-    Ok(rules)
+    Ok(())
 }
 
 /// What is reckoned with them grows with their product.

@@ -393,7 +393,7 @@ pub(crate) fn understand(bytes: &[u8]) -> Result<Record, String> {
         // Directories and control groups are found by it: nothing else may stand there.
         return Err(format!("{handle:?} is no handle"));
     }
-    StartRequest::from_value(&record.start)
+    StartRequest::from_kept(&record.start)
         .map_err(|bad| format!("its start message is not understood: {bad}"))?;
     Ok(record)
 }
@@ -443,7 +443,7 @@ pub fn write_durably(dir: &Path, name: &str, bytes: &[u8]) -> Result<(), RecordE
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::{Event, FORMAT, Limits, Record, Records};
+    use super::{Event, FORMAT, Limits, Record, Records, understand};
     use messages::state::State;
 
     pub(in crate::instances) fn record(handle: &str) -> Record {
@@ -486,6 +486,19 @@ pub(super) mod tests {
             }],
             taken_back: Vec::new(),
         }
+    }
+
+    #[test]
+    fn what_was_accepted_under_other_bounds_is_understood() {
+        let mut kept = record("00000000001");
+        kept.start["version"] = "v".repeat(1000).into();
+        kept.start["cc_partition"] = "p".repeat(1000).into();
+        kept.start["index"] = u64::MAX.into();
+        let bytes = |record: &Record| serde_json::to_vec(record).unwrap();
+        assert!(understand(&bytes(&kept)).is_ok());
+        kept.start["index"] = "0".into();
+        let why = understand(&bytes(&kept)).unwrap_err();
+        assert!(why.contains("`index` is \"0\""), "{why}");
     }
 
     #[test]

@@ -34,6 +34,9 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep_until};
 use tracing::{Instrument, Span, error, error_span, info, warn};
 
+/// No clock is asked for more, whatever another agent accepted.
+const LONGEST_GRACE: Duration = Duration::from_secs(24 * 3600);
+
 /// What the stable is told. Unbounded in type, bounded in fact: each instance tells one change for
 /// each state it enters or want it has applied.
 #[derive(Debug)]
@@ -673,7 +676,10 @@ impl Instance {
             cc_partition: self.message.cc_partition.clone(),
             droplet: self.message.droplet.to_string(),
             index: self.message.index,
-            stop_grace: self.message.stop_grace.map(Duration::from_secs),
+            stop_grace: self
+                .message
+                .stop_grace
+                .map(|seconds| Duration::from_secs(seconds).min(LONGEST_GRACE)),
             applied: self.applied,
             unrecorded: self.unrecorded.as_ref().map(|one| one.why().to_owned()),
             refusal: self.refusal.clone(),

@@ -157,7 +157,7 @@ impl Stable {
             disk: request.limits.disk,
         };
         self.admit_amount((each, count as u64), grown)?;
-        let bytes = heartbeat_bytes(request);
+        let bytes = heartbeat_bytes(request, &request.version);
         let leaving = self.room_for(Room {
             instances: count,
             bytes: bytes.saturating_mul(count),
@@ -483,12 +483,13 @@ impl Stable {
     }
 }
 
-/// Most bytes that an instance of this start takes in a heartbeat.
-pub(super) fn heartbeat_bytes(request: &StartRequest) -> usize {
+/// Most bytes that an instance of this start takes in a heartbeat, if it has this version now.
+pub(super) fn heartbeat_bytes(request: &StartRequest, version: &str) -> usize {
     HeartbeatEntry::bytes_at_most(
         request.droplet.as_str(),
         &request.cc_partition,
         request.index,
+        version,
     )
 }
 

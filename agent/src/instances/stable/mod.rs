@@ -309,7 +309,7 @@ impl Stable {
     }
 
     fn take_in(&mut self, record: Record, remains: Option<Remains>) {
-        match StartRequest::from_value(&record.start) {
+        match StartRequest::from_kept(&record.start) {
             Ok(message) => {
                 // Accepted, and without a container yet: its place is kept before others can ask for one.
                 let waits = matches!(
@@ -334,7 +334,7 @@ impl Stable {
         begins_with: (Option<Remains>, Option<Place>),
     ) {
         let handle = record.handle.clone();
-        let heartbeat_bytes = commands::heartbeat_bytes(&message);
+        let heartbeat_bytes = commands::heartbeat_bytes(&message, &record.version);
         let (instance, reins): (Instance, Reins) =
             instance(Arc::clone(&self.world), record, message, begins_with);
         let stall = Stall {

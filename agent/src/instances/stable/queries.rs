@@ -122,7 +122,7 @@ impl Stable {
     pub(super) fn takes_one_more(&self, droplet: &str) -> bool {
         let room = Room {
             instances: 1,
-            bytes: HeartbeatEntry::bytes_at_most(droplet, "default", 0),
+            bytes: HeartbeatEntry::bytes_at_most(droplet, "default", 0, ""),
         };
         self.room_for(room).is_ok()
             && self.world.engine.has_place()

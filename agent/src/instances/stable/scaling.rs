@@ -195,7 +195,7 @@ impl Stable {
         let mut messages = Vec::new();
         for index in indices {
             set(&mut raw, "index", json!(index));
-            let message = StartRequest::from_value(&raw)
+            let message = StartRequest::from_kept(&raw)
                 .map_err(|bad| Reply::error(ErrorCode::Internal, bad.to_string()))?;
             messages.push((message, raw.clone()));
         }
