@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 use tests::{
-    Droplet, Frozen, Host, Network, Output, Question, Running, Setup, Tree, get, patience,
+    Droplet, Frozen, Host, Network, Output, Question, Running, Setup, Tree, get, patience, tool,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -788,4 +788,78 @@ async fn where_a_disk_hangs_all_is_told_but_the_output_on_it() {
     std::fs::rename(&kept, &cursor).unwrap();
     spooled("nothing, as before", |bytes| bytes == 0.0).await;
     host.stop("app").await;
+}
+
+/// A base directory that became read-only, as `errors=remount-ro` makes it, for whoever opens what is in it. Until this is
+/// dropped.
+struct ReadOnly<'a>(&'a str);
+
+impl<'a> ReadOnly<'a> {
+    fn base(base: &'a str) -> Self {
+        tool("mount", &["--bind", base, base]);
+        let made = Self(base);
+        tool("mount", &["-o", "remount,bind,ro", base]);
+        made
+    }
+}
+
+impl Drop for ReadOnly<'_> {
+    fn drop(&mut self) {
+        tool("umount", &[self.0]);
+    }
+}
+
+/// Waits until the page tells this of a disk that refuses everything.
+async fn refuses_is(value: f64) {
+    let end = Instant::now() + patience();
+    while metrics().await["ostler_disk_refuses"] != value {
+        assert!(Instant::now() < end, "not {value}");
+        sleep(Duration::from_millis(200)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_disk_that_became_read_only_is_named_and_no_memory_is_told_there() {
+    let host = watched().await;
+    let mut adverts = host.watch("dea.advertise").await;
+    adverts
+        .until("a place", |advert| advert["available_memory"] != 0)
+        .await;
+    refuses_is(0.0).await;
+    let base = host.base.display().to_string();
+    let read_only = ReadOnly::base(&base);
+    refuses_is(1.0).await;
+    adverts
+        .until("none", |advert| advert["available_memory"] == 0)
+        .await;
+    let message = host.message("new", &Droplet::sample("sleeper"));
+    let answer = host.request(&host.subject("start"), &message).await;
+    assert_eq!(answer["error"]["code"], "internal", "{answer}");
+    let refused = |log: &str| {
+        let mut lines = log.lines();
+        lines.any(|line| {
+            [
+                "ERROR",
+                "could not be recorded",
+                "handle=",
+                "droplet=new",
+                "os error 30",
+            ]
+            .iter()
+            .all(|word| line.contains(word))
+        })
+    };
+    let log = host.log();
+    assert!(refused(&log), "{log}");
+    // Many looks, and one line.
+    let told = |log: &str| log.matches("refuses what is written to it").count();
+    assert_eq!(told(&log), 1, "{log}");
+    drop(read_only);
+    refuses_is(0.0).await;
+    adverts
+        .until("a place", |advert| advert["available_memory"] != 0)
+        .await;
+    host.logged(0, "the disk takes what is written again").await;
+    host.run(message).await;
+    host.stop("new").await;
 }

@@ -7,12 +7,13 @@
 use super::blocking;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use std::{fmt, fs, io};
 use tokio::sync::{Semaphore, SemaphorePermit, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
-use tracing::{Instrument, info, warn};
+use tracing::{Instrument, error, info, warn};
 
 /// Writes that are under way at once: a quarter of tokio's blocking threads. A disk that hangs must not hold every thread
 /// that may block.
@@ -28,12 +29,17 @@ const LOOK: Duration = Duration::from_secs(5);
 /// What may be said of something that is not written in time.
 pub const UNANSWERED: &str = "the disk of the base directory does not answer";
 
+/// What is said of a disk that answers, and writes nothing.
+const REFUSED: &str = "the disk of the base directory refuses what is written to it";
+
 /// The writers of records and cursors, and what is known from them of the disk. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Scribes {
     turns: Arc<Semaphore>,
     /// The writes that are late: when each was begun, and its number.
     late: Arc<watch::Sender<BTreeSet<(Instant, u64)>>>,
+    /// Of the last look.
+    refuses: Arc<AtomicBool>,
 }
 
 impl Default for Scribes {
@@ -41,6 +47,7 @@ impl Default for Scribes {
         Self {
             turns: Arc::new(Semaphore::new(TURNS)),
             late: Arc::new(watch::Sender::new(BTreeSet::new())),
+            refuses: Arc::default(),
         }
     }
 }
@@ -107,9 +114,28 @@ impl Scribes {
     pub async fn look_after(self, file: PathBuf) {
         loop {
             let path = file.clone();
-            // What it says is for those to hear who have something to write.
-            drop(self.watched(move || touch(&path)).await);
+            let looked = self.watched(move || touch(&path)).await;
+            self.heard(looked);
             sleep(LOOK).await;
+        }
+    }
+
+    /// Whether the last look was refused, as everything is on a file system that became read-only. A full one takes it: there
+    /// is room for what it overwrites.
+    #[must_use]
+    pub fn refuses(&self) -> bool {
+        self.refuses.load(Ordering::Relaxed)
+    }
+
+    /// Says it once, however many looks find the same.
+    fn heard(&self, looked: io::Result<()>) {
+        let refused = self.refuses.swap(looked.is_err(), Ordering::Relaxed);
+        match looked {
+            Err(error) if !refused => {
+                error!(%error, "{REFUSED}: no start can be recorded, so none is asked for, and apps run on; no restart of the agent mends it");
+            }
+            Ok(()) if refused => info!("the disk takes what is written again"),
+            Ok(()) | Err(_) => {}
         }
     }
 }
@@ -414,6 +440,20 @@ mod tests {
         // Nobody has asked what became of the first.
         go.send(Ok(())).unwrap();
         assert_eq!(scribe.write_or_leave(2, LONG).await, Some(Ok(())));
+    }
+
+    #[test]
+    fn a_disk_refuses_from_a_look_that_failed_to_one_that_did_not() {
+        let scribes = Scribes::default();
+        assert!(!scribes.refuses());
+        for failed in [true, true, false, true, false] {
+            let looked = match failed {
+                true => Err(std::io::ErrorKind::ReadOnlyFilesystem.into()),
+                false => Ok(()),
+            };
+            scribes.heard(looked);
+            assert_eq!(scribes.clone().refuses(), failed);
+        }
     }
 
     #[tokio::test]

@@ -188,9 +188,9 @@ async fn metrics(sources: &Sources) -> String {
     let standing = timeout(PATIENCE, sources.standing());
     let (standing, spooled) = tokio::join!(standing, world.depth.bytes(PATIENCE));
     let told = (standing.ok().flatten(), spooled);
-    let late = world.scribes.lateness().time();
+    let disk = (world.scribes.lateness().time(), world.scribes.refuses());
     let (outlet, totals) = (&world.outlet, &world.totals);
-    page::page(&numbers(told, late, outlet, totals, &sources.tally))
+    page::page(&numbers(told, disk, outlet, totals, &sources.tally))
 }
 
 /// The page for collectors, of the same kind.
@@ -210,7 +210,7 @@ async fn varz(sources: &Sources) -> String {
 
 fn numbers(
     (standing, spooled): (Option<Standing>, Option<u64>),
-    late: Duration,
+    (late, refuses): (Duration, bool),
     outlet: &Outlet,
     totals: &Totals,
     tally: &Tally,
@@ -219,6 +219,7 @@ fn numbers(
         standing,
         spooled,
         late,
+        refuses,
         mark: outlet.mark(),
         dropped: outlet.drops().value(),
         left_out: outlet.left_out().value(),
@@ -245,7 +246,7 @@ mod tests {
         }
         let page = page::page(&numbers(
             (None, None),
-            Duration::ZERO,
+            (Duration::ZERO, false),
             &outlet,
             &Totals::default(),
             &Tally::begin(),

@@ -18,6 +18,8 @@ pub(super) struct Numbers {
     pub(super) spooled: Option<u64>,
     /// For how long the disk has not answered.
     pub(super) late: Duration,
+    /// Whether it refuses what is written to it.
+    pub(super) refuses: bool,
     /// The connection as it is.
     pub(super) mark: Mark,
     /// Messages that came and were not read in time.
@@ -91,6 +93,11 @@ pub(super) fn page(numbers: &Numbers) -> String {
         "ostler_disk_late_seconds",
         numbers.late.as_secs(),
         "For how long the oldest write that is late has been under way; 0 if none is.",
+    );
+    page.gauge(
+        "ostler_disk_refuses",
+        u8::from(numbers.refuses),
+        "Whether the disk refuses every write, as one that became read-only does; a full one does not.",
     );
     requests(&mut page, &numbers.counts);
     process(&mut page, numbers);

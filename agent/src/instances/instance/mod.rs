@@ -343,6 +343,8 @@ impl Instance {
         // Nothing is known of it before it is on disk, and then it is starting.
         let fresh = self.turn(Ask::Start);
         if fresh && let Err(error) = in_words(self.save_or_give_up().await) {
+            let (handle, droplet) = (&self.record.handle, &self.message.droplet);
+            error!(handle, %droplet, error, "a start was refused, because it could not be recorded");
             let unrecorded = Change::Unrecorded(self.record.handle.clone(), error);
             drop(self.world.changes.send(unrecorded));
             self.gone().await;

@@ -117,8 +117,7 @@ impl Stable {
     }
 
     /// Whether there is what an instance needs beside memory and disk space: a place in the heartbeat, an address, ports, and
-    /// a disk that
-    /// answers: beyond what a start waits for it, it would be refused.
+    /// a disk that takes its record: one that refuses it, or does not answer within what a start waits for it, refuses the start.
     pub(super) fn takes_one_more(&self, droplet: &str) -> bool {
         let room = Room {
             instances: 1,
@@ -127,6 +126,7 @@ impl Stable {
         self.room_for(room).is_ok()
             && self.world.engine.has_place()
             && self.world.scribes.lateness().time() < MUST
+            && !self.world.scribes.refuses()
     }
 
     fn droplet_status(&self, answers: &Answers) {
