@@ -747,6 +747,45 @@ async fn output_that_waits_for_the_bus_is_counted_until_the_bus_has_it() {
 }
 
 #[tokio::test]
+async fn output_that_the_bus_did_not_come_back_for_is_counted_and_named() {
+    const PRINTED: u32 = 588_895;
+    let config = &[
+        ON,
+        ("[network]", "[instance]\ncrash_lifetime = 2\n[network]"),
+    ];
+    let mut host = Host::with(Setup {
+        config,
+        ..Default::default()
+    })
+    .await;
+    let mut exits = host.watch("droplet.exited").await;
+    let mut output = host.output("app").await;
+    let script = "echo before; until [ -e go ]; do sleep 0.1; done; seq 100000; exit 3";
+    let answer = host.message("app", &Droplet::shell(script));
+    let answer = host.run(answer).await;
+    let handle = answer["handle"].as_str().unwrap();
+    output
+        .until("a line", |output| output.text(0, "stdout") == "before\n")
+        .await;
+    host.confirmed(handle).await;
+    host.stop_bus().await;
+    let mut go = host.ostler("run");
+    go.args(["app", "--", "touch", "/home/vcap/app/go"]);
+    assert!(go.status().unwrap().success());
+    let log = host.logged(0, "output is dropped").await;
+    let line = { log.lines() }.find(|line| line.contains("output is dropped"));
+    let line = line.unwrap();
+    for word in [&format!("bytes={PRINTED}"), handle, "droplet=app"] {
+        assert!(line.contains(word), "{word}: {line}");
+    }
+    let missing = metrics().await["ostler_output_missing_bytes_total"];
+    assert_eq!(missing, f64::from(PRINTED));
+    host.start_bus().await;
+    let exit = exits.next().await;
+    assert_eq!(exit["output"]["stdout"], 7 + PRINTED, "{exit}");
+}
+
+#[tokio::test]
 async fn where_a_disk_hangs_all_is_told_but_the_output_on_it() {
     let host = watched().await;
     let answer = host.message("app", &Droplet::sample("sleeper"));

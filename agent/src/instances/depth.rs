@@ -1,14 +1,14 @@
 //! How much output of all instances stands on disk and waits for the bus.
 //!
 //! Counted where it stands: what the pumps know in memory ends where they have read, and they read no further than the
-//! bus takes. It costs a few calls per instance and reads no output.
+//! bus takes. It costs a few calls per instance and reads no output, but where some is given up.
 
 use super::instance::JOB;
 use super::output::CursorFile;
 use super::record::Records;
 use crate::host::blocking;
 use crate::host::depot::Directory;
-use container::spool;
+use container::spool::{self, SpoolReader, Stream};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -49,6 +49,24 @@ impl Depth {
         timeout(patience, self.count()).await.ok().flatten()
     }
 
+    /// Bytes of the output of one instance that the bus has not confirmed, those included that its spool had no room for. `None`
+    /// if they cannot be counted, or not within `patience`.
+    pub async fn of_one(&self, handle: &str, patience: Duration) -> Option<u64> {
+        let (cursor, job) = (self.records.cursor(handle), self.job(handle));
+        let counted = blocking(move || unconfirmed(&cursor, &job));
+        match timeout(patience, counted).await.ok()? {
+            Ok(bytes) => Some(bytes),
+            Err(error) => {
+                warn!(handle, %error, "the output that waits for the bus is not counted");
+                None
+            }
+        }
+    }
+
+    fn job(&self, handle: &str) -> PathBuf {
+        Directory::below(&self.base, handle).job(JOB)
+    }
+
     async fn count(&self) -> Option<u64> {
         let mut last = Arc::clone(&self.last).lock_owned().await;
         if let Some((then, bytes)) = *last
@@ -81,6 +99,21 @@ fn walk(records: &Records, base: &Path) -> io::Result<u64> {
         all += spool.end.saturating_sub(confirmed.max(spool.start));
     }
     Ok(all)
+}
+
+/// Reads it to its end. Blocks.
+fn unconfirmed(cursor: &Path, job: &Path) -> io::Result<u64> {
+    if !job.try_exists()? {
+        return Ok(0);
+    }
+    let confirmed = CursorFile::kept(cursor)?;
+    let mut reader = SpoolReader::open(job, confirmed).map_err(io::Error::other)?;
+    let mut end = confirmed;
+    while let Some((_, next)) = reader.next().map_err(io::Error::other)? {
+        end = next;
+    }
+    let of = |stream| end.offset(stream).saturating_sub(confirmed.offset(stream));
+    Ok(of(Stream::Stdout) + of(Stream::Stderr))
 }
 
 #[cfg(test)]
@@ -205,6 +238,30 @@ mod tests {
         };
         keep(&records, handle, behind);
         assert_eq!(walk(&records, &base.0).unwrap(), stands);
+    }
+
+    #[tokio::test]
+    async fn of_what_is_given_up_each_byte_is_counted_and_nothing_else() {
+        let (base, records) = Base::new("given-up");
+        let handle = "00000000001";
+        let depth = Depth::of(records.clone(), &base.0);
+        let count = || depth.of_one(handle, Duration::from_secs(30));
+        assert_eq!(count().await, Some(0), "no spool");
+        let mut spool = base.spool(&records, handle);
+        for _ in 0..80 {
+            print(&mut spool, 50_000);
+        }
+        assert_eq!(count().await, Some(80 * 50_000), "what it lost, too");
+        let confirmed = after(&base.job(handle), 5);
+        keep(&records, handle, confirmed);
+        let left = 80 * 50_000 - confirmed.stdout;
+        assert_eq!(count().await, Some(left));
+        let far = Cursor {
+            position: u64::MAX,
+            ..Cursor::default()
+        };
+        keep(&records, handle, far);
+        assert_eq!(count().await, None, "of another spool");
     }
 
     /// Threads of this process.

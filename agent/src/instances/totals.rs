@@ -9,7 +9,7 @@ pub struct Totals {
     exits: [Counter; Reason::ALL.len()],
     /// Processes that were killed for want of memory.
     pub oom_kills: Counter,
-    /// Bytes of output of which readers were told that they are missing.
+    /// Bytes of output of which readers were told that they are missing, or that went before the bus had them.
     pub missing_output: Counter,
 }
 

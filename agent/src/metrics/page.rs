@@ -30,7 +30,7 @@ pub(super) struct Numbers {
     pub(super) exits: Vec<(Reason, u64)>,
     /// Processes that were killed for want of memory.
     pub(super) oom_kills: u64,
-    /// Bytes of output that were told to be missing.
+    /// Bytes of output that are missing.
     pub(super) missing: u64,
     /// Those of [`Incoming::answered`], in that order.
     pub(super) counts: Vec<Counts>,
@@ -206,7 +206,7 @@ fn output(page: &mut Text, numbers: &Numbers) {
     page.counter(
         "ostler_output_missing_bytes_total",
         numbers.missing,
-        "Output of which the bus was told that it is missing.",
+        "Output that is missing: the bus was told so, or did not come back before it went.",
     );
 }
 

@@ -17,6 +17,7 @@ use crate::instances::world::now;
 use container::status::Status;
 use messages::state::State;
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{error, info, warn};
@@ -92,6 +93,7 @@ impl Instance {
             self.keep_last_words().await;
         }
         self.settle().await;
+        self.count_what_is_lost().await;
         self.destroy().await;
         // An exit is small: it waits for the bus as long as it takes.
         self.events_said().await;
@@ -287,11 +289,32 @@ impl Instance {
         let deadline = Instant::now() + self.world.config.instance.crash_lifetime;
         while !self.output_said() || !self.record.unsent.is_empty() {
             if !self.hear_until(deadline).await {
-                warn!(
-                    handle = self.record.handle,
-                    "the bus did not come back in time: output that it did not get is dropped"
-                );
                 return;
+            }
+        }
+    }
+
+    /// Of the output that goes now, names what the bus has not.
+    async fn count_what_is_lost(&mut self) {
+        let job = self.job.borrow().clone();
+        if !self.record.spawned || job.delivered && job.lost.is_none() {
+            return;
+        }
+        let world = Arc::clone(&self.world);
+        let handle = self.record.handle.clone();
+        let counted = world.depth.of_one(&handle, super::PATIENCE);
+        let bytes = self.hear_while(counted).await;
+        if bytes == Some(0) {
+            return;
+        }
+        world.totals.missing_output.add(bytes.unwrap_or_default());
+        let (droplet, index) = (&self.message.droplet, self.message.index);
+        match bytes {
+            Some(bytes) => {
+                warn!(handle, %droplet, index, bytes, "output is dropped that the bus did not take in time");
+            }
+            None => {
+                warn!(handle, %droplet, index, "output is dropped that the bus did not take in time, nobody knows how much");
             }
         }
     }
