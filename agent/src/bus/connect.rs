@@ -165,12 +165,10 @@ async fn watch_link(
             }
             Event::SlowConsumer(subscription) => {
                 let dropped = dropped.count();
-                if dropped.is_power_of_two() {
-                    warn!(
-                        subscription,
-                        dropped, "messages were dropped: this host reads too slowly"
-                    );
-                }
+                warn!(
+                    subscription,
+                    dropped, "messages were dropped: this host reads too slowly"
+                );
             }
             // It was heard.
             Event::ServerError(_) => {}

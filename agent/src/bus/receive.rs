@@ -359,12 +359,10 @@ async fn query_to(desk: &Arc<Desk>, asks: &mpsc::Sender<Ask>, query: Query, call
     // The protocol has no word for `busy`: as a server does with who reads too slowly.
     if desk.is_behind() {
         let dropped = desk.world.outlet.drops().count();
-        if dropped.is_power_of_two() {
-            warn!(
-                dropped,
-                "queries are dropped: their answers wait for the bus"
-            );
-        }
+        warn!(
+            dropped,
+            "queries are dropped: their answers wait for the bus"
+        );
         return;
     }
     let (answers, mut answered) = Answers::counted(desk.unsent.clone());

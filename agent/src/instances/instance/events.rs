@@ -114,12 +114,10 @@ pub(crate) fn deliver(outlet: Outlet, event: Event, trace: Option<&Trace>) {
     let message = message(event, trace);
     let Some(room) = outlet.room_for_refusal(message.size()) else {
         let left_out = outlet.left_out().count();
-        if left_out.is_power_of_two() {
-            warn!(
-                left_out,
-                "the bus does not take that starts are refused: exits of such are left out"
-            );
-        }
+        warn!(
+            left_out,
+            "the bus does not take that starts are refused: exits of such are left out"
+        );
         return;
     };
     tokio::spawn(async move {
@@ -184,6 +182,20 @@ mod tests {
     use crate::instances::outlet::outlet;
     use messages::reply::{ErrorCode, Reply};
     use serde_json::json;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use tracing::{Event, Subscriber};
+    use tracing_subscriber::Layer;
+    use tracing_subscriber::layer::{Context, SubscriberExt};
+
+    /// Counts the lines that come to it.
+    struct Lines(Arc<AtomicU64>);
+
+    impl<S: Subscriber> Layer<S> for Lines {
+        fn on_event(&self, _event: &Event<'_>, _context: Context<'_, S>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
 
     #[tokio::test]
     async fn refusals_that_the_bus_never_takes_are_left_out_in_the_end() {
@@ -194,11 +206,21 @@ mod tests {
         let start = json!({
             "droplet": "app", "version": "1", "index": 0, "cc_partition": "default",
         });
+        let lines = Arc::new(AtomicU64::new(0));
+        let log = Lines(Arc::clone(&lines)).with_filter(crate::Quiet);
+        // As `main` has them.
+        let log = tracing_subscriber::registry()
+            .with(log)
+            .with(crate::causes());
+        let _log = tracing::subscriber::set_default(log);
         for _ in 0..TOO_MANY {
             let event = refused(&start, &refusal).unwrap();
             deliver(outlet.clone(), event, None);
         }
         // Each counts for a KiB, of 64 MiB.
         assert_eq!(outlet.left_out().value(), TOO_MANY - (64 << 10));
+        // As many as of any place in the code within ten seconds, and not fewer the longer the agent lives.
+        let lines = lines.load(Ordering::Relaxed);
+        assert!(lines >= 20 && lines % 20 == 0, "{lines}");
     }
 }
