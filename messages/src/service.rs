@@ -234,8 +234,9 @@ pub struct Host {
     pub crashed: u64,
     /// MB that are not reserved; negative when overcommitted.
     pub available_memory: i64,
-    /// MB that are neither reserved nor used; negative when overcommitted.
-    pub available_disk: i64,
+    /// MB that are neither reserved nor used; negative when overcommitted. Left out where nobody knows what is used.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub available_disk: Option<i64>,
 }
 
 #[cfg(test)]

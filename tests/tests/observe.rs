@@ -747,6 +747,36 @@ async fn output_that_waits_for_the_bus_is_counted_until_the_bus_has_it() {
 }
 
 #[tokio::test]
+async fn disk_space_that_nobody_can_look_at_is_not_told_as_if_it_were_there() {
+    let host = watched().await;
+    let mut adverts = host.watch("dea.advertise").await;
+    let known = "ostler_disk_available_bytes";
+    assert!(metrics().await[known] > 0.0);
+    // A look counts what is in there.
+    let (containers, away) = (host.base.join("containers"), host.base.join("away"));
+    std::fs::rename(&containers, &away).unwrap();
+    std::fs::write(&containers, "").unwrap();
+    adverts
+        .until("none", |advert| advert["available_disk"] == 0)
+        .await;
+    let told = metrics().await;
+    assert!(!told.contains_key(known), "{told:?}");
+    assert!(told["ostler_memory_available_bytes"] > 0.0, "{told:?}");
+    let subject = format!("$SRV.STATS.ostler.{}", host.id);
+    let stats = host.request(&subject, &Value::Null).await;
+    let data = &stats["endpoints"][0]["data"];
+    assert!(data.get("available_disk").is_none(), "{stats}");
+    host.logged(0, "how much disk is left could not be seen")
+        .await;
+    std::fs::remove_file(&containers).unwrap();
+    std::fs::rename(&away, &containers).unwrap();
+    adverts
+        .until("some", |advert| advert["available_disk"] != 0)
+        .await;
+    assert!(metrics().await[known] > 0.0);
+}
+
+#[tokio::test]
 async fn output_that_the_bus_did_not_come_back_for_is_counted_and_named() {
     const PRINTED: u32 = 588_895;
     let config = &[

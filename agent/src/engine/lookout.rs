@@ -8,13 +8,17 @@ use crate::chain;
 use crate::host::depot::disk::{Free, Limit};
 use container::fault::SysError;
 use std::collections::BTreeMap;
+use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 /// Between two looks that nobody asked for: others write to that file system, too.
 const PAUSE: Duration = Duration::from_secs(5);
+
+/// After so many of these what was seen says no more what is there.
+const OLD: Duration = Duration::from_secs(20);
 
 /// How long somebody who gave something back waits until that has been seen. It takes milliseconds.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -34,8 +38,24 @@ pub(super) struct Lookout {
 struct Seen {
     /// What had been asked for when it began.
     number: u64,
+    /// When it had been made.
+    when: Instant,
     /// `None` where nothing is bounded.
     free: Option<Arc<Free>>,
+}
+
+impl Seen {
+    fn now(number: u64, free: Option<Free>) -> Self {
+        Self {
+            number,
+            when: Instant::now(),
+            free: free.map(Arc::new),
+        }
+    }
+
+    fn is_old(&self, now: Instant) -> bool {
+        now.saturating_duration_since(self.when) >= OLD
+    }
 }
 
 /// A container that is being made; until this is dropped it is reckoned with.
@@ -54,9 +74,9 @@ impl Lookout {
     where
         L: Fn() -> Result<Option<Free>, SysError> + Clone + Send + 'static,
     {
-        let free = blocking(look.clone()).await?.map(Arc::new);
+        let free = blocking(look.clone()).await?;
         let (asked, heard) = watch::channel(0);
-        let (tell, seen) = watch::channel(Seen { number: 0, free });
+        let (tell, seen) = watch::channel(Seen::now(0, free));
         tokio::spawn(keep_looking(look, heard, tell));
         Ok(Self {
             asked: Arc::new(asked),
@@ -81,6 +101,11 @@ impl Lookout {
             all.entry(handle).or_insert(*limit);
         }
         Some(free.left(&all, more, needs))
+    }
+
+    /// Whether nothing has been seen for so long that nobody knows what is left.
+    pub(super) fn is_old(&self) -> bool {
+        self.seen.borrow().is_old(Instant::now())
     }
 
     /// Reckons with a container that is going to be made.
@@ -142,13 +167,18 @@ where
             return;
         }
         let number = *asked.borrow_and_update();
-        match blocking(look.clone()).await {
-            Ok(free) => drop(tell.send_replace(Seen {
-                number,
-                free: free.map(Arc::new),
-            })),
+        let mut looking = pin!(blocking(look.clone()));
+        let looked = match timeout(OLD, &mut looking).await {
+            Ok(looked) => looked,
+            Err(_) => {
+                tracing::error!("how much disk is left is not known: the disk does not answer");
+                looking.await
+            }
+        };
+        match looked {
+            Ok(free) => drop(tell.send_replace(Seen::now(number, free))),
             Err(error) => {
-                tracing::warn!(error = %chain(&error), "how much disk is left is told as before")
+                tracing::error!(error = %chain(&error), "how much disk is left could not be seen")
             }
         }
     }
@@ -156,7 +186,7 @@ where
 
 #[cfg(test)]
 mod tests {
-    use super::{Free, Limit, Lookout, PATIENCE, PAUSE};
+    use super::{Free, Limit, Lookout, OLD, PATIENCE, PAUSE};
     use container::fault::Context;
     use nix::errno::Errno;
     use std::sync::atomic::{AtomicU64, Ordering};
@@ -225,5 +255,9 @@ mod tests {
             tokio::task::yield_now().await;
         }
         assert_eq!(left(&lookout), 50);
+        // Known as old once there should have been several.
+        let when = seen.borrow().when;
+        assert!(!lookout.is_old() && !seen.borrow().is_old(when + OLD / 2));
+        assert!(seen.borrow().is_old(when + OLD));
     }
 }

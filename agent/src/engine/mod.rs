@@ -383,6 +383,12 @@ impl Engine {
         self.shared.lookout.left(here, more, needs)
     }
 
+    /// Whether that was last looked at so long ago that nobody knows it: looks fail, or hang.
+    #[must_use]
+    pub fn is_disk_unknown(&self) -> bool {
+        self.shared.lookout.is_old()
+    }
+
     /// Most bytes that the writable layer of a new container takes from the disk.
     #[must_use]
     pub fn disk_needs(&self, limit: DiskLimit) -> u64 {

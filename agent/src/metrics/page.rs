@@ -126,26 +126,28 @@ fn host(page: &mut Text, standing: &Standing) {
     for (name, value, help) in [
         (
             "ostler_memory_capacity_bytes",
-            all(capacity.memory),
+            Some(all(capacity.memory)),
             "Memory that instances may reserve together.",
         ),
         (
             "ostler_memory_available_bytes",
-            bytes(host.available_memory),
+            Some(bytes(host.available_memory)),
             "Memory that is not reserved; negative when overcommitted.",
         ),
         (
             "ostler_disk_capacity_bytes",
-            all(capacity.disk),
+            Some(all(capacity.disk)),
             "Disk space that instances may reserve together.",
         ),
         (
             "ostler_disk_available_bytes",
-            bytes(host.available_disk),
+            host.available_disk.map(bytes),
             "Disk space that is neither reserved nor used; negative when overcommitted.",
         ),
     ] {
-        page.gauge(name, value, help);
+        if let Some(value) = value {
+            page.gauge(name, value, help);
+        }
     }
 }
 

@@ -6,7 +6,8 @@ use messages::outgoing::Component;
 use serde::Serialize;
 
 /// What every component of that time tells (vcap-common, `component.rb`), and what a DEA does (collector,
-/// `handlers/dea.rb`). What the stable did not say in time is left out.
+/// `handlers/dea.rb`). What the stable did not say in time is left out, and what
+/// nobody knows.
 #[derive(Debug, Serialize)]
 pub(super) struct Varz {
     #[serde(flatten)]
@@ -27,7 +28,8 @@ struct Dea {
     can_stage: u8,
     reservable_stagers: u8,
     available_memory_ratio: f64,
-    available_disk_ratio: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    available_disk_ratio: Option<f64>,
     instance_registry: Registry,
 }
 
@@ -45,7 +47,8 @@ impl Varz {
             can_stage: 0,
             reservable_stagers: 0,
             available_memory_ratio: ratio(standing.host.available_memory, standing.capacity.memory),
-            available_disk_ratio: ratio(standing.host.available_disk, standing.capacity.disk),
+            available_disk_ratio: { standing.host.available_disk }
+                .map(|disk| ratio(disk, standing.capacity.disk)),
             instance_registry,
         });
         Self {

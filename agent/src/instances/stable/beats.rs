@@ -109,7 +109,7 @@ impl Stable {
         heartbeat.to_bytes()
     }
 
-    /// MB that may still be reserved and that the depot really has for one more; negative if too much is.
+    /// MB that may still be reserved and that the depot really has for one more, as far as it was seen; negative if too much is.
     fn available_disk(&self) -> i64 {
         let unreserved = difference(self.capacity().disk, self.reserved().disk);
         let left = self.disk_left(1).unwrap_or(u64::MAX);
@@ -131,12 +131,17 @@ impl Stable {
         if !self.takes_one_more(&self.world.id) {
             available_memory = available_memory.min(0);
         }
+        let mut available_disk = self.available_disk();
+        // Nor what nobody has seen for long.
+        if self.world.engine.is_disk_unknown() {
+            available_disk = available_disk.min(0);
+        }
         let config = &self.world.config;
         let advertise = Advertise {
             id: self.world.id.clone(),
             stacks: config.stacks.keys().cloned().collect(),
             available_memory,
-            available_disk: self.available_disk(),
+            available_disk,
             app_id_to_count: self.app_id_to_count(),
             placement_properties: PlacementProperties {
                 zone: config.zone.clone(),
@@ -179,7 +184,7 @@ impl Stable {
             running: count(State::Running),
             crashed,
             available_memory: difference(capacity.memory, reserved.memory),
-            available_disk: self.available_disk(),
+            available_disk: (!self.world.engine.is_disk_unknown()).then(|| self.available_disk()),
         };
         Standing {
             host,
