@@ -539,6 +539,8 @@ async fn metrics_tell_what_the_bus_tells() {
             3.0,
         ),
         ("ostler_request_seconds_count{endpoint=\"start\"}", 5.0),
+        ("ostler_refused_total{code=\"bad_json\"}", 3.0),
+        ("ostler_refused_total{code=\"not_enough_memory\"}", 0.0),
         (
             "ostler_requests_total{endpoint=\"dea-stop\",result=\"ok\"}",
             1.0,
@@ -744,6 +746,33 @@ async fn output_that_waits_for_the_bus_is_counted_until_the_bus_has_it() {
         .await;
     spooled("nothing again", |bytes| bytes == 0.0).await;
     host.stop("app").await;
+}
+
+#[tokio::test]
+async fn helpers_that_somebody_kills_are_named_with_how_they_ended() {
+    let host = Host::start().await;
+    let answer = host.message("app", &Droplet::sample("sleeper"));
+    let answer = host.run(answer).await;
+    let handle = answer["handle"].as_str().unwrap();
+    for (name, words) in [
+        ("oom", "a watcher of memory kills ended"),
+        ("iomux-link", "a linker ended"),
+        ("iomux-spawn", "a job's supervisor was gone"),
+    ] {
+        let is_there = |tree: &Tree| tree.named(name).len() == 1;
+        let tree = host.tree_until(name, is_there).await;
+        tree.one(name).signal(Signal::SIGKILL);
+        let log = host.logged(0, words).await;
+        let line = { log.lines() }.find(|line| line.contains(words)).unwrap();
+        for word in ["WARN", handle, "ended by signal 9"] {
+            assert!(line.contains(word), "{word}: {line}");
+        }
+    }
+    host.stop("app").await;
+    // What ends with its app is no news.
+    let log = host.log();
+    let news = { log.lines() }.filter(|line| line.contains("WARN"));
+    assert_eq!(news.count(), 3, "{log}");
 }
 
 #[tokio::test]

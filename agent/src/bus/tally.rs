@@ -1,8 +1,8 @@
 //! What was asked of this host, counted for the services API.
 
-use crate::instances::outlet::Outlet;
+use crate::instances::outlet::{Counter, Outlet};
 use crate::instances::world::{World, now, whole_seconds};
-use messages::reply::Reply;
+use messages::reply::{ErrorCode, Reply};
 use messages::service::{Counts, Data, Host, Identity, NAME};
 use messages::subjects::Incoming;
 use messages::trace::Trace;
@@ -26,6 +26,7 @@ pub struct Tally {
     /// Seconds since the epoch.
     pub since: u64,
     counts: Mutex<Vec<(Incoming, Counts)>>,
+    refused: [Counter; ErrorCode::ALL.len()],
 }
 
 impl Tally {
@@ -36,6 +37,7 @@ impl Tally {
         Self {
             since: whole_seconds(now()),
             counts: Mutex::new(Incoming::answered().map(none).collect()),
+            refused: Default::default(),
         }
     }
 
@@ -44,7 +46,10 @@ impl Tally {
     pub(super) fn count(&self, call: &Call, reply: Option<&Reply>) {
         let took = u64::try_from(call.begun.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let error = match reply {
-            Some(Reply::Error { code, message }) => Some(format!("{}: {message}", code.facts().0)),
+            Some(Reply::Error { code, message }) => {
+                self.count_refused(*code);
+                Some(format!("{}: {message}", code.facts().0))
+            }
             Some(Reply::Ok(_)) | None => None,
         };
         let mut all = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
@@ -59,6 +64,19 @@ impl Tally {
                 counts.last_error = error;
             }
         }
+    }
+
+    fn count_refused(&self, code: ErrorCode) {
+        let all = ErrorCode::ALL.into_iter().zip(&self.refused);
+        for (_, refused) in all.filter(|(each, _)| *each == code) {
+            refused.count();
+        }
+    }
+
+    /// How many requests were refused with each code.
+    pub fn refused(&self) -> impl Iterator<Item = (ErrorCode, u64)> {
+        let counts = self.refused.iter().map(Counter::value);
+        ErrorCode::ALL.into_iter().zip(counts)
     }
 
     /// In the order of [`Incoming::answered`].

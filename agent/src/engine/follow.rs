@@ -107,12 +107,15 @@ impl Follower {
     async fn run(mut self) {
         let (mut attempts, mut pause) = (0, FIRST_PAUSE);
         loop {
-            let before = self.cursor;
+            let (before, mut unasked) = (self.cursor, true);
             let reason = match self.link().await {
                 Ok(Turn::Finished | Turn::Unwanted) => return,
                 Ok(Turn::Ended(Ended::Exited(code))) if code == i32::from(exit::GONE) => {
                     match self.container.supervise(self.job).await {
-                        Ok(()) => "its supervisor is gone and could not be replaced".to_owned(),
+                        Ok(()) => {
+                            unasked = false;
+                            "its supervisor is gone and could not be replaced".to_owned()
+                        }
                         Err(error) => chain(&error),
                     }
                 }
@@ -136,7 +139,15 @@ impl Follower {
                 let _nobody_listens = self.sender.send(Followed::Lost(reason)).await;
                 return;
             }
-            tracing::debug!(reason, attempts, "linker ended, another one follows");
+            if unasked {
+                let handle = self.container.handle();
+                tracing::warn!(
+                    handle,
+                    reason,
+                    attempts,
+                    "a linker ended, another one follows"
+                );
+            }
             tokio::select! {
                 biased;
                 // First: a receiver that left should not wait for the pause.

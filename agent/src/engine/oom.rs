@@ -238,7 +238,10 @@ impl Watcher {
             match self.watch().await {
                 Ok(Turn::Unwanted) => return,
                 Ok(Turn::Ended(Ended::Exited(code))) if code == i32::from(exit::GONE) => return,
-                Ok(Turn::Ended(ended)) => tracing::debug!(%ended, "oom helper ended"),
+                Ok(Turn::Ended(ended)) => {
+                    let handle = self.container.handle();
+                    tracing::warn!(handle, %ended, "a watcher of memory kills ended, another one follows");
+                }
                 Err(error) => {
                     tracing::warn!(error = %chain(&error), "memory kills are not watched")
                 }

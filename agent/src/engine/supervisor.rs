@@ -8,6 +8,7 @@ use container::exit;
 use container::fault::{Context, SysError};
 use container::job::JobRequest;
 use container::sys::pidfd;
+use futures_util::FutureExt;
 use nix::errno::Errno;
 use nix::sys::socket::sockopt::{PeerCredentials, PeerPidfd};
 use nix::sys::socket::{
@@ -80,7 +81,8 @@ impl Container {
     /// agent started still runs. Several at once are one, by the lock in the job's directory.
     pub(super) async fn supervise(&self, job: u32) -> Result<(), EngineError> {
         let known = lock(&self.inner.supervisors).get(&job).cloned();
-        if known.is_some_and(|child| child.ended().is_none()) {
+        let ended = known.map(|child| child.ended());
+        if ended == Some(None) {
             return Ok(());
         }
         let directory = &self.inner.directory;
@@ -91,9 +93,15 @@ impl Container {
             "--socket".into(),
             socket.into(),
         ];
-        self.start_supervisor(job, args, None).await?;
-        tracing::info!(job, "job's supervisor had ended, another one was started");
-        Ok(())
+        // One that an earlier agent started is nobody's child.
+        let ended = ended.flatten().unwrap_or(Ended::Unknown);
+        let handle = self.handle();
+        if self.died().now_or_never().is_none() {
+            tracing::warn!(handle, job, supervisor = %ended, "a job's supervisor was gone before its job, another one is started");
+        } else {
+            tracing::info!(handle, job, supervisor = %ended, "what a job's supervisor left is taken over");
+        }
+        self.start_supervisor(job, args, None).await
     }
 
     async fn start_supervisor(

@@ -227,6 +227,7 @@ fn numbers(
         oom_kills: totals.oom_kills.value(),
         missing: totals.missing_output.value(),
         counts: tally.counts(),
+        refused: tally.refused().collect(),
         since: tally.since,
         process: page::Process::read(),
     }

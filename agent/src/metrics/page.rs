@@ -3,6 +3,7 @@
 use crate::instances::outlet::Mark;
 use crate::instances::stable::Standing;
 use messages::outgoing::Reason;
+use messages::reply::ErrorCode;
 use messages::service::Counts;
 use messages::subjects::Incoming;
 use nix::sys::resource::{UsageWho, getrusage};
@@ -34,6 +35,8 @@ pub(super) struct Numbers {
     pub(super) missing: u64,
     /// Those of [`Incoming::answered`], in that order.
     pub(super) counts: Vec<Counts>,
+    /// Requests that were refused.
+    pub(super) refused: Vec<(ErrorCode, u64)>,
     /// When the agent began, in seconds since the epoch.
     pub(super) since: u64,
     /// What it uses itself.
@@ -100,6 +103,11 @@ pub(super) fn page(numbers: &Numbers) -> String {
         "Whether the disk refuses every write, as one that became read-only does; a full one does not.",
     );
     requests(&mut page, &numbers.counts);
+    let name = "ostler_refused_total";
+    page.family(name, Kind::Counter, "Requests with an error, by its code.");
+    for (code, count) in &numbers.refused {
+        page.sample(name, &[("code", code.facts().0)], count);
+    }
     process(&mut page, numbers);
     page.0
 }
@@ -185,7 +193,7 @@ fn bus(page: &mut Text, numbers: &Numbers) {
         (
             "ostler_bus_dropped_messages_total",
             numbers.dropped,
-            "Messages to this host that were dropped, because it read too slowly or the bus took its answers too slowly.",
+            "Messages to this host that were dropped, because it read too slowly or the bus took its answers too slowly; not those that a server dropped when it closed a slow connection.",
         ),
         (
             "ostler_bus_left_out_exits_total",
