@@ -16,7 +16,7 @@ mod random;
 
 pub use bus::{CLIENT_OFF, causes};
 pub use chain::chain;
-pub use log::{Out as LogOut, flush as flush_log, last_words};
+pub use log::{Graded as GradedLog, Out as LogOut, flush as flush_log, last_words};
 pub use quiet::Quiet;
 
 /// What this agent calls itself, on the bus too: its version and, where `make build` built it, the commit (`0.1.0+1a2b3c4`,

@@ -2,13 +2,18 @@
 //! or journald's socket, or lets its disk hang, then stops no more than the log: what finds no room is left out, and
 //! counted.
 
+use nix::sys::stat::fstat;
+use std::fmt;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{SyncSender, TrySendError, sync_channel};
 use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
-use tracing::warn;
+use tracing::{Event, Level, Subscriber, warn};
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::registry::LookupSpan;
 
 /// Lines that may wait to be written.
 const WAITING: usize = 8192;
@@ -66,9 +71,59 @@ pub fn flush() {
 
 /// Says this, and waits until it is written, but not for long: whoever ends must end, whether or not somebody reads why.
 pub fn last_words(words: &str) {
+    let grade = if is_journal() { "<3>" } else { "" };
     // As with all lines: nobody can be told.
-    drop(Out.write_all(words.as_bytes()));
+    drop(Out.write_all(format!("{grade}{words}").as_bytes()));
     flush();
+}
+
+/// Whether standard error is journald's, as it says by device and inode (systemd.exec(5), `JOURNAL_STREAM`).
+fn is_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
+        return false;
+    };
+    fstat(io::stderr()).is_ok_and(|file| stream == format!("{}:{}", file.st_dev, file.st_ino))
+}
+
+/// Puts what journald reads as a line's priority in front of it, where standard error is journald's (sd-daemon(3)):
+/// so `journalctl -p err` finds the errors.
+#[derive(Debug)]
+pub struct Graded<F> {
+    format: F,
+    is_journal: bool,
+}
+
+impl<F> Graded<F> {
+    /// Lines of this format.
+    pub fn new(format: F) -> Self {
+        let is_journal = is_journal();
+        Self { format, is_journal }
+    }
+}
+
+impl<S, N, F> FormatEvent<S, N> for Graded<F>
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+    F: FormatEvent<S, N>,
+{
+    fn format_event(
+        &self,
+        context: &FmtContext<'_, S, N>,
+        mut line: Writer<'_>,
+        event: &Event<'_>,
+    ) -> fmt::Result {
+        if self.is_journal {
+            let priority = match *event.metadata().level() {
+                Level::ERROR => 3,
+                Level::WARN => 4,
+                Level::INFO => 6,
+                Level::DEBUG | Level::TRACE => 7,
+            };
+            write!(line, "<{priority}>")?;
+        }
+        self.format.format_event(context, line, event)
+    }
 }
 
 /// The way to the thread.

@@ -222,7 +222,10 @@ fn start_log(format: LogFormat) {
         .unwrap_or_else(|_| EnvFilter::new(format!("info,{}", ostler::CLIENT_OFF)));
     let log = tracing_subscriber::fmt::layer().with_writer(|| ostler::LogOut);
     let log = match format {
-        LogFormat::Text => log.with_ansi(false).with_target(false).boxed(),
+        LogFormat::Text => {
+            let plain = log.with_ansi(false).with_target(false);
+            plain.map_event_format(ostler::GradedLog::new).boxed()
+        }
         LogFormat::Json => log.json().boxed(),
     };
     let all = tracing_subscriber::registry()

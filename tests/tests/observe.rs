@@ -475,6 +475,26 @@ async fn an_address_that_somebody_else_has_ends_the_agent_with_words() {
 }
 
 #[tokio::test]
+async fn journald_reads_how_grave_a_line_is() {
+    let host = Host::start().await;
+    // As systemd says it; what is standard error, `stat` says.
+    let script = "JOURNAL_STREAM=$(stat -L -c %d:%i /proc/self/fd/2) exec \"$0\" \"$@\"";
+    // A second agent of the host, which says so and ends.
+    let second = |wrapper: &[&str]| {
+        let output = host.ostler_by(wrapper, "agent").output().unwrap();
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let journal = second(&["sh", "-c", script]);
+    let lines: Vec<&str> = journal.lines().collect();
+    let (last, before) = lines.split_last().unwrap();
+    assert!(last.starts_with("<3>ostler: "), "{journal}");
+    let info = |line: &&str| line.starts_with("<6>") && line.contains(" INFO ");
+    assert!(!before.is_empty() && before.iter().all(info), "{journal}");
+    let elsewhere = second(&["env", "JOURNAL_STREAM=1:2"]);
+    assert!(!elsewhere.contains('<'), "{elsewhere}");
+}
+
+#[tokio::test]
 async fn metrics_tell_what_the_bus_tells() {
     let host = watched().await;
     let sleeper = Droplet::sample("sleeper");
