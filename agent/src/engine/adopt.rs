@@ -1,5 +1,6 @@
 //! Finding a container of an earlier agent again, or telling why it is dead.
 
+use super::container::dead;
 use super::{Container, EngineError, Saved, Shared, blocking, lock, sweep};
 use crate::chain;
 use crate::host::cgroups::Group;
@@ -85,12 +86,7 @@ pub(super) async fn life_of(
         return Ok(None);
     };
     let init = watched(init, Interest::READABLE).context("epoll_ctl", "pidfd")?;
-    Ok(Some(async move {
-        if init.readable().await.is_err() {
-            // Only when the runtime is shutting down.
-            std::future::pending::<()>().await;
-        }
-    }))
+    Ok(Some(async move { dead(&init).await }))
 }
 
 /// Without it the container runs as it did; its limit cannot be changed and its use is not known.

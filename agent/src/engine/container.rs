@@ -361,10 +361,7 @@ impl Container {
     /// Waits until its init is dead. Every process of the container is dead then, too: the kernel
     /// sees to that before the init's end shows (`pid_namespaces(7)`).
     pub async fn died(&self) {
-        if self.inner.init.readable().await.is_err() {
-            // Only when the runtime is shutting down.
-            std::future::pending::<()>().await;
-        }
+        dead(&self.inner.init).await;
     }
 
     /// Kills every process in it and waits until they are dead. A dead one is fine.
@@ -397,6 +394,14 @@ impl Container {
     pub async fn destroy(&self) -> Result<(), EngineError> {
         let this = self.clone();
         owned(async move { destroy::container(&this).await }).await
+    }
+}
+
+/// Waits until this process is dead.
+pub(super) async fn dead(process: &AsyncFd<OwnedFd>) {
+    if process.readable().await.is_err() {
+        // Only when the runtime is shutting down.
+        std::future::pending::<()>().await;
     }
 }
 
