@@ -3,7 +3,8 @@
 use super::outlet::Counter;
 use messages::outgoing::Reason;
 
-/// The counts; each is of what is recorded or confirmed, and once only.
+/// The counts, each once only. Exits and kills count when they are known, before that is recorded, for a disk may never take it;
+/// output when the bus has been told that it is missing, or when it goes.
 #[derive(Debug, Default)]
 pub struct Totals {
     exits: [Counter; Reason::ALL.len()],
