@@ -565,6 +565,7 @@ async fn metrics_tell_what_the_bus_tells() {
             "ostler_requests_total{endpoint=\"dea-stop\",result=\"ok\"}",
             1.0,
         ),
+        ("ostler_network_unmended_seconds", 0.0),
         ("ostler_bus_connected", 1.0),
         ("ostler_bus_connects_total", 1.0),
         ("ostler_bus_refused_messages_total", 0.0),

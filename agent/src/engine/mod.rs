@@ -411,6 +411,12 @@ impl Engine {
         Ok(child.0.wait().await)
     }
 
+    /// For how long the network has not been as it shall be, though that was tried.
+    #[must_use]
+    pub fn network_unmended(&self) -> Duration {
+        self.shared.network.unmended()
+    }
+
     /// The address under which others reach the mapped ports.
     #[must_use]
     pub fn local_ip(&self) -> Ipv4Addr {

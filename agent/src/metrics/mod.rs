@@ -189,8 +189,16 @@ async fn metrics(sources: &Sources) -> String {
     let (standing, spooled) = tokio::join!(standing, world.depth.bytes(PATIENCE));
     let told = (standing.ok().flatten(), spooled);
     let disk = (world.scribes.lateness().time(), world.scribes.refuses());
+    let unmended = world.engine.network_unmended();
     let (outlet, totals) = (&world.outlet, &world.totals);
-    page::page(&numbers(told, disk, outlet, totals, &sources.tally))
+    page::page(&numbers(
+        told,
+        disk,
+        unmended,
+        outlet,
+        totals,
+        &sources.tally,
+    ))
 }
 
 /// The page for collectors, of the same kind.
@@ -211,6 +219,7 @@ async fn varz(sources: &Sources) -> String {
 fn numbers(
     (standing, spooled): (Option<Standing>, Option<u64>),
     (late, refuses): (Duration, bool),
+    unmended: Duration,
     outlet: &Outlet,
     totals: &Totals,
     tally: &Tally,
@@ -220,6 +229,7 @@ fn numbers(
         spooled,
         late,
         refuses,
+        unmended,
         mark: outlet.mark(),
         dropped: outlet.drops().value(),
         left_out: outlet.left_out().value(),
@@ -248,6 +258,7 @@ mod tests {
         let page = page::page(&numbers(
             (None, None),
             (Duration::ZERO, false),
+            Duration::ZERO,
             &outlet,
             &Totals::default(),
             &Tally::begin(),

@@ -21,6 +21,8 @@ pub(super) struct Numbers {
     pub(super) late: Duration,
     /// Whether it refuses what is written to it.
     pub(super) refuses: bool,
+    /// For how long the network has not been mended.
+    pub(super) unmended: Duration,
     /// The connection as it is.
     pub(super) mark: Mark,
     /// Messages that came and were not read in time.
@@ -101,6 +103,11 @@ pub(super) fn page(numbers: &Numbers) -> String {
         "ostler_disk_refuses",
         u8::from(numbers.refuses),
         "Whether the disk refuses every write, as one that became read-only does; a full one does not.",
+    );
+    page.gauge(
+        "ostler_network_unmended_seconds",
+        numbers.unmended.as_secs(),
+        "For how long what others changed of the containers' network could not be put back; 0 if it could.",
     );
     requests(&mut page, &numbers.counts);
     let name = "ostler_refused_total";

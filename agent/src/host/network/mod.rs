@@ -257,6 +257,12 @@ impl Network {
         self.here.address()
     }
 
+    /// For how long something that others changed has not been put back, though that was tried; nothing where all is
+    /// as it shall be.
+    pub fn unmended(&self) -> Duration {
+        self.watch.unmended().max(self.tending.unmended())
+    }
+
     /// Largest packet of a container's link, in bytes; the container's end must have the same.
     pub fn mtu(&self) -> u32 {
         self.here.mtu()

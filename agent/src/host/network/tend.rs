@@ -14,7 +14,7 @@ use super::decode::{Message, find, messages};
 use super::here::Here;
 use super::link::{self, Links, failed};
 use super::rules::{FORWARDING, Rules};
-use super::watch::{AGAIN, PATIENCE, Watch, listen};
+use super::watch::{AGAIN, PATIENCE, Unmended, Watch, listen};
 use super::{Lease, NetworkError, sysctl};
 use crate::host::blocking;
 use nix::errno::Errno;
@@ -29,7 +29,7 @@ use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep_until, timeout};
-use tracing::warn;
+use tracing::{error, warn};
 
 /// Multicast groups of linux/rtnetlink.h, as bind(2) wants them: LINK, NEIGH, TC, IPV4_IFADDR, IPV4_ROUTE, IPV4_NETCONF.
 const GROUPS: u32 = 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 23;
@@ -136,6 +136,7 @@ impl Wanted {
 pub(super) struct Tending {
     all: Arc<Notify>,
     task: JoinHandle<()>,
+    unmended: Unmended,
 }
 
 impl Tending {
@@ -147,8 +148,9 @@ impl Tending {
         rules: &Arc<Rules>,
         watch: &Arc<Watch>,
     ) -> Self {
-        let all = Arc::new(Notify::new());
+        let (all, unmended) = (Arc::new(Notify::new()), Unmended::default());
         let tender = Tender {
+            unmended: unmended.clone(),
             events,
             buffer: vec![0; 64 * 1024],
             wanted: Wanted::default(),
@@ -162,7 +164,16 @@ impl Tending {
         // What changed before anybody listened.
         all.notify_one();
         let task = tokio::spawn(tender.tend());
-        Self { all, task }
+        Self {
+            all,
+            task,
+            unmended,
+        }
+    }
+
+    /// For how long mending has been in vain.
+    pub(super) fn unmended(&self) -> Duration {
+        self.unmended.time()
     }
 
     /// Looks at all links soon.
@@ -195,6 +206,7 @@ struct Tender {
     events: OwnedFd,
     buffer: Vec<u8>,
     wanted: Wanted,
+    unmended: Unmended,
     all: Arc<Notify>,
     links: Arc<Links>,
     here: Arc<Here>,
@@ -216,7 +228,8 @@ impl Tender {
                 // Who changes something all the time shall not keep the rest from being put back.
                 biased;
                 () = sleep_until(later), if due.is_some() => {
-                    self.look().await;
+                    let so = self.look().await;
+                    self.unmended.looked(so);
                     due = (!self.wanted.is_empty()).then(|| Instant::now() + pause);
                     pause = if due.is_none() { AGAIN.0 } else { AGAIN.1.min(pause * 2) };
                 }
@@ -228,7 +241,8 @@ impl Tender {
                     Ok(true) => due = soon(due),
                     Ok(false) => {}
                     Err(error) => {
-                        warn!(%error, "changes of containers' links are noticed no longer");
+                        self.unmended.looked(false);
+                        error!(%error, "changes of containers' links are noticed no longer: they stay until the agent is started again");
                         return;
                     }
                 },
@@ -278,8 +292,9 @@ impl Tender {
         }
     }
 
-    /// Looks at what is wanted. What could not be put back is wanted again.
-    async fn look(&mut self) {
+    /// Looks at what is wanted. What could not be put back is wanted again; tells whether all could.
+    async fn look(&mut self) -> bool {
+        let mut so = true;
         // What was lost is lost until nothing waits: the kernel drops all as long as something does.
         if let Err(error) = self.hear() {
             warn!(%error, "changes of containers' links may have been missed");
@@ -294,6 +309,7 @@ impl Tender {
             let error = &error as &dyn Error;
             warn!(error, "the host's addresses were not looked at");
             self.wanted.addresses = true;
+            so = false;
         }
         if wanted.all {
             match in_time(self.links.host_ends()).await {
@@ -302,6 +318,7 @@ impl Tender {
                     let error = &error as &dyn Error;
                     warn!(error, "containers' links were not looked at");
                     self.wanted.all = true;
+                    so = false;
                 }
             }
         }
@@ -310,12 +327,14 @@ impl Tender {
                 let error = &error as &dyn Error;
                 warn!(error, "a container's link is not as it shall be");
                 self.wanted.links.insert(index);
+                so = false;
             }
             // Nothing else is to wait, or to get lost, while there are many.
             if let Err(error) = self.hear() {
                 warn!(%error, "changes of containers' links may have been missed");
             }
         }
+        so
     }
 
     /// Puts back what is not as it shall be of this link, if it is one of a container that is attached.

@@ -23,7 +23,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -42,6 +42,29 @@ const DELSETELEM: u16 = NEWTABLE | 14;
 pub(super) const PATIENCE: Duration = Duration::from_secs(1);
 /// How soon what could not be mended is tried again: first, and at last after doubling.
 pub(super) const AGAIN: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+
+/// Since when something has not been as it shall be, though that was tried. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Unmended(Arc<Mutex<Option<Instant>>>);
+
+impl Unmended {
+    /// It was looked at, and is so afterwards, or not.
+    pub(super) fn looked(&self, so: bool) {
+        let mut since = self.since();
+        let before = since.take();
+        *since = (!so).then(|| before.unwrap_or_else(Instant::now));
+    }
+
+    /// For how long; nothing where all is so.
+    pub(super) fn time(&self) -> Duration {
+        let since = *self.since();
+        since.map(|since| since.elapsed()).unwrap_or_default()
+    }
+
+    fn since(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// How soon something wants to be looked at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -138,6 +161,7 @@ pub(super) struct Watch {
     /// Hangs up when dropped; a byte wakes the thread.
     thread: UnixStream,
     handle: Mutex<Option<JoinHandle<()>>>,
+    unmended: Unmended,
 }
 
 impl Watch {
@@ -153,11 +177,15 @@ impl Watch {
             for end in [&ours, &thread] {
                 end.set_nonblocking(true)?;
             }
+            let unmended = Unmended::default();
+            unmended.looked(so);
+            let told = unmended.clone();
             let named = thread::Builder::new().name("nftables".to_owned());
-            let handle = named.spawn(move || watch(&changes, &ours, so, mend))?;
+            let handle = named.spawn(move || watch(&changes, &ours, &told, so, mend))?;
             Ok(Self {
                 thread,
                 handle: Mutex::new(Some(handle)),
+                unmended,
             })
         };
         start().map_err(NetworkError::Watch)
@@ -167,6 +195,11 @@ impl Watch {
     pub(super) fn wake(&self) {
         // Full: it will wake.
         let _ = (&self.thread).write(&[0]);
+    }
+
+    /// For how long mending has been in vain.
+    pub(super) fn unmended(&self) -> Duration {
+        self.unmended.time()
     }
 
     /// Ends it, and waits for the program that it may be running. Blocks.
@@ -180,7 +213,13 @@ impl Watch {
     }
 }
 
-fn watch(changes: &Changes, agent: &UnixStream, so: bool, mend: impl Fn(&Changes) -> bool) {
+fn watch(
+    changes: &Changes,
+    agent: &UnixStream,
+    unmended: &Unmended,
+    so: bool,
+    mend: impl Fn(&Changes) -> bool,
+) {
     let mut pause = AGAIN.0;
     let mut due = (!so).then(|| Instant::now() + pause);
     loop {
@@ -195,7 +234,8 @@ fn watch(changes: &Changes, agent: &UnixStream, so: bool, mend: impl Fn(&Changes
         match poll(&mut both, timeout) {
             Ok(_) | Err(Errno::EINTR) => {}
             Err(error) => {
-                tracing::warn!(%error, "changes of nftables are noticed no longer");
+                unmended.looked(false);
+                tracing::error!(%error, "changes of nftables are noticed no longer: they stay until the agent is started again");
                 return;
             }
         }
@@ -213,6 +253,7 @@ fn watch(changes: &Changes, agent: &UnixStream, so: bool, mend: impl Fn(&Changes
         due = due.into_iter().chain(wanted).min();
         if due.is_some_and(|due| due <= now) {
             let so = mend(changes);
+            unmended.looked(so);
             due = (!so).then(|| Instant::now() + pause);
             pause = if so { AGAIN.0 } else { AGAIN.1.min(pause * 2) };
         }
@@ -242,11 +283,17 @@ mod tests {
         on_host(|| async {
             let (watch, times) = mendings(2, true);
             watch.wake();
-            let three = [(); 3].map(|()| times.recv_timeout(DEADLINE).unwrap());
+            let next = || times.recv_timeout(DEADLINE).unwrap();
+            let three = [next(), next(), {
+                // Since the first, and it is tried again.
+                assert!(watch.unmended() >= AGAIN.0);
+                next()
+            }];
             assert!(three[1] - three[0] >= AGAIN.0, "{three:?}");
             assert!(three[2] - three[1] >= AGAIN.0 * 2, "{three:?}");
             let fourth = times.recv_timeout(AGAIN.0 * 5);
             assert!(fourth.is_err(), "the third was not in vain");
+            assert_eq!(watch.unmended(), Duration::ZERO);
             let (_watch, times) = mendings(0, false);
             times.recv_timeout(DEADLINE).unwrap();
         });
