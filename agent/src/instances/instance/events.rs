@@ -221,6 +221,6 @@ mod tests {
         assert_eq!(outlet.left_out().value(), TOO_MANY - (64 << 10));
         // As many as of any place in the code within ten seconds, and not fewer the longer the agent lives.
         let lines = lines.load(Ordering::Relaxed);
-        assert!(lines >= 20 && lines % 20 == 0, "{lines}");
+        assert!(lines >= 20 && lines.is_multiple_of(20), "{lines}");
     }
 }
