@@ -1,7 +1,7 @@
 //! `ostler run` and `ostler shell`: a person on the host goes into a container.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::process::{Command, Output, Stdio};
 use std::time::Instant;
@@ -88,21 +88,23 @@ async fn a_command_runs_with_its_streams_user_variables_limits_and_exit_code() {
     assert!(err.contains("as 'nobody-here'"), "{err}");
 }
 
-/// Whoever is inside as the same user could keep them, and write to the host's disk for ever.
+/// Whoever is inside as the same user could keep it, and write to the host's disk for ever. What is to be read is the job's: it goes on
+/// where the last one stopped.
 #[tokio::test]
-async fn a_persons_files_are_not_the_jobs() {
+async fn what_a_job_writes_to_is_no_file_of_the_persons() {
     let host = Host::start().await;
     let handle = app(&host, "app", 0).await;
     let (input, output) = (host.base.join("../input"), host.base.join("../output"));
-    std::fs::write(&input, "in\n".repeat(100_000)).unwrap();
+    std::fs::write(&input, "in\n".repeat(100)).unwrap();
     std::fs::write(&output, "before\n").unwrap();
     let append = || File::options().append(true).open(&output).unwrap();
-    let script = "for fd in 0 1 2; do readlink /proc/self/fd/$fd | cut -d: -f1; done; wc -l; \
+    let script = "for fd in 1 2; do readlink /proc/self/fd/$fd | cut -d: -f1; done; head -c 30 | wc -l; \
                   for i in $(seq 200); do echo out $i; echo err $i >&2; done; exit 3";
+    let mut read = File::open(&input).unwrap();
     let status = host
         .ostler("run")
         .args([&handle[..], "--user", "vcap", "--", "sh", "-c", script])
-        .stdin(File::open(&input).unwrap())
+        .stdin(read.try_clone().unwrap())
         .stdout(append())
         .stderr(append())
         .status()
@@ -111,11 +113,26 @@ async fn a_persons_files_are_not_the_jobs() {
     let told = std::fs::read_to_string(&output).unwrap();
     let lines = (1..=200).map(|i| format!("out {i}\nerr {i}\n"));
     let wanted = format!(
-        "before\n{}100000\n{}",
-        "pipe\n".repeat(3),
+        "before\n{}10\n{}",
+        "pipe\n".repeat(2),
         lines.collect::<String>()
     );
     assert_eq!(told, wanted);
+    assert_eq!(read.stream_position().unwrap(), 30);
+    // A file that takes no more, whether the job still writes then or not.
+    for (bytes, limit) in [(1000, 1), (1_000_000, 1)] {
+        let script = format!("ulimit -f {limit}; trap '' XFSZ; exec \"$0\" \"$@\"");
+        let output = host
+            .ostler_by(&["bash", "-c", &script], "run")
+            .args([&handle, "--", "head", "-c", &bytes.to_string(), "/dev/zero"])
+            .stdout(append())
+            .output()
+            .unwrap();
+        let (code, _, words) = said(&output);
+        assert_eq!(code, 125, "{words}");
+        let why = "wsh: write(standard output): EFBIG";
+        assert!(words.contains(why), "{words}");
+    }
 }
 
 #[tokio::test]

@@ -162,6 +162,7 @@ async fn keep_looking<L>(look: L, mut asked: watch::Receiver<u64>, tell: watch::
 where
     L: Fn() -> Result<Option<Free>, SysError> + Clone + Send + 'static,
 {
+    let mut said = false;
     loop {
         if let Ok(Err(_nobody_asks_any_more)) = timeout(PAUSE, asked.changed()).await {
             return;
@@ -176,9 +177,15 @@ where
             }
         };
         match looked {
-            Ok(free) => drop(tell.send_replace(Seen::now(number, free))),
+            Ok(free) => {
+                said = false;
+                tell.send_replace(Seen::now(number, free));
+            }
             Err(error) => {
-                tracing::error!(error = %chain(&error), "how much disk is left could not be seen")
+                if !said {
+                    tracing::error!(error = %chain(&error), "how much disk is left could not be seen");
+                }
+                said = true;
             }
         }
     }

@@ -626,13 +626,14 @@ fn helpers(directory: &Path) -> Finding {
     } else if !others.is_empty() {
         (
             format!(
-                "in \"{there}\" {} of another build than this program (`--version` tells): \
+                "in \"{there}\" {} of another build than this program (not `{}`, as `--version` tells): \
                  no app would start, or with less around it",
                 if let [one] = others[..] {
                     format!("{one} is")
                 } else {
                     format!("{} are", others.join(", "))
-                }
+                },
+                stamp::STAMP
             ),
             "Install those that were built with it, or correct `helpers` in the configuration",
         )

@@ -5,6 +5,7 @@
 //! overtakes what is newer.
 
 use super::blocking;
+use nix::libc;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -120,8 +121,8 @@ impl Scribes {
         }
     }
 
-    /// Whether the last look was refused, as everything is on a file system that became read-only. A full one takes it: there
-    /// is room for what it overwrites.
+    /// Whether the last look was refused, as everything is on a file system that became read-only. A full one mostly takes it:
+    /// there is room for what it overwrites.
     #[must_use]
     pub fn refuses(&self) -> bool {
         self.refuses.load(Ordering::Relaxed)
@@ -129,6 +130,14 @@ impl Scribes {
 
     /// Says it once, however many looks find the same.
     fn heard(&self, looked: io::Result<()>) {
+        // It says nothing of the disk that somebody removed the file, or that there is no descriptor or no memory.
+        let beside = [libc::ENOENT, libc::EMFILE, libc::ENFILE, libc::ENOMEM].map(Some);
+        if looked
+            .as_ref()
+            .is_err_and(|error| beside.contains(&error.raw_os_error()))
+        {
+            return;
+        }
         let refused = self.refuses.swap(looked.is_err(), Ordering::Relaxed);
         match looked {
             Err(error) if !refused => {
@@ -453,6 +462,9 @@ mod tests {
             };
             scribes.heard(looked);
             assert_eq!(scribes.clone().refuses(), failed);
+            // It says nothing of the disk.
+            scribes.heard(Err(std::io::Error::from_raw_os_error(super::libc::EMFILE)));
+            assert_eq!(scribes.refuses(), failed);
         }
     }
 

@@ -11,8 +11,8 @@ pub struct Set(pub u64);
 impl Set {
     /// None at all: what applications get.
     pub const NONE: Self = Self(0);
-    /// What root of a container keeps, in its own user namespace, which is what Docker leaves by default but for `NET_RAW`, as
-    /// Podman has it (packet rings are memory on nobody's account):
+    /// What root of a container keeps, in its own user namespace, which is what Docker leaves by default but for `NET_RAW`
+    /// (packet rings are memory on nobody's account):
     /// `CHOWN` 0, `DAC_OVERRIDE` 1, `FOWNER` 3, `FSETID` 4, `KILL` 5, `SETGID` 6, `SETUID` 7, `SETPCAP` 8,
     /// `NET_BIND_SERVICE` 10, `SYS_CHROOT` 18, `MKNOD` 27, `AUDIT_WRITE` 29, `SETFCAP` 31
     /// (linux/capability.h).

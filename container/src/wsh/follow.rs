@@ -9,6 +9,7 @@ use crate::sys::pipe::waiting;
 use crate::sys::terminal as tty;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::unistd::{pipe2, read, write};
@@ -116,8 +117,8 @@ pub(super) fn descriptors(
                 Frame::Started { job, .. } => post.address(peer, job),
                 Frame::End(end) => {
                     signals.release()?;
-                    relays.iter().for_each(Relay::finish);
-                    return Ok(end);
+                    let written: Vec<_> = relays.iter().map(Relay::finish).collect();
+                    return written.into_iter().collect::<Result<(), _>>().map(|()| end);
                 }
             }
         }
@@ -340,7 +341,7 @@ impl Pump {
     /// read (pty(7)).
     fn print(&mut self) {
         let Some(master) = &self.master else { return };
-        if copy(master, Output::Stdout).is_none() {
+        if !matches!(copy(master, Output::Stdout), Ok(Some(_))) {
             self.master = None;
         }
     }
@@ -348,7 +349,8 @@ impl Pump {
     /// The job is over. Signals stay blocked: our terminal must be restored first.
     fn finish(&self) {
         if let Some(master) = &self.master {
-            copy_rest(master, Output::Stdout);
+            // A terminal that is gone.
+            let _nobody_reads = copy_rest(master, Output::Stdout);
         }
     }
 }
@@ -360,12 +362,14 @@ pub(super) enum Output {
     Stderr,
 }
 
-/// A pipe in place of an output that is a terminal. The job does not get that one itself: it could read
-/// the person's keys from it.
+/// A pipe in place of an output that is a terminal or a file. The job does not get that one itself: it could read
+/// the person's keys from it, or write there as long as it likes.
 pub(super) struct Relay {
     /// Until its end.
     reader: Option<OwnedFd>,
     to: Output,
+    /// Why there is more than was written.
+    failed: Option<Errno>,
 }
 
 impl Relay {
@@ -377,6 +381,7 @@ impl Relay {
             Self {
                 reader: Some(reader),
                 to,
+                failed: None,
             },
             writer,
         ))
@@ -390,19 +395,33 @@ impl Relay {
 
     fn turn(&mut self) {
         let Some(reader) = &self.reader else { return };
-        if copy(reader, self.to).is_none() {
-            self.reader = None;
+        match copy(reader, self.to) {
+            Ok(Some(_)) => {}
+            Ok(None) => self.reader = None,
+            Err(errno) => {
+                self.failed = Some(errno);
+                self.reader = None;
+            }
         }
     }
 
-    fn finish(&self) {
-        if let Some(reader) = &self.reader {
-            copy_rest(reader, self.to);
-        }
+    /// Tells, too, if not all could be written that came.
+    fn finish(&self) -> Result<(), SysError> {
+        let rest = match (&self.reader, self.failed) {
+            (_, Some(errno)) => Err(errno),
+            (Some(reader), None) => copy_rest(reader, self.to),
+            (None, None) => Ok(()),
+        };
+        let to = match self.to {
+            Output::Stdout => "standard output",
+            Output::Stderr => "standard error",
+        };
+        rest.context("write", to)
     }
 }
 
-/// A pipe in place of an input that is a terminal, for the same reason. The terminal stays as it is: what
+/// A pipe in place of an input that is a terminal, for the same reason (a file is the job's: it was given to be read, from where
+/// the last one that read it stopped). The terminal stays as it is: what
 /// is typed comes by lines, and the keys for signals make signals, which are the job's.
 pub(super) struct Keys {
     writer: OwnedFd,
@@ -450,20 +469,21 @@ impl Keys {
 
 /// Copies what a job that is over has left: all that was written before, and what comes soon after it
 /// from whoever keeps the pipe or terminal open, but no more than could have been there.
-fn copy_rest(from: &OwnedFd, to: Output) {
+fn copy_rest(from: &OwnedFd, to: Output) -> Result<(), Errno> {
     let mut room = waiting(from.as_fd()).unwrap_or(0).max(HELD);
     let mut patience = TAIL;
     while room > 0 {
         let began = Instant::now();
         if !speaks(from, patience) {
-            return;
+            return Ok(());
         }
         patience = patience.saturating_sub(began.elapsed());
-        match copy(from, to) {
+        match copy(from, to)? {
             Some(copied) => room = room.saturating_sub(copied),
-            None => return,
+            None => return Ok(()),
         }
     }
+    Ok(())
 }
 
 /// Whether there is something to read, or its end, within this time.
@@ -473,13 +493,15 @@ fn speaks(fd: &OwnedFd, patience: Duration) -> bool {
     wait(&mut fds, timeout).is_ok() && fds.iter().any(seen)
 }
 
-/// Copies what there is without waiting for it, and tells how many bytes; `None`: there will be no more,
-/// or nobody to print it to.
-fn copy(from: &OwnedFd, to: Output) -> Option<usize> {
+/// Copies what there is without waiting for it, and tells how many bytes; `None`: there will be no more.
+///
+/// # Errors
+/// It was not written.
+fn copy(from: &OwnedFd, to: Output) -> Result<Option<usize>, Errno> {
     let mut buffer = [0; 16 * 1024];
     match read(from, &mut buffer) {
-        Err(Errno::EINTR | Errno::EAGAIN) => Some(0),
-        Ok(0) | Err(_) => None,
+        Err(Errno::EINTR | Errno::EAGAIN) => Ok(Some(0)),
+        Ok(0) | Err(_) => Ok(None),
         Ok(length) => {
             let bytes = buffer.get(..length).unwrap_or_default();
             let (mut stdout, mut stderr) = (std::io::stdout(), std::io::stderr());
@@ -489,7 +511,9 @@ fn copy(from: &OwnedFd, to: Output) -> Option<usize> {
                 &mut stderr
             };
             let written = out.write_all(bytes).and_then(|()| out.flush());
-            written.is_ok().then_some(length)
+            let errno =
+                |error: std::io::Error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO));
+            written.map(|()| Some(length)).map_err(errno)
         }
     }
 }

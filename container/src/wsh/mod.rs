@@ -1,8 +1,8 @@
 //! `wsh`: runs a program in a container and waits for it.
 //!
 //! It hands its own descriptors to `wshd`, so the program reads and writes them without anybody between;
-//! only a person's terminal and files are not handed over, which others inside could keep: then the job gets a terminal of the
-//! container's, or pipes, and this process copies. Killing it does not kill the job.
+//! only a person's terminal, and files that it shall write, are not handed over, which others inside could keep: then the job gets a
+//! terminal of the container's, or pipes, and this process copies. Killing it does not kill the job.
 //!
 //! Under a supervisor (`iomux-spawn`) the job comes in a memory file, and its status goes down a pipe
 //! that is passed on to `wshd` as well: this process may be killed and no status is lost. Once it has
@@ -119,8 +119,8 @@ fn let_go() -> Result<(), SysError> {
     dup2_stderr(&null).context("dup2", "stderr")
 }
 
-/// A person's job without a terminal of its own. What is the person's terminal, or a file, is relayed: whoever is inside with the
-/// same user could take the descriptor from the job, and read and write there for ever.
+/// A person's job without a terminal of its own. What is the person's terminal, or a file for output, is relayed: whoever is inside with
+/// the same user could take the descriptor from the job, and write there for ever.
 fn plain(
     peer: &Peer<'_>,
     signals: &Signals,
@@ -135,14 +135,14 @@ fn plain(
         relays.push(relay);
         Ok(writer)
     };
-    let [from, to, and] = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()].map(kept);
+    let [to, and] = [stdout.as_fd(), stderr.as_fd()].map(kept);
     let out = to.map(|_| instead(Output::Stdout)).transpose()?;
     let err = match &out {
         // By one pipe, or their lines would not come in their order.
         Some(out) if to == and => Some(out.try_clone().context("dup", "relay")?),
         _ => and.map(|_| instead(Output::Stderr)).transpose()?,
     };
-    let (mut keys, in_) = if from.is_some() {
+    let (mut keys, in_) = if stdin.is_terminal() {
         let (keys, reader) = Keys::new()?;
         (Some(keys), Some(reader))
     } else {
@@ -159,7 +159,7 @@ fn plain(
     follow::descriptors(peer, signals, &mut relays, &mut keys)
 }
 
-/// Device and inode of what is not handed over: a terminal or a file.
+/// Device and inode of an output that is not handed over: a terminal or a file.
 fn kept(stream: BorrowedFd<'_>) -> Option<(u64, u64)> {
     let status = fstat(stream).ok()?;
     let kind = SFlag::from_bits_truncate(status.st_mode) & SFlag::S_IFMT;

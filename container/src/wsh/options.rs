@@ -23,12 +23,13 @@ wsh: run a program in a container.
 COMMAND         searched in the container's PATH; default: the user's shell
 
 Where standard input and output are a terminal, the command gets one of the container's, which follows
-the size of yours. Otherwise it gets your pipes
-themselves; files are copied to and from, which nobody inside could keep.
+the size of yours. Otherwise it gets your pipes, and files to read, themselves. What goes to a file is copied there, so that
+nobody inside can keep that file: if it cannot be written, wsh fails.
 
 The exit code is the command's, or 128+n when signal n ended it; 127: no such command, 126: it cannot
 be executed, 125: wsh itself failed and says why. TERM, INT, HUP and QUIT are passed to the command, or
-end wsh if it has not begun; killing wsh does not kill it. A container that does not begin it within 5 s
+end wsh if it has not begun; killing wsh does not kill it, but whoever then writes to what was a
+terminal or a file gets SIGPIPE. A container that does not begin it within 5 s
 is given up.
 ";
 

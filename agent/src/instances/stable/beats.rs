@@ -132,7 +132,6 @@ impl Stable {
             available_memory = available_memory.min(0);
         }
         let mut available_disk = self.available_disk();
-        // Nor what nobody has seen for long.
         if self.world.engine.is_disk_unknown() {
             available_disk = available_disk.min(0);
         }

@@ -117,7 +117,8 @@ impl Stable {
     }
 
     /// Whether there is what an instance needs beside memory and disk space: a place in the heartbeat, an address, ports, and
-    /// a disk that takes its record: one that refuses it, or does not answer within what a start waits for it, refuses the start.
+    /// a disk that takes its record: one that refuses it, or does not answer within what a start waits for it, refuses the start;
+    /// of one that nobody could look at for long nobody knows.
     pub(super) fn takes_one_more(&self, droplet: &str) -> bool {
         let room = Room {
             instances: 1,
@@ -127,6 +128,7 @@ impl Stable {
             && self.world.engine.has_place()
             && self.world.scribes.lateness().time() < MUST
             && !self.world.scribes.refuses()
+            && !self.world.engine.is_disk_unknown()
     }
 
     fn droplet_status(&self, answers: &Answers) {
