@@ -121,20 +121,27 @@ impl Output {
         );
         let number = |name: &str| header(name).map(|text| text.parse().expect("a number of bytes"));
         let offset = number("Ostler-Offset").expect("Ostler-Offset is always there");
+        let id = format!("{handle}:{name}:{offset}");
         let key = (
             index.parse().expect("an index"),
             handle.to_owned(),
             name.to_owned(),
         );
         let stream = self.streams.entry(key).or_default();
-        match number("Ostler-Dropped") {
+        // By this a JetStream knows what it has already.
+        let id = match number("Ostler-Dropped") {
             // The body is for people: none of it is the app's.
-            Some(dropped) => stream.skip(offset, dropped),
+            Some(dropped) => {
+                stream.skip(offset, dropped);
+                format!("{id}-{dropped}")
+            }
             None => {
                 assert!(header("Ostler-Time").is_some(), "{headers:?}");
                 stream.append(offset, &message.payload);
+                format!("{id}+{}", message.payload.len())
             }
-        }
+        };
+        assert_eq!(header("Nats-Msg-Id"), Some(&*id), "{headers:?}");
     }
 }
 

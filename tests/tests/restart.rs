@@ -12,7 +12,7 @@ use tests::{
 struct Scratch(std::path::PathBuf);
 
 impl Scratch {
-    /// The helpers of `real`, one of them a script. To be dropped after the host that has them.
+    /// The helpers of `real`, one of them a script with the stamp of their build. To be dropped after the host that has them.
     fn with_helper(real: &str, name: &str, script: &str) -> Self {
         let helpers = std::env::temp_dir().join(format!("ostler-helpers-{}", std::process::id()));
         std::fs::create_dir(&helpers).unwrap();
@@ -21,7 +21,8 @@ impl Scratch {
             std::fs::copy(format!("{real}/{helper}"), scratch.0.join(helper)).unwrap();
         }
         let own = scratch.0.join(name);
-        std::fs::write(&own, format!("#!/bin/sh\n{script}\n")).unwrap();
+        let stamp = tests::tool(&format!("{real}/wsh"), &["--version"]);
+        std::fs::write(&own, format!("#!/bin/sh\n# {stamp}\n{script}\n")).unwrap();
         std::fs::set_permissions(&own, std::os::unix::fs::PermissionsExt::from_mode(0o755))
             .unwrap();
         scratch
@@ -1357,8 +1358,10 @@ async fn an_id_that_cannot_be_read_is_not_replaced() {
 
 #[tokio::test]
 async fn what_is_nobodys_is_removed_by_the_second_look() {
+    /// Seconds.
+    const LOOK: u64 = 3;
     let host = Host::with(tests::Setup {
-        config: &[("[intervals]", "[intervals]\norphans = 1")],
+        config: &[("[intervals]", &format!("[intervals]\norphans = {LOOK}"))],
         ..Default::default()
     })
     .await;
@@ -1383,11 +1386,17 @@ async fn what_is_nobodys_is_removed_by_the_second_look() {
     let left =
         |_: &Tree| !containers.join(orphan).exists() && groups.iter().all(|group| !group.exists());
     host.tree_until("removal of the orphan", left).await;
+    // That was a look. One that comes now is seen by the next, and not removed by it.
+    std::fs::create_dir_all(containers.join(orphan)).unwrap();
+    let began = Instant::now();
+    host.tree_until("removal of another one", left).await;
+    let looks = began.elapsed().as_secs_f64() / LOOK as f64;
+    assert!(looks > 1.5, "it was there for {looks} intervals");
     let ended = process.ended(tests::patience()).await;
     assert!(!ended.unwrap().success(), "it was killed");
     // What somebody knows, and what is not ours, stays, however often one looks.
     let mut beats = host.watch("dea.heartbeat").await;
-    for _ in 0..4 {
+    for _ in 0..3 * LOOK {
         beats.next().await;
     }
     assert!(host.tree().one("wshd").lives());
