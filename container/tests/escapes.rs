@@ -194,6 +194,22 @@ fn sockets_that_the_kernel_keeps_elsewhere_or_has_modules_for_are_refused() {
 }
 
 #[test]
+fn nobody_joins_groups() {
+    // setsockopt(2): IP_ADD_MEMBERSHIP, MCAST_JOIN_GROUP, IPV6_ADD_MEMBERSHIP of no socket; and IP_TTL.
+    let options = "join 54 -1 0 35 z:12 12\ngroup 54 -1 0 42 z:136 136\njoin6 54 -1 41 20 z:20 20\nttl 54 -1 0 2 z:4 4\n";
+    let (filtered, open) = (place(&[]), place(&["--without=filter"]));
+    for user in ["vcap", ""] {
+        let answers = ["join ENODEV", "group ENODEV", "join6 ENODEV", "ttl EBADF"];
+        assert_eq!(calls(&filtered, user, options), answers, "{user}");
+        assert!(
+            calls(&open, user, options)
+                .iter()
+                .all(|said| said.ends_with(" EBADF"))
+        );
+    }
+}
+
+#[test]
 fn nobody_gets_a_core_for_itself() {
     // PR_SCHED_CORE_CREATE for itself. A kernel with cores of one thread says ENODEV, one without the option EINVAL.
     let take = "take 157 62 1 0 0 0\n";
