@@ -155,10 +155,32 @@ fn an_image_grows_and_shrinks_while_it_is_used_and_an_adopted_one_too() {
         assert!((8 * MB..11 * MB).contains(&taken()), "{}", taken());
         let beyond = change(&container, 1 << 40).await.unwrap_err();
         assert!(matches!(beyond, DiskError::Beyond { .. }), "{beyond}");
+        inodes_stay(&container).await;
         container.destroy().await.unwrap();
         world.nothing_left(&world.handle).await;
         second.close().await;
     });
+}
+
+/// The inodes of an image are made with it: who asks for others is refused, and for bytes beside them, too.
+async fn inodes_stay(container: &Container) {
+    let before = usage(container).await.limit;
+    let ask = |inodes| DiskChange {
+        bytes: Some(before.bytes + MB),
+        inodes: Some(inodes),
+    };
+    for inodes in [before.inodes - 1, before.inodes + 1] {
+        let error = container.limit_disk(ask(inodes)).await.unwrap_err();
+        let EngineError::Disk(DiskError::Inodes { have }) = error else {
+            panic!("{error}");
+        };
+        assert_eq!(
+            (have, usage(container).await.limit),
+            (before.inodes, before)
+        );
+    }
+    container.limit_disk(ask(before.inodes)).await.unwrap();
+    assert_eq!(usage(container).await.limit.bytes, before.bytes + MB);
 }
 
 /// Begins and ends with 8 MB or 16 MB, and few of them used.
