@@ -754,8 +754,8 @@ fn a_v2_group_beside_v1_is_joined_killed_and_waited_for() {
     group.remove(DEADLINE).unwrap();
 }
 
-/// What a root shell in the group says of making and opening the kernel's log (1:11) and null (1:3).
-fn devices_in(group: &Group) -> [String; 3] {
+/// What a root shell in the group says of making and opening this character device, and of opening null (1:3).
+fn devices_in(group: &Group, (major, minor): (u64, u64)) -> [String; 3] {
     let node = std::env::temp_dir().join(format!(
         "ostler-node-{}-{}",
         group.handle,
@@ -764,15 +764,15 @@ fn devices_in(group: &Group) -> [String; 3] {
     let node = node.display();
     // The node that it opens is there already, as one of a hostile root file system would be.
     let script = format!(
-        "mknod {node}2 c 1 11 2>/dev/null && echo made || echo not made; rm -f {node}2; \
-         head -c 0 {node} 2>/dev/null && echo open || echo shut; \
+        "mknod {node}2 c {major} {minor} 2>/dev/null && echo made || echo not made; rm -f {node}2; \
+         LC_ALL=C head -c 0 {node} 2>&1 | grep -q 'not permitted' && echo shut || echo open; \
          echo x 2>/dev/null >/dev/null && echo open || echo shut"
     );
     let made = nix::sys::stat::mknod(
         node.to_string().as_str(),
         nix::sys::stat::SFlag::S_IFCHR,
         nix::sys::stat::Mode::S_IRUSR,
-        nix::sys::stat::makedev(1, 11),
+        nix::sys::stat::makedev(major, minor),
     );
     made.unwrap();
     let mut shell = Inside::start(group, &script);
@@ -805,15 +805,33 @@ fn a_container_has_its_devices_and_no_other() {
         own.create("as-this-host-does", &limits(64, 20)).unwrap(),
         filtered.create("by-filter", &limits(64, 20)).unwrap(),
     ];
-    for group in confined {
-        assert_eq!(devices_in(&group), ["not made", "shut", "open"]);
+    // The machine's memory, the kernel's log, the console, tun, fuse.
+    let others = [(1, 1), (1, 11), (5, 1), (10, 200), (10, 229)];
+    for (group, device) in confined
+        .iter()
+        .flat_map(|group| others.map(|one| (group, one)))
+    {
+        let said = devices_in(group, device);
+        assert_eq!(said, ["not made", "shut", "open"], "{device:?}");
+    }
+    let place = &own.layout.devices;
+    if place.version == Version::V1 {
+        let list = confined[0].directory(place).join("devices.list");
+        let list = fs::read_to_string(list).unwrap();
+        let numbers = ["1:3", "1:5", "1:7", "1:8", "1:9", "5:0", "5:2", "136:*"];
+        let expected = numbers.map(|number| format!("c {number} rw"));
+        assert_eq!(list.lines().collect::<Vec<_>>(), expected);
     }
     // The control: the same groups without it.
     let free = filtered.group("free");
     for (_, directory) in free.directories() {
         fs::create_dir(directory).unwrap();
     }
-    assert_eq!(devices_in(&free), ["made", "open", "open"]);
+    // A kernel that is locked down keeps its memory from everybody.
+    for device in others.into_iter().skip(1) {
+        let said = devices_in(&free, device);
+        assert_eq!(said, ["made", "open", "open"], "{device:?}");
+    }
 }
 
 #[test]
