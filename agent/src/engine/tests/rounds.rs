@@ -4,6 +4,7 @@ use super::world::{World, create, deadline, fresh_handle, processes, run, shell,
 use crate::engine::Engine;
 use std::collections::BTreeMap;
 use std::fs;
+use std::net::UdpSocket;
 use std::time::{Duration, Instant};
 
 /// How many at a time.
@@ -27,6 +28,8 @@ fn a_hundred_containers_leave_every_count_as_it_was() {
         config.network.ports = 61_001..=61_010;
         config.network.port_quarantine = Duration::ZERO;
         let engine = Engine::open(config).await.unwrap();
+        // Longer than all of this: a connection is forgotten with the container, or never.
+        fs::write("/proc/sys/net/netfilter/nf_conntrack_udp_timeout", "100000").unwrap();
         // The first ones open what stays open, and charge what is shared to their groups.
         for _ in 0..3 {
             batch(&world, &engine).await;
@@ -59,6 +62,11 @@ async fn batch(world: &World, engine: &Engine) {
         let script =
             "echo x > /tmp/x; dd if=/dev/zero of=/dev/shm/x bs=64k count=4 2>/dev/null; sleep 1000";
         container.spawn(1, "vcap", shell(script)).await.unwrap();
+        let (socket, address) = (
+            UdpSocket::bind("0.0.0.0:0"),
+            container.saved().lease.container,
+        );
+        socket.unwrap().send_to(b"x", (address, 9)).unwrap();
         container.destroy().await.unwrap();
         container.destroy().await.expect("once more is fine");
     });
@@ -134,6 +142,13 @@ async fn counts(world: &World, engine: &Engine) -> BTreeMap<&'static str, usize>
         (
             "rules and elements",
             run(&["nft", "list", "ruleset"]).split([',', '\n']).count(),
+        ),
+        (
+            "connections",
+            file("/proc/sys/net/netfilter/nf_conntrack_count")
+                .trim()
+                .parse()
+                .unwrap(),
         ),
         (
             "loop devices",
