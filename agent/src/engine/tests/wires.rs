@@ -97,6 +97,19 @@ fn watch_program(desk: &Path, log: &Path, program: &Path) {
     run(&["mount", "--bind", &paths[0], &paths[1]]);
 }
 
+/// What was started until nothing more is: an engine looks at its table once more a second later, or when it comes to it.
+async fn at_rest(log: &Path) -> String {
+    let started = || fs::read_to_string(log).unwrap();
+    let (mut before, mut unchanged) = (started(), 0);
+    while unchanged < 2 {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let now = started();
+        unchanged = if now == before { unchanged + 1 } else { 0 };
+        before = now;
+    }
+    before
+}
+
 #[test]
 fn no_program_for_networks_runs_on_an_instances_path() {
     world(|world| async move {
@@ -121,14 +134,7 @@ fn no_program_for_networks_runs_on_an_instances_path() {
 
         let engine = world.engine().await;
         assert!(started().contains("/nft\n"), "who starts one is seen");
-        // It looks at its table once more a second later, or when it comes to it.
-        let (mut before, mut unchanged) = (started(), 0);
-        while unchanged < 2 {
-            tokio::time::sleep(Duration::from_secs(2)).await;
-            let now = started();
-            unchanged = if now == before { unchanged + 1 } else { 0 };
-            before = now;
-        }
+        let before = at_rest(&log).await;
         let mut spec = world.spec(&world.handle);
         spec.egress = vec![EgressRule {
             destination: ([192, 0, 2, 0].into(), [192, 0, 2, 255].into()),
@@ -139,12 +145,28 @@ fn no_program_for_networks_runs_on_an_instances_path() {
             into: Some(1_000_000),
             out: Some(2_000_000),
         };
-        let container = create(&engine, spec).await.unwrap();
+        let container = create(&engine, spec.clone()).await.unwrap();
         container.map_port(None, None).await.unwrap();
         container.map_port(None, Some(8080)).await.unwrap();
         container.spawn(1, "vcap", shell("exit 0")).await.unwrap();
         let mut records = container.follow(1, Cursor::default());
         Told::default().rest(&mut records).await;
+        container
+            .limit_bandwidth(Bandwidth::default())
+            .await
+            .unwrap();
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert_eq!(started(), before);
+
+        let saved = container.saved();
+        drop((records, container, engine));
+        let engine = world.engine().await;
+        engine.rebuild_network(&[&saved]).await.unwrap();
+        let before = at_rest(&log).await;
+        let Adopted::Alive(container) = engine.adopt(&saved).await.unwrap() else {
+            panic!("it lives")
+        };
+        container.limit_bandwidth(spec.bandwidth).await.unwrap();
         container.destroy().await.unwrap();
         tokio::time::sleep(Duration::from_secs(2)).await;
         assert_eq!(started(), before);
