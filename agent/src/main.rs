@@ -63,9 +63,10 @@ enum Verb {
     /// Run a command in a container and wait for it.
     ///
     /// Pipes, and files to read, are the command's own; what goes to a file is copied there, so that nobody
-    /// inside can keep it; in a terminal it gets one of the container's, which follows the size of yours. TERM, INT, HUP and QUIT are passed on. The exit code is
-    /// the command's, 128+n when signal n ended it, 127: no such command, 126: it cannot be executed, 125
-    /// or 1: it was not run, and why is said. No agent needs to run.
+    /// inside can keep it; in a terminal it gets one of the container's, which follows the size of yours.
+    /// TERM, INT, HUP and QUIT are passed on. The exit code is the command's, 128+n when signal n ended it,
+    /// 127: no such command, 126: it cannot be executed, 125 or 1: it was not run, or what it wrote could
+    /// not be written to your file, and why is said. No agent needs to run.
     #[command(verbatim_doc_comment, after_help = RUN_EXAMPLES)]
     Run {
         #[command(flatten)]

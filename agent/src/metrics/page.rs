@@ -102,7 +102,7 @@ pub(super) fn page(numbers: &Numbers) -> String {
     page.gauge(
         "ostler_disk_refuses",
         u8::from(numbers.refuses),
-        "Whether the disk refuses every write, as one that became read-only does; a full one does not.",
+        "Whether the disk refuses every write, as one that became read-only does; a full one mostly does not.",
     );
     page.gauge(
         "ostler_network_unmended_seconds",

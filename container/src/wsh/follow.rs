@@ -86,8 +86,11 @@ pub(super) fn supervised(
     }
 }
 
-/// Waits for a job that has our own descriptors, and relays what it writes to a terminal of ours or reads
-/// from it.
+/// Waits for a job that has our own descriptors, and relays what it writes to a terminal or a file of ours, or reads
+/// from a terminal.
+///
+/// # Errors
+/// Not all that it wrote could be written there.
 pub(super) fn descriptors(
     peer: &Peer<'_>,
     signals: &Signals,
